@@ -1,0 +1,242 @@
+"""Time and memory of the streaming metrics beside torchmetrics' and scikit-learn's way on the same data. Run by hand.
+
+    python benchmarks/metrics.py                                  # 1,000,000 samples x 1,000 classes
+    python benchmarks/metrics.py --samples 20000 --classes 100    # seconds
+
+Every cell runs in its own process. Time is processor time of all threads for updates and the final value, without
+making the data, so that a busy machine does not tell.
+Memory is the process' peak above what it held with the data of one batch in place and everything imported. Logits come in
+batches, as from a model: what has to be kept between batches is the contender's own affair. A contender that cannot work
+on a stream (scikit-learn) keeps what it needs, and for the NLL that is all probabilities, which it also clips: its value is
+a little lower. Ratios are contender / ours: above 1 means that ours is faster or smaller. More threads wait actively for
+each other and make processor time a poor measure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Batches = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
+_POOL = 4
+
+
+class Stream:
+    """Batches of (logits [b, C], target [b], score [b], is_id [b]); a few blocks of noise, rescaled for each batch."""
+
+    def __init__(self, samples: int, classes: int, batch: int) -> None:
+        self.samples, self.batch = samples, batch
+        self.seconds = 0.0  # spent making data, to be left out
+        generator = torch.Generator().manual_seed(0)
+        self.pool = torch.randn(_POOL, batch, classes, generator=generator)
+        self.generator = generator
+
+    def __iter__(self) -> Batches:
+        for start in range(0, self.samples, self.batch):
+            began = time.process_time()
+            size = min(self.batch, self.samples - start)
+            scale = 2 + torch.rand(size, 1, generator=self.generator)
+            logits = self.pool[(start // self.batch) % _POOL, :size] * scale
+            other = torch.randint(logits.shape[1], (size,), generator=self.generator)
+            right = torch.rand(size, generator=self.generator) < 0.6
+            target = torch.where(right, logits.argmax(-1), other)
+            is_id = torch.rand(size, generator=self.generator) < 0.5
+            score = torch.randn(size, generator=self.generator) + is_id
+            self.seconds += time.process_time() - began
+            yield logits, target, score, is_id
+
+
+def _on_logits(metric: Callable[[], object], pick: str | None = None) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        m = metric()
+        for logits, target, _, _ in stream:
+            m.update(logits, target)
+        value = m.compute()
+        return float(value[pick] if pick else value)
+
+    return run
+
+
+def _on_scores(metric: Callable[[], object], pick: str | None = None) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        m = metric()
+        for _, _, score, is_id in stream:
+            m.update(score, is_id)
+        value = m.compute()
+        return float(value[pick] if pick else value)
+
+    return run
+
+
+def _held_scores(fn: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        held = [(is_id.numpy(), score.numpy()) for _, _, score, is_id in stream]
+        return float(fn(*(np.concatenate(part) for part in zip(*held))))
+
+    return run
+
+
+def _held_confidences(strategy: str) -> Callable[[Stream], float]:
+    """scikit-learn has reliability curves but no calibration error: the curve's gaps weighted by its bins' sizes."""
+
+    def run(stream: Stream) -> float:
+        from sklearn.calibration import calibration_curve
+
+        held = []
+        for logits, target, _, _ in stream:
+            confidence, prediction = logits.softmax(-1).max(-1)
+            held.append((confidence.double().numpy(), (prediction == target).numpy()))
+        confidence, correct = (np.concatenate(part) for part in zip(*held))
+        accuracy, mean = calibration_curve(correct, confidence, n_bins=15, strategy=strategy)
+        uniform = np.linspace(0, 1, 16)
+        edges = uniform if strategy == "uniform" else np.quantile(confidence, uniform)
+        count = np.bincount(np.searchsorted(edges[1:-1], confidence), minlength=15)
+        return float((np.abs(accuracy - mean) * count[count > 0]).sum() / len(confidence))
+
+    return run
+
+
+def _held_probabilities(stream: Stream) -> float:
+    from sklearn.metrics import log_loss
+
+    held = [(logits.softmax(-1).numpy(), target.numpy()) for logits, target, _, _ in stream]
+    probs, target = (np.concatenate(part) for part in zip(*held))
+    return float(log_loss(target, probs, labels=np.arange(probs.shape[1])))
+
+
+def _held_score_columns(fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        held = [(score, is_id) for _, _, score, is_id in stream]
+        score, is_id = (torch.cat(part) for part in zip(*held))
+        return float(fn(score[is_id], score[~is_id]))
+
+    return run
+
+
+def contenders(classes: int) -> dict[str, dict[str, Callable[[Stream], float]]]:
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+    from torchmetrics import classification as tm
+
+    from lightning_vlmq import metrics as m
+
+    def sklearn_fpr95(is_id: np.ndarray, score: np.ndarray) -> float:
+        fpr, tpr, _ = roc_curve(is_id, score, drop_intermediate=False)
+        return fpr[np.argmax(tpr >= 0.95)]
+
+    class TorchmetricsFPR95(tm.BinaryROC):
+        def compute(self) -> Tensor:
+            fpr, tpr, _ = super().compute()
+            return fpr[(tpr >= 0.95).int().argmax()]
+
+    class ProbabilityECE(tm.MulticlassCalibrationError):
+        def update(self, logits: Tensor, target: Tensor) -> None:
+            super().update(logits.softmax(-1), target)
+
+    def binned() -> object:
+        return m.BinnedDetection(low=-6, high=6)
+
+    return {
+        "ece": {
+            "ours": _on_logits(m.CalibrationError),
+            "torchmetrics": _on_logits(lambda: ProbabilityECE(num_classes=classes, validate_args=False)),
+            "scikit-learn": _held_confidences("uniform"),
+        },
+        "adaptive_ece": {
+            "ours": _on_logits(m.AdaptiveCalibrationError),
+            "ours, binned": _on_logits(m.BinnedAdaptiveCalibrationError, "adaptive_ece"),
+            "scikit-learn": _held_confidences("quantile"),
+        },
+        "nll": {"ours": _on_logits(m.NegativeLogLikelihood), "scikit-learn": _held_probabilities},
+        "brier": {"ours": _on_logits(m.BrierScore)},
+        "classwise_ece": {"ours": _on_logits(lambda: m.ClasswiseCalibrationError(classes))},
+        "aurc": {"ours": _on_logits(m.AURC)},
+        "auroc": {
+            "ours": _held_score_columns(m.auroc),
+            "ours, binned": _on_scores(binned, "auroc"),
+            "torchmetrics": _on_scores(lambda: tm.BinaryAUROC(validate_args=False)),
+            "scikit-learn": _held_scores(roc_auc_score),
+        },
+        "aupr_in": {
+            "ours": _held_score_columns(m.aupr_in),
+            "ours, binned": _on_scores(binned, "aupr_in"),
+            "torchmetrics": _on_scores(lambda: tm.BinaryAveragePrecision(validate_args=False)),
+            "scikit-learn": _held_scores(average_precision_score),
+        },
+        "fpr95": {
+            "ours": _on_scores(m.FPR95),
+            "ours, binned": _on_scores(binned, "fpr95"),
+            "torchmetrics": _on_scores(lambda: TorchmetricsFPR95(validate_args=False)),
+            "scikit-learn": _held_scores(sklearn_fpr95),
+        },
+    }
+
+
+def measure(metric: str, contender: str, args: argparse.Namespace) -> dict[str, float]:
+    torch.set_num_threads(args.threads)
+    run = contenders(args.classes)[metric][contender]
+    run(Stream(2 * args.batch, args.classes, args.batch))  # imports and first-call costs
+    stream = Stream(args.samples, args.classes, args.batch)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+    value = run(stream)
+    seconds = time.process_time() - began - stream.seconds
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"value": value, "seconds": seconds, "mib": (peak - before) / 1024}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--classes", type=int, default=1_000)
+    parser.add_argument("--batch", type=int, default=1_000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--metrics", nargs="*", help="only these metrics")
+    parser.add_argument("--cell", nargs=2, metavar=("METRIC", "CONTENDER"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if args.cell:
+        print(json.dumps(measure(*args.cell, args)))
+        return
+    print(f"{args.samples:,} samples x {args.classes:,} classes, batches of {args.batch:,}, {args.threads} threads")
+    print(f"{'metric':14}{'contender':15}{'value':>12}{'CPU s':>10}{'peak MiB':>10}{'x time':>9}{'x memory':>10}")
+    # glibc otherwise serves batches from the heap after a while; small tensors kept between batches then split the gaps
+    # that freed batches leave, and the heap grows by a batch each time: gigabytes that no contender asked for
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    for metric, cells in contenders(args.classes).items():
+        if args.metrics and metric not in args.metrics:
+            continue
+        ours: dict[str, float] = {}
+        for contender in cells:
+            command = [sys.executable, __file__, "--cell", metric, contender]
+            for name in ("samples", "classes", "batch", "threads"):
+                command += [f"--{name}", str(getattr(args, name))]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            if done.returncode:
+                reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode} (out of memory?)"]
+                print(f"{metric:14}{contender:15} failed: {reason[0]}")
+                continue
+            result = json.loads(done.stdout)
+            ours = ours or result
+            ratio_time, ratio_memory = result["seconds"] / ours["seconds"], result["mib"] / max(ours["mib"], 0.1)
+            print(
+                f"{metric:14}{contender:15}{result['value']:12.6f}{result['seconds']:10.2f}{result['mib']:10.1f}"
+                f"{ratio_time:9.2f}{ratio_memory:10.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""What watches a run, and what files its results."""
+
+from lightning_vlmq.callbacks.reliability import ReliabilityDiagrams
+from lightning_vlmq.callbacks.results import CoveragePrinter, PredictionWriter, ResultsWriter, ZooExport
+from lightning_vlmq.callbacks.spectrum import SingularValueSpectrum
+
+__all__ = [
+    "CoveragePrinter",
+    "PredictionWriter",
+    "ReliabilityDiagrams",
+    "ResultsWriter",
+    "SingularValueSpectrum",
+    "ZooExport",
+]

@@ -1,0 +1,189 @@
+"""Files what a run found: result rows, per-sample records and curves in the store; trained models beside it; predictions on request."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from rich import print as rich_print
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
+from lightning_vlmq.models import require_finite
+from lightning_vlmq.quant import save_quantized
+from lightning_vlmq.store import ResultsStore, code_version
+
+_SET_COLUMNS = ("dataset", "role", "corruption", "severity")
+
+
+class ResultsWriter(Callback):
+    """Files a run's results when its validation (in ``fit``: the last one) or test has ended.
+
+    A quantized model that was trained is saved under ``<root>/models/<run_id>``, to be given to ``--model.checkpoint``.
+
+    Args:
+        root: the study's folder.
+        run_id: the run's name in the store; by default a hash of the model's and the data module's settings and the seed.
+    """
+
+    def __init__(self, root: str = "logs/runs", run_id: str | None = None) -> None:
+        self.root = Path(root)
+        self.run_id = run_id
+        self.store = ResultsStore(root)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Name the run and give the module a place for its features, before anything is computed."""
+        if not hasattr(pl_module, "run_key"):
+            return
+        if self.run_id is None:
+            self.run_id = default_run_id(trainer, pl_module)
+        if getattr(pl_module.cache, "folder", None) is None:
+            pl_module.cache.folder = self.root / "cache"
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """File the rows, unless training goes on."""
+        training_goes_on = trainer.state.fn == "fit" and trainer.global_step < trainer.estimated_stepping_batches
+        if (
+            trainer.is_global_zero
+            and getattr(pl_module, "rows", None)
+            and not trainer.sanity_checking
+            and not training_goes_on
+        ):
+            self._write(trainer, pl_module)
+
+    on_test_end = on_validation_end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save the trained quantized model."""
+        if trainer.is_global_zero and getattr(pl_module, "coverage", None) is not None:
+            folder = self.root / "models" / str(self.run_id)
+            save_quantized(pl_module.vlm, folder, pl_module.quant.method, pl_module.scheme, pl_module.coverage)
+
+    def _write(self, trainer: Trainer, module: Any) -> None:
+        assert self.run_id is not None
+        fixed = {**module.run_key.columns(), "code_version": code_version(), "run_id": self.run_id}
+        rows = [{"corruption": "", "severity": 0, "score": "", **asdict(row), **fixed} for row in module.rows]
+        curves = pd.DataFrame(columns=list(CURVE_COLUMNS))
+        inside = next(s for s in module.eval_sets if s.role == "id")
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, SingularValueSpectrum):
+                curves = callback.curves()
+                where = {
+                    "dataset": inside.name,
+                    "role": "id",
+                    "corruption": "",
+                    "severity": 0,
+                    "stderr": 0.0,
+                    "n": 0,
+                    **fixed,
+                }
+                for group, values in callback.rows().items():
+                    rows += [
+                        {"score": group, "metric": metric, "value": value, **where} for metric, value in values.items()
+                    ]
+        samples = pd.concat(
+            [
+                pd.DataFrame({key: column.numpy() for key, column in module.records[s.name].items()}).assign(
+                    **{key: getattr(s, "name" if key == "dataset" else key) for key in _SET_COLUMNS}
+                )
+                for s in module.eval_sets
+            ]
+        )
+        self.store.write(self.run_id, pd.DataFrame(rows), samples, curves)
+
+
+class CoveragePrinter(Callback):
+    """Prints the coverage report of a quantized model when it has been made."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Nothing is quantized yet."""
+        self._printed = False
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print once, on rank zero."""
+        report = getattr(pl_module, "coverage", None)
+        if report is not None and trainer.is_global_zero and not self._printed:
+            self._printed = True
+            rich_print(report.table())
+
+
+class ZooExport(Callback):
+    """Writes a pre-trained zoo model as safetensors with its accuracy, settings and command beside it.
+
+    Args:
+        folder: where ``<model>.safetensors`` and ``<model>.json`` go; the package's own zoo folder makes ``--model.vlm`` find it.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write both files, the description last."""
+        if not trainer.is_global_zero:
+            return
+        vlm = pl_module.vlm
+        require_finite(vlm)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {key: t.detach().cpu().contiguous() for key, t in vlm.state_dict().items()},
+            self.folder / f"{vlm.name}.safetensors",
+        )
+        accuracy = {
+            key: round(float(value), 4)
+            for key, value in sorted(trainer.callback_metrics.items())
+            if key.startswith("val/")
+        }
+        description = {
+            "command": f"vlmq fit --config configs/pretrain/{vlm.name}.yaml",
+            "model": dict(pl_module.hparams),
+            "data": dict(trainer.datamodule.hparams),  # type: ignore[attr-defined]
+            "epochs": trainer.max_epochs,
+            "seed": torch.initial_seed(),
+            "parameters": sum(p.numel() for p in vlm.parameters()),
+            "code_version": code_version(),
+            "accuracy": accuracy,
+        }
+        (self.folder / f"{vlm.name}.json").write_text(json.dumps(description, indent=1, default=list) + "\n")
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``predict`` returns as one Parquet file a data set, under ``<folder>/<data set>.parquet``.
+
+    Args:
+        folder: where the files go; each process of a DDP run adds its rank to the name.
+    """
+
+    def __init__(self, folder: str = "logs/predictions") -> None:
+        super().__init__(write_interval="epoch")
+        self.folder = Path(folder)
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write this process's columns, batches joined."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        for s, batches in zip(pl_module.eval_sets, predictions):  # type: ignore[arg-type, call-overload]
+            columns: dict[str, Tensor] = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+            frame = pd.DataFrame({key: column.cpu().numpy() for key, column in columns.items()})
+            frame.to_parquet(self.folder / f"{s.name}{rank}.parquet")
+
+
+def default_run_id(trainer: Trainer, module: Any) -> str:
+    """A hash of what decides a run's result: both sets of constructor arguments and the seed."""
+    settings = {
+        "module": type(module).__name__,
+        "model": {key: value for key, value in module.hparams.items() if key != "cache"},
+        "data": dict(trainer.datamodule.hparams),  # type: ignore[attr-defined]
+        "seed": module.run_key.seed,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:12]

@@ -1,0 +1,212 @@
+"""Watches the singular values of every layer's effective weight while a model is trained or evaluated."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_vlmq.callbacks.figures import log_ratio_heatmap, singular_value_curves, tensorboard_writers
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
+
+CURVE_COLUMNS = ("kind", "layer", "group", "x", "y", "y_reference")
+
+
+class SingularValueSpectrum(Callback):
+    """Layer-wise singular values of the dequantized weights beside full precision's.
+
+    At the end of every validation (but the sanity check) and test, at the start of a fit and then every ``every_n_steps``
+    optimizer steps, rank zero writes to all TensorBoard loggers, at the trainer's global step:
+
+    * ``singular_values/<tower>_<kind>``: figure, a line per layer and its reference dashed;
+    * ``singular_values/log_ratio``: figure, layer by relative rank, ``log2(quantized / reference)``;
+    * ``spectrum/<tower>_<kind>/<metric>`` and ``spectrum_layers/<metric>/<layer>``: scalars, the mean over a group's
+      layers and each layer's.
+
+    The Lightning module must have ``vlm`` (the model under test, with ``tower_of(name)``) and may have ``reference``
+    (the full-precision model, or ``None``). Without a reference a fit compares with the weights it started from; a
+    stand-alone validation then shows no ratio. Scales and rotations that a method has moved between a layer's input and
+    its weight (SmoothQuant, AWQ, QuaRot) are folded back before spectra are compared.
+
+    Args:
+        every_n_steps: optimizer steps between two records during fit; 0 for the start and validation only.
+        top_ranks: ranks k of the scalars "share of energy in the top k". The first is the metric ``top_energy``,
+            others are ``top_energy_<k>``.
+
+    Raises:
+        VLMQError: if an argument is out of range; later, if the module has no ``vlm`` or a weight is not finite.
+    """
+
+    def __init__(self, every_n_steps: int = 50, top_ranks: Sequence[int] = (8,)) -> None:
+        if every_n_steps < 0:
+            raise VLMQError(f"every_n_steps must be 0 or more, not {every_n_steps}")
+        if not top_ranks or min(top_ranks) < 1:
+            raise VLMQError(f"top_ranks must be one or more positive ranks, not {list(top_ranks)}")
+        self.every_n_steps = every_n_steps
+        self.top_ranks = tuple(top_ranks)
+        self._layers: list[LayerSpectrum] = []
+        self._layer_scalars: dict[str, dict[str, float]] = {}
+        self._reference_digest = b""
+        self._reference: dict[str, Spectrum] = {}
+        self._fit_start: dict[str, Spectrum] | None = None
+        self._written_step: int | None = None
+
+    def curves(self) -> pd.DataFrame:
+        """The singular values last computed, one row per layer and rank.
+
+        Returns:
+            columns kind (``"singular_values"``), layer, group, x (rank from 1), y, y_reference (NaN without one).
+
+        Raises:
+            VLMQError: before the first validation or training step.
+        """
+        parts = []
+        for layer in self._computed():
+            size = len(layer.spectrum)
+            reference = np.full(size, np.nan) if layer.reference is None else layer.reference.singular_values.numpy()
+            columns = (
+                "singular_values",
+                layer.name,
+                layer.group,
+                np.arange(1, size + 1),
+                layer.spectrum.singular_values.numpy(),
+                reference,
+            )
+            parts.append(pd.DataFrame(dict(zip(CURVE_COLUMNS, columns, strict=True))))
+        return pd.concat(parts, ignore_index=True)
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Scalars last computed, averaged over the layers of a group: ``{group: {metric: value}}``.
+
+        Metrics are ``stable_rank``, ``effective_rank`` (both counts of directions) and ``top_energy`` (a fraction).
+
+        Raises:
+            VLMQError: before the first validation or training step.
+        """
+        groups: dict[str, list[dict[str, float]]] = {}
+        for layer in self._computed():
+            groups.setdefault(layer.group, []).append(self._layer_scalars[layer.name])
+        return {
+            group: {metric: fmean(values[metric] for values in members) for metric in members[0]}
+            for group, members in groups.items()
+        }
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the spectra that training starts from, where there is no full-precision model to compare with."""
+        self._fit_start, self._written_step = None, None
+        if trainer.is_global_zero and getattr(pl_module, "reference", None) is None:
+            self._fit_start = weight_spectra(matrix_weights(_vlm(pl_module)))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record the state before the first step."""
+        self._record(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record when ``every_n_steps`` optimizer steps have passed; accumulated batches in between do not count."""
+        step, every = trainer.global_step, self.every_n_steps
+        if every and step % every == 0 and step != self._written_step:
+            self._record(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record, unless this was the sanity check or training has just recorded this very step."""
+        if trainer.sanity_checking or (trainer.state.fn == "fit" and self._written_step == trainer.global_step):
+            return
+        self._record(trainer, pl_module)
+
+    on_test_end = on_validation_end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the start of the fit: a later validation is not compared with it."""
+        self._fit_start = None
+
+    def _computed(self) -> list[LayerSpectrum]:
+        if not self._layers:
+            raise VLMQError("no spectra yet; run validate or fit with this callback first (rank zero has them)")
+        return self._layers
+
+    def _scalars(self, spectrum: Spectrum) -> dict[str, float]:
+        first, *others = self.top_ranks
+        return {
+            "stable_rank": spectrum.stable_rank,
+            "effective_rank": spectrum.effective_rank,
+            "top_energy": spectrum.energy_at(first),
+            **{f"top_energy_{k}": spectrum.energy_at(k) for k in others},
+        }
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        vlm = _vlm(pl_module)
+        weights = matrix_weights(vlm)
+        if not weights:
+            raise VLMQError(
+                "the model has no linear or convolution layer, so no spectrum; remove SingularValueSpectrum"
+            )
+        reference, reference_label = self._reference_spectra(pl_module)
+        self._layers = []
+        for name, spectrum in weight_spectra(weights).items():
+            beside = reference.get(name)
+            if beside is not None and len(beside) != len(spectrum):
+                beside = None
+            self._layers.append(
+                LayerSpectrum(name, layer_group(name, weights[name], vlm.tower_of(name)), spectrum, beside)
+            )
+        self._layer_scalars = {layer.name: self._scalars(layer.spectrum) for layer in self._layers}
+        self._written_step = trainer.global_step
+        if writers := tensorboard_writers(trainer):
+            is_quantized = any(hasattr(module, "effective_weight") for module in vlm.modules())
+            self._write(writers, trainer.global_step, "quantized" if is_quantized else "model", reference_label)
+
+    def _reference_spectra(self, pl_module: LightningModule) -> tuple[Mapping[str, Spectrum], str]:
+        model = getattr(pl_module, "reference", None)
+        if model is None:
+            return self._fit_start or {}, "start of fit"
+        weights = matrix_weights(model)
+        if (digest := _digest(weights)) != self._reference_digest:  # decomposed once, then only hashed
+            self._reference, self._reference_digest = weight_spectra(weights), digest
+        return self._reference, "FP32"
+
+    def _write(self, writers: Sequence[Any], step: int, label: str, reference_label: str) -> None:
+        groups: dict[str, list[LayerSpectrum]] = {}
+        for layer in self._layers:
+            groups.setdefault(layer.group, []).append(layer)
+        compared = [layer for layer in self._layers if layer.reference is not None]
+        group_scalars = self.rows()
+        for writer in writers:
+            for group, layers in groups.items():
+                tag = group.replace("/", "_")
+                figure = singular_value_curves(layers, f"{group}, step {step}", label, reference_label)
+                writer.add_figure(f"singular_values/{tag}", figure, step)
+                for metric, value in group_scalars[group].items():
+                    writer.add_scalar(f"spectrum/{tag}/{metric}", value, step)
+                for layer in layers:
+                    for metric, value in self._layer_scalars[layer.name].items():
+                        writer.add_scalar(f"spectrum_layers/{metric}/{layer.name}", value, step)
+            if compared:
+                title = f"change of singular values, step {step}"
+                figure = log_ratio_heatmap(compared, title, label, reference_label)
+                writer.add_figure("singular_values/log_ratio", figure, step)
+
+
+def _vlm(pl_module: LightningModule) -> Any:
+    if not isinstance(vlm := getattr(pl_module, "vlm", None), torch.nn.Module):
+        raise VLMQError(f"{type(pl_module).__name__} has no 'vlm' to watch; remove SingularValueSpectrum or set it")
+    return vlm
+
+
+def _digest(weights: Mapping[str, Tensor]) -> bytes:
+    state = hashlib.blake2b(digest_size=16)
+    for name, weight in weights.items():
+        state.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
+        state.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+    return state.digest()

@@ -1,0 +1,58 @@
+"""Metrics as pure functions on tensors; record-level ones take any leading batch dimensions."""
+
+from lightning_vlmq.metrics.functional.binned import (
+    Bounded,
+    DetectionCounts,
+    adaptive_ece_from_cells,
+    score_counts,
+)
+from lightning_vlmq.metrics.functional.calibration import (
+    BinSums,
+    ReliabilityBins,
+    TrajectoryBins,
+    calibration_error,
+    classwise_bin_sums,
+    classwise_ece,
+    equal_mass_bin_sums,
+    equal_width_bin_sums,
+    reliability_bins,
+    trajectory_bins,
+)
+from lightning_vlmq.metrics.functional.change import added_vulnerability, relative_change, relative_spurious_gap
+from lightning_vlmq.metrics.functional.classification import agreement, confidence_and_correct, per_sample
+from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood
+from lightning_vlmq.metrics.functional.selective import aurc, coverage_at_risk, risk_at_coverage
+from lightning_vlmq.metrics.functional.temperature import fit_temperature, temperature_scaled_ece
+
+__all__ = [
+    "BinSums",
+    "Bounded",
+    "DetectionCounts",
+    "ReliabilityBins",
+    "TrajectoryBins",
+    "adaptive_ece_from_cells",
+    "added_vulnerability",
+    "agreement",
+    "aupr_in",
+    "aupr_out",
+    "aurc",
+    "auroc",
+    "calibration_error",
+    "classwise_bin_sums",
+    "classwise_ece",
+    "confidence_and_correct",
+    "coverage_at_risk",
+    "equal_mass_bin_sums",
+    "equal_width_bin_sums",
+    "fit_temperature",
+    "fpr95",
+    "fpr95_openood",
+    "per_sample",
+    "relative_change",
+    "relative_spurious_gap",
+    "reliability_bins",
+    "risk_at_coverage",
+    "score_counts",
+    "temperature_scaled_ece",
+    "trajectory_bins",
+]

@@ -1,0 +1,185 @@
+"""One interface over CLIP-like models: encode an image, encode a text, compare them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.models.attention import make_layers_explicit
+
+TOWERS = ("vision", "text")
+
+
+class VLM(nn.Module):
+    """A vision-language model behind one small interface.
+
+    Attention and projections are rewritten into explicit linear layers on construction, so that a quantizer reaches every matrix weight.
+
+    Args:
+        model: an open_clip model (``CLIP``, ``CustomTextCLIP`` or ``CoCa``).
+        tokenize: maps a list of texts to token ids, int64 ``[n, context_length]``.
+        name: the architecture or zoo name, as reported in results.
+        pretrained: the weights' source, as reported in results; ``"none"`` for random weights.
+        mean: per-channel mean of pixels in 0..1 that the model was trained with.
+        std: per-channel standard deviation, likewise.
+    """
+
+    model: Any  # one of open_clip's classes, whose attributes differ
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenize: Callable[[list[str]], Tensor],
+        name: str,
+        pretrained: str,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        super().__init__()
+        make_layers_explicit(model)
+        self.model = model
+        self._tokenize = tokenize
+        self.name = name
+        self.pretrained = pretrained
+        size = self.model.visual.image_size
+        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            pixels: ``[batch, 3, height, width]``, uint8 in 0..255 or float in 0..1. Images of another size than the model's are
+                resized to it (bicubic, antialiased, as in open_clip's own preprocessing).
+
+        Returns:
+            Unit-norm features, float32 ``[batch, dim]``.
+        """
+        x = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
+        if x.shape[-2:] != (self.image_size, self.image_size):
+            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 1)
+        return F.normalize(self.model.encode_image((x - self.mean) / self.std), dim=-1)
+
+    def encode_text(self, tokens: Tensor) -> Tensor:
+        """Embed token ids, int64 ``[batch, length]``, as unit-norm features, float32 ``[batch, dim]``."""
+        return F.normalize(self.model.encode_text(tokens), dim=-1)
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        """Token ids of a list of texts, int64 ``[n, context_length]``, on the CPU."""
+        return self._tokenize(texts)
+
+    def logit_scale(self) -> Tensor:
+        """The factor on cosine similarities (already exponentiated), scalar tensor."""
+        return self.model.logit_scale.exp()
+
+    def logit_bias(self) -> Tensor:
+        """The additive bias of sigmoid-trained models (SigLIP), scalar tensor; zero where the model has none."""
+        bias = getattr(self.model, "logit_bias", None)
+        return torch.zeros_like(self.model.logit_scale) if bias is None else bias
+
+    def zero_shot_logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """Logits ``[batch, classes]`` = scale * cosine + bias, from unit-norm features ``[batch, dim]`` and ``[classes, dim]``."""
+        return self.logit_scale() * image_features @ class_features.T + self.logit_bias()
+
+    def class_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Zero-shot classifier weights: per class, the normalised mean over prompts (Radford et al. 2021, section 3.1.4).
+
+        Args:
+            class_names: one name per class.
+            templates: prompts with one ``{}`` for the class name.
+
+        Returns:
+            Unit-norm class features, float32 ``[classes, dim]``.
+        """
+        tokens = self.tokenize([t.format(c) for c in class_names for t in templates]).to(self.mean.device)
+        features = torch.cat([self.encode_text(chunk) for chunk in tokens.split(1024)])
+        return F.normalize(features.view(len(class_names), len(templates), -1).mean(1), dim=-1)
+
+    def tower_of(self, qualified_name: str) -> str | None:
+        """The tower (``"vision"`` or ``"text"``) that a module or parameter, named relative to this object, belongs to; else ``None``."""
+        head, _, tail = qualified_name.partition(".")
+        first = tail.split(".")[0]
+        if head != "model" or not first or first in ("logit_scale", "logit_bias"):
+            return None
+        return "vision" if first == "visual" else "text"
+
+
+def load_vlm(name: str, pretrained: str | None = None) -> VLM:
+    """Build a VLM by name, ready for evaluation (``eval()`` mode).
+
+    Args:
+        name: an embedded zoo model (``"vit_clean"``), an open_clip architecture (``"ViT-B-32"``), or ``"hf-hub:org/repo"`` or
+            ``"local-dir:path"``.
+        pretrained: an open_clip weights tag (``"laion2b_s34b_b79k"``) or a local checkpoint file; ``None`` or ``"none"`` gives an
+            open_clip architecture random weights. Zoo models carry their own weights; a file given here replaces them.
+
+    Raises:
+        VLMQError: unknown name (with the nearest ones), missing, truncated or ill-fitting checkpoint, non-finite weights.
+    """
+    from lightning_vlmq.models import zoo  # the zoo builds VLMs, so it imports this module
+
+    vlm = zoo.load(name, pretrained) if name in zoo.names() else _load_open_clip(name, pretrained)
+    require_finite(vlm)
+    return vlm.eval()
+
+
+def require_finite(vlm: nn.Module) -> None:
+    """Raise :class:`VLMQError` naming the first parameter that holds a NaN or an infinity."""
+    for name, parameter in vlm.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise VLMQError(
+                f"weight '{name}' holds non-finite values; the checkpoint is damaged or training diverged, use another"
+            )
+
+
+def _load_open_clip(name: str, pretrained: str | None) -> VLM:
+    from lightning_vlmq.models import zoo
+
+    has_schema = name.startswith(("hf-hub:", "local-dir:"))
+    if not has_schema and name not in open_clip.list_models():
+        raise unknown("model", name, [*zoo.names(), *open_clip.list_models()])
+    source = None if pretrained in (None, "none") else pretrained
+    if source is not None and not has_schema:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        looks_like_file = "/" in source or Path(source).suffix != ""
+        if looks_like_file and not Path(source).is_file():
+            raise VLMQError(
+                f"checkpoint '{source}' does not exist; give the path of a file or one of the tags {', '.join(tags)}"
+            )
+        if not looks_like_file and source not in tags:
+            raise unknown(f"pretrained tag for {name}", source, tags)
+    logging.getLogger().disabled, was = (
+        True,
+        logging.getLogger().disabled,
+    )  # open_clip warns of random weights on the root logger
+    try:
+        model = open_clip.create_model(name, pretrained=source, pretrained_text=False)
+        tokenize = open_clip.get_tokenizer(name)
+    except VLMQError:
+        raise
+    except Exception as error:
+        raise VLMQError(f"cannot load model '{name}' ({source or 'random weights'}): {_first_line(error)}") from error
+    finally:
+        logging.getLogger().disabled = was
+    decoder = getattr(model, "text_decoder", None)
+    if (
+        source is None and not has_schema and decoder is not None
+    ):  # open_clip leaves this one matrix of CoCa as uninitialised memory
+        nn.init.normal_(decoder.text_projection, std=decoder.text_projection.shape[0] ** -0.5)
+    config: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
+    return VLM(model, tokenize, name, source or "none", config["mean"], config["std"])
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

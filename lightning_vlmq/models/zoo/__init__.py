@@ -1,0 +1,107 @@
+"""The embedded zoo: tiny CLIP-like models, pre-trained by this package, that need no download.
+
+A name is ``<tower>_<captions>``: the tower is an open_clip model config beside this file (``vit.json``), the captions tell what it was
+trained on (``clean``, or ``noisy``: 35 % of the captions belong to another image). Weights are safetensors files beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models import register_model
+from timm.models.convnext import ConvNeXt
+from torch import Tensor
+
+from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.models.vlm import VLM
+
+FOLDER = Path(__file__).parent
+TOWERS = tuple(sorted(p.stem for p in FOLDER.glob("*.json") if "_" not in p.stem and p.stem != "vocabulary"))
+CAPTIONS = ("clean", "noisy")
+PIXEL_MEAN = (0.5, 0.5, 0.5)
+PIXEL_STD = (0.25, 0.25, 0.25)
+
+
+@register_model
+def convnext_embedded(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
+    """A ConvNeXt (Liu et al. 2022) for 32x32 images: stem of stride 2, four stages; 0.5 M parameters, found by timm under this name."""
+    own = {
+        key: value
+        for key, value in kwargs.items()
+        if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    }
+    model = ConvNeXt(patch_size=2, depths=(1, 1, 2, 1), dims=(32, 64, 96, 128), **own)
+    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, 32, 32)}  # type: ignore[assignment]
+    return model
+
+
+class CompactTokenizer:
+    """open_clip's byte-pair tokenizer over the few hundred tokens that the embedded captions use.
+
+    Token ids are renumbered in increasing order, so the end-of-text token keeps the largest id, which is what CLIP's pooling looks for.
+    Words outside the vocabulary map to id 1.
+
+    Args:
+        context_length: the number of ids a text is padded or cut to.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        self._tokenizer = SimpleTokenizer(context_length=context_length)
+        ids: list[int] = json.loads((FOLDER / "vocabulary.json").read_text())
+        self._compact = torch.ones(self._tokenizer.vocab_size, dtype=torch.int64)
+        self._compact[torch.tensor(ids)] = torch.arange(2, len(ids) + 2)
+        self._compact[0] = 0
+        self.vocab_size = len(ids) + 2
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Token ids, int64 ``[n, context_length]``."""
+        return self._compact[self._tokenizer(texts, self.context_length)]
+
+
+def names() -> list[str]:
+    """The zoo's models, whether their weights are there yet or not."""
+    return [f"{tower}_{captions}" for tower in TOWERS for captions in CAPTIONS]
+
+
+def build(name: str) -> VLM:
+    """A zoo model with freshly initialised weights (torch's global generator), in training mode. Raises for an unknown name."""
+    if name not in names():
+        raise unknown("model", name, names())
+    config = json.loads((FOLDER / f"{name.rsplit('_', 1)[0]}.json").read_text())
+    tokenizer = CompactTokenizer(config["text_cfg"]["context_length"])
+    config["text_cfg"]["vocab_size"] = tokenizer.vocab_size
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    return VLM(kind(**config), tokenizer, name, name.rsplit("_", 1)[1], PIXEL_MEAN, PIXEL_STD).train()
+
+
+def load(name: str, checkpoint: str | None = None) -> VLM:
+    """A zoo model with its committed weights, or with those of ``checkpoint``, a safetensors file.
+
+    Raises:
+        VLMQError: unknown name; a file that is missing, truncated or of another architecture.
+    """
+    vlm = build(name)
+    path = FOLDER / f"{name}.safetensors" if checkpoint is None else Path(checkpoint)
+    if not path.is_file():
+        raise VLMQError(
+            f"checkpoint '{path}' does not exist; pre-train it with: vlmq fit --config configs/pretrain/{name}.yaml"
+        )
+    try:
+        vlm.load_state_dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise VLMQError(
+            f"checkpoint '{path}' is damaged or no safetensors file ({error}); fetch or train it again"
+        ) from error
+    except RuntimeError as error:
+        raise VLMQError(
+            f"checkpoint '{path}' does not fit model '{name}': {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return vlm

@@ -1,0 +1,7 @@
+"""LightningModules: evaluation, and training of the zoo and of quantized models."""
+
+from lightning_vlmq.modules.evaluation import EvaluationModule, Quantization
+from lightning_vlmq.modules.pretraining import PretrainingModule
+from lightning_vlmq.modules.qat import QATModule
+
+__all__ = ["EvaluationModule", "PretrainingModule", "QATModule", "Quantization"]

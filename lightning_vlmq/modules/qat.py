@@ -1,0 +1,80 @@
+"""Quantization-aware training: a quantized student distilled from its full-precision teacher on caption pairs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.modules.evaluation import EvaluationModule
+from lightning_vlmq.quant import METHODS, QATMethod
+
+
+class QATModule(EvaluationModule):
+    """Trains the quantized model of an :class:`EvaluationModule`, whose validation then judges the result.
+
+    The teacher never changes and sees the same pairs every epoch, so its features are computed once. Under DDP the contrastive loss
+    sees the features of all processes. Logs ``train/loss``.
+
+    Args:
+        lr: peak learning rate of Adam on weights; step sizes learn at this rate relative to their size. Cosine decay to zero.
+        weight_decay: decoupled, on matrix weights only.
+        kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
+    """
+
+    def __init__(self, *args: Any, lr: float = 3e-4, weight_decay: float = 0.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.save_hyperparameters(ignore=["evaluators"])
+        if self.scheme is None or not METHODS[self.quant.method].needs_training:
+            trained = ", ".join(name for name in METHODS if METHODS[name].needs_training)
+            raise VLMQError(
+                f"method '{self.quant.method}' has nothing to train; use 'vlmq validate', or one of {trained}"
+            )
+        method = METHODS[self.quant.method]()
+        assert isinstance(method, QATMethod)
+        self.method = method
+        self.lr, self.weight_decay = lr, weight_decay
+
+    def on_fit_start(self) -> None:
+        """Run the teacher over all pairs: features ``[pairs, dim]`` of images and of captions, and the captions' tokens."""
+        assert self.reference is not None and self.scheme is not None
+        batches = self.data.calibration_batches()
+        with torch.no_grad():
+            tokens = [self.vlm.tokenize(b["caption"]) for b in batches]
+            self.tokens = torch.cat(tokens).to(self.device)
+            self.teacher_image = torch.cat([self.reference.encode_image(b["image"].to(self.device)) for b in batches])
+            self.teacher_text = torch.cat([self.reference.encode_text(t.to(self.device)) for t in tokens])
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Distil on a batch of ``image`` uint8 ``[b, 3, h, w]`` and ``index`` int64 ``[b]``; returns the scalar loss."""
+        assert self.reference is not None and self.scheme is not None
+        index = batch["index"].to(self.device)
+        teacher_image, teacher_text = self.teacher_image[index], self.teacher_text[index]
+        image = self.vlm.encode_image(batch["image"])
+        text = self.vlm.encode_text(self.tokens[index]) if "text" in self.scheme.towers else teacher_text
+        if self.trainer.world_size > 1:
+            image, text, teacher_image, teacher_text = map(self._gather, (image, text, teacher_image, teacher_text))
+        loss = self.method.loss(image, text, teacher_image, teacher_text, self.reference.logit_scale())
+        if not torch.isfinite(loss):
+            raise VLMQError(f"training diverged at step {self.global_step} (loss {float(loss)}); lower model.lr")
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(index))
+        return loss
+
+    def _gather(self, features: Tensor) -> Tensor:
+        """Features ``[b, dim]`` of all processes as ``[processes * b, dim]``; gradients flow back to where they came from."""
+        gathered = self.all_gather(features, sync_grads=features.requires_grad)
+        assert isinstance(gathered, Tensor)
+        return gathered.flatten(0, 1)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW (Loshchilov & Hutter 2019) with cosine decay, in the method's parameter groups."""
+        groups = self.method.parameter_groups(self.vlm, self.lr, self.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        scheduler = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,195 @@
+"""Quantized models on disk: ``model.safetensors`` (every tensor) beside ``quant.json`` (how to rebuild the layers)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.quant.coverage import CoverageReport
+from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
+from lightning_vlmq.quant.scheme import QuantScheme
+from lightning_vlmq.quant.transforms import TRANSFORMS
+
+FORMAT = 1
+WEIGHTS, DESCRIPTION = "model.safetensors", "quant.json"
+
+
+@dataclass(frozen=True)
+class QuantizedCheckpoint:
+    """What a quantized checkpoint says of itself.
+
+    Attributes:
+        model: the VLM's name.
+        pretrained: its weights' source.
+        method: quantization method.
+        scheme: bits, granularities and scope.
+        coverage: what is quantized.
+        extra: whatever the writer added (JSON types).
+    """
+
+    model: str
+    pretrained: str
+    method: str
+    scheme: QuantScheme
+    coverage: CoverageReport
+    extra: dict[str, Any]
+
+
+def save_quantized(
+    vlm: VLM,
+    path_dir: str | Path,
+    method: str,
+    scheme: QuantScheme,
+    coverage: CoverageReport,
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Write a quantized model into a folder, made if need be; each file is replaced atomically, the description last.
+
+    Args:
+        vlm: a model that :func:`~lightning_vlmq.quant.api.quantize` changed (and perhaps training since).
+        path_dir: the folder.
+        method: the method's name.
+        scheme: the scheme it was quantized with.
+        coverage: the report that came back.
+        extra: anything else worth keeping, JSON types.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(path_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    description = {
+        "format": FORMAT,
+        "model": vlm.name,
+        "pretrained": vlm.pretrained,
+        "method": method,
+        "scheme": asdict(scheme),
+        "layers": {name: _layer_state(layer) for name, layer in quantized_layers(vlm).items()},
+        "coverage": coverage.to_dict(),
+        "extra": extra or {},
+    }
+    text = json.dumps(description, indent=1)
+    partial = folder / f".{WEIGHTS}.{os.getpid()}"
+    # cloned, because safetensors refuses tensors that share memory (tied weights)
+    save_file(
+        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vlm.state_dict().items()}, str(partial)
+    )
+    os.replace(partial, folder / WEIGHTS)
+    partial = folder / f".{DESCRIPTION}.{os.getpid()}"
+    partial.write_text(text)
+    os.replace(partial, folder / DESCRIPTION)
+    return folder
+
+
+def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
+    """Turn a full-precision model of the same architecture, in place, into the quantized one of a checkpoint.
+
+    Outputs are bit-identical to the saved model's on the same machine. The model comes back in evaluation mode.
+
+    Args:
+        vlm: full-precision model; its weights are replaced.
+        path_dir: a folder that :func:`save_quantized` wrote.
+
+    Raises:
+        VLMQError: a file is missing, damaged or of another format, or the model is of another architecture.
+    """
+    folder = Path(path_dir)
+    description = _read_description(folder / DESCRIPTION)
+    tensors = _read_tensors(folder / WEIGHTS)
+    try:
+        checkpoint = QuantizedCheckpoint(
+            description["model"],
+            description["pretrained"],
+            description["method"],
+            QuantScheme(**description["scheme"]),
+            CoverageReport.from_dict(description["coverage"]),
+            description["extra"],
+        )
+        states: dict[str, dict[str, Any]] = dict(description["layers"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise VLMQError(
+            f"'{folder / DESCRIPTION}' is not a quantized model's description ({error}); save it again"
+        ) from error
+    swap_layers(vlm, checkpoint.scheme)
+    layers = quantized_layers(vlm)
+    if set(layers) != set(states):
+        raise VLMQError(
+            f"checkpoint '{folder}' is of model '{checkpoint.model}', whose layers are not those of '{vlm.name}'"
+        )
+    owners = Counter(id(layer.weight) for layer in layers.values())
+    for name, layer in layers.items():
+        _restore_layer_state(name, layer, states[name], tensors)
+        if owners[id(layer.weight)] > 1:  # a method may have given tied layers weights of their own
+            layer.set_weight(layer.weight)
+    try:
+        vlm.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise VLMQError(
+            f"checkpoint '{folder}' does not fit model '{vlm.name}': {str(error).splitlines()[-1].strip()}"
+        ) from error
+    vlm.eval()
+    return checkpoint
+
+
+def _layer_state(layer: QuantizedLayer) -> dict[str, Any]:
+    """What a layer has beyond what its scheme says."""
+    kinds = {TRANSFORMS[name]: name for name in TRANSFORMS}
+    transform = type(layer.input_transform)
+    return {
+        "input_transform": None if transform is nn.Identity else kinds[transform],
+        "weight_dynamic": layer.weight_fake_quant.dynamic,
+        "weight_offset": layer.weight_fake_quant.offset is not None,
+        "act_offset": layer.act_fake_quant.offset is not None,
+    }
+
+
+def _restore_layer_state(
+    name: str, layer: QuantizedLayer, state: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Give a fresh layer the parts that its tensors are about to fill."""
+    layer.weight_fake_quant.dynamic = state["weight_dynamic"]
+    for side, quantizer in (("weight", layer.weight_fake_quant), ("act", layer.act_fake_quant)):
+        if state[f"{side}_offset"]:
+            quantizer.set_offset(torch.zeros_like(quantizer.scale))
+    if state["input_transform"] is not None:
+        prefix = f"{name}.input_transform."
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        layer.input_transform = TRANSFORMS[state["input_transform"]](**own).to(layer.weight.device)
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_text())
+    except OSError as error:
+        raise VLMQError(
+            f"cannot read '{path}' ({error.strerror}); give a folder that a quantized model was saved in"
+        ) from error
+    except ValueError as error:
+        raise VLMQError(f"'{path}' is damaged ({error}); save the quantized model again") from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise VLMQError(f"'{path}' is not of checkpoint format {FORMAT}; save the quantized model again")
+    return description
+
+
+def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except FileNotFoundError as error:
+        raise VLMQError(
+            f"cannot read '{path}' (no such file); give a folder that a quantized model was saved in"
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise VLMQError(
+            f"'{path}' is damaged ({str(error).splitlines()[0]}); save the quantized model again"
+        ) from error

@@ -1,0 +1,213 @@
+"""How much of a model is really quantized: matrix weights and multiply-accumulates, by tower and layer type.
+
+A quantizer that walks ``nn.Linear`` can miss packed attention without a word; a layer whose weight is read directly
+instead of through its forward escapes quantization too. So weights count as quantized only where a quantized layer ran.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.models.vlm import TOWERS, VLM
+from lightning_vlmq.quant.layers import QuantizedLayer
+from lightning_vlmq.quant.scheme import SCOPES
+
+TABLE_NAME = re.compile(
+    r"(^|_)(pos|positional|class|cls|reg|mask|dist)_?(embed\w*|token|emb)s?$|^(query|probe|latent)$|bias_table$"
+)
+"""Last name parts of parameters that are looked up or added, not multiplied with activations."""
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One tower's layers of one type.
+
+    Attributes:
+        tower: ``vision`` or ``text``.
+        layer_type: ``linear``, ``conv2d``, ``depthwise_conv2d``, ``other`` (matrix parameters outside such layers) or
+            ``activation_product`` (products of two activations, as in attention; they have no weights).
+        weights: matrix weights.
+        weights_quantized: of these, in quantized layers.
+        macs: multiply-accumulates for one image or one text.
+        macs_quantized: of these, in quantized layers.
+    """
+
+    tower: str
+    layer_type: str
+    weights: int
+    weights_quantized: int
+    macs: int
+    macs_quantized: int
+
+
+@dataclass(frozen=True)
+class CoverageReport:
+    """Shares of matrix weights and multiply-accumulates in quantized layers.
+
+    Attributes:
+        rows: by tower and layer type.
+        excluded: tables and vectors with two or more axes that no activation is multiplied with, by name, with their
+            sizes.
+        unquantized: matrix weights left in full precision, by name, with their sizes.
+    """
+
+    rows: tuple[CoverageRow, ...]
+    excluded: dict[str, int]
+    unquantized: dict[str, int]
+
+    def weight_share(self, towers: tuple[str, ...] = TOWERS) -> float:
+        """Share (0 to 1) of the towers' matrix weights that is in quantized layers; 0 where they have none."""
+        rows = [row for row in self.rows if row.tower in towers]
+        return sum(r.weights_quantized for r in rows) / max(sum(r.weights for r in rows), 1)
+
+    def mac_share(self, towers: tuple[str, ...] = TOWERS) -> float:
+        """Share (0 to 1) of the towers' multiply-accumulates that is in quantized layers; 0 where they have none."""
+        rows = [row for row in self.rows if row.tower in towers]
+        return sum(r.macs_quantized for r in rows) / max(sum(r.macs for r in rows), 1)
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """The rows as plain dictionaries."""
+        return [asdict(row) for row in self.rows]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain JSON types; :meth:`from_dict` takes it back."""
+        return {"rows": self.to_rows(), "excluded": self.excluded, "unquantized": self.unquantized}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> CoverageReport:
+        """Rebuild a report that :meth:`to_dict` made."""
+        return cls(
+            tuple(CoverageRow(**r) for r in content["rows"]), dict(content["excluded"]), dict(content["unquantized"])
+        )
+
+    def table(self) -> Table:
+        """A table for ``rich.print``; exclusions are named in its caption."""
+        listed = ", ".join(f"{name} ({size:,})" for name, size in self.excluded.items()) or "none"
+        table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}")
+        for column in ("tower", "layer type", "weights", "quantized", "MACs", "quantized "):
+            table.add_column(column, justify="left" if column in ("tower", "layer type") else "right")
+        for r in self.rows:
+            weights, macs = _percent(r.weights_quantized, r.weights), _percent(r.macs_quantized, r.macs)
+            table.add_row(r.tower, r.layer_type, f"{r.weights:,}", weights, f"{r.macs:,}", macs)
+        return table
+
+
+def measure_coverage(vlm: VLM) -> CoverageReport:
+    """Count what is quantized, with one blank image and one short text run through the encoders.
+
+    Multiply-accumulates come from torch's flop counter (half its count), with attention decomposed into matrix
+    products so that these are counted on every device; each layer's own from the number of its outputs.
+    """
+    layer_macs, total_macs = _count_macs(vlm)
+    weights: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    excluded: dict[str, int] = {}
+    unquantized: dict[str, int] = {}
+    owners = {id(p): m for m in vlm.modules() for p in m._parameters.values() if p is not None}
+    for name, parameter in vlm.named_parameters():
+        tower = vlm.tower_of(name)
+        if tower is None or parameter.ndim < 2:
+            continue
+        owner = owners[id(parameter)]
+        if _is_table(name, parameter, owner):
+            excluded[name] = parameter.numel()
+            continue
+        done = _quantizes(owner) and bool(layer_macs.get((tower, owner)))
+        count = weights[tower, _layer_type(owner)]
+        count[0] += parameter.numel()
+        count[1] += parameter.numel() * done
+        if not done:
+            unquantized[name] = parameter.numel()
+    macs: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for (tower, layer), count_of_layer in layer_macs.items():
+        count = macs[tower, _layer_type(layer)]
+        count[0] += count_of_layer
+        count[1] += count_of_layer * _quantizes(layer)
+    for tower, total in total_macs.items():
+        rest = total - sum(m for (t, _), m in layer_macs.items() if t == tower)
+        macs[tower, "activation_product"][0] += rest
+    keys = sorted({*weights, *macs}, key=lambda key: (TOWERS.index(key[0]), key[1]))
+    rows = tuple(CoverageRow(*key, *weights[key], *macs[key]) for key in keys if any(weights[key]) or any(macs[key]))
+    return CoverageReport(rows, excluded, unquantized)
+
+
+def assert_covered(report: CoverageReport, scope: str, minimum: float = 0.95) -> None:
+    """Raise :class:`VLMQError`, naming the largest matrix weights left out, when too little of the scope is quantized.
+
+    Args:
+        report: what was measured.
+        scope: ``vision`` or ``vision_text``.
+        minimum: smallest share (0 to 1) of the scope's matrix weights that must be quantized.
+    """
+    towers = SCOPES[scope]
+    share = report.weight_share(towers)
+    if share >= minimum:
+        return
+    left = sorted(report.unquantized.items(), key=lambda item: -item[1])
+    named = ", ".join(f"{n} ({s:,})" for n, s in left[:3]) or "the scope has no matrix weights"
+    raise VLMQError(
+        f"only {share:.1%} of the {scope} matrix weights are quantized, {minimum:.0%} wanted; left out: {named}"
+    )
+
+
+def _count_macs(vlm: VLM) -> tuple[dict[tuple[str, nn.Module], int], dict[str, int]]:
+    """Multiply-accumulates of each layer in each tower's run, and of each tower as a whole."""
+    per_layer: defaultdict[tuple[str, nn.Module], int] = defaultdict(int)
+    totals: dict[str, int] = {}
+    running = ""
+
+    def count(module: nn.Module, _: object, output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        outputs = (
+            output.numel() // output.shape[1] if isinstance(module, nn.Conv2d) else output.numel() // weight.shape[0]
+        )
+        per_layer[running, module] += outputs * weight.numel()
+
+    hooks = [m.register_forward_hook(count) for m in vlm.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    device = next(vlm.parameters()).device
+    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, dtype=torch.uint8, device=device)
+    training = vlm.training
+    vlm.eval()
+    try:
+        for running, encode, dummy in (
+            ("vision", vlm.encode_image, image),
+            ("text", vlm.encode_text, vlm.tokenize(["a photo"]).to(device)),
+        ):
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                encode(dummy)
+            totals[running] = counter.get_total_flops() // 2
+    finally:
+        for hook in hooks:
+            hook.remove()
+        vlm.train(training)
+    return dict(per_layer), totals
+
+
+def _is_table(name: str, parameter: Tensor, owner: nn.Module) -> bool:
+    """Whether a parameter with two or more axes is looked up or added instead of multiplied with activations."""
+    vector_in_disguise = sum(size > 1 for size in parameter.shape) <= 1 and not isinstance(owner, nn.Linear | nn.Conv2d)
+    return isinstance(owner, nn.Embedding) or vector_in_disguise or bool(TABLE_NAME.search(name.rsplit(".", 1)[-1]))
+
+
+def _quantizes(module: nn.Module) -> bool:
+    return isinstance(module, QuantizedLayer) and (module.weight_fake_quant.enabled or module.act_fake_quant.enabled)
+
+
+def _layer_type(module: nn.Module) -> str:
+    if isinstance(module, nn.Conv2d):
+        return "depthwise_conv2d" if module.groups == module.in_channels > 1 else "conv2d"
+    return "linear" if isinstance(module, nn.Linear) else "other"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"

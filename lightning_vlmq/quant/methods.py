@@ -1,0 +1,202 @@
+"""What a quantization method is: post-training (:class:`PTQMethod`) or with training (:class:`QATMethod`), by name.
+
+A method overrides the steps it is about and inherits round-to-nearest with min-max ranges for the others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.fake_quant import block_range, to_blocks
+from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
+from lightning_vlmq.quant.scheme import QuantScheme
+from lightning_vlmq.registry import Registry
+
+METHODS: Registry[type[PTQMethod]] = Registry("method")
+
+
+class PTQMethod:
+    """Post-training quantization: swap layers, then fit transforms, activation ranges and weights, in that order."""
+
+    needs_training = False
+
+    def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
+        """Quantize a model in place (copy it first if the full-precision one is still needed).
+
+        Args:
+            vlm: the full-precision model.
+            scheme: bits, granularities and scope.
+            calibration: batches, run through as often as the method needs;
+                ``{"image": uint8 [B, 3, H, W], "tokens": int64 [B, L]}``.
+
+        Returns:
+            The same model.
+
+        Raises:
+            VLMQError: what :func:`swap_layers` and :func:`calibrate` refuse.
+        """
+        swap_layers(vlm, scheme)
+        with torch.no_grad():
+            self.fit_transforms(vlm, scheme, calibration)
+            if scheme.quantizes_acts and not scheme.act_dynamic:
+                self.fit_activations(vlm, scheme, calibration)
+            if scheme.quantizes_weights:
+                self.fit_weights(vlm, scheme, calibration)
+        return vlm
+
+    def fit_transforms(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Move difficulty between a layer's input and weight before ranges are taken; nothing by default."""
+
+    def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Fix the static activation grids; the smallest and largest calibration values by default."""
+        layers = quantized_layers(vlm)
+        observers = {name: RangeObserver() for name in layers}
+        calibrate(vlm, scheme, calibration, observers)
+        for name, observer in observers.items():
+            layers[name].act_fake_quant.set_range(observer.minimum, observer.maximum)
+
+    def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Fix the weight grids (and the weights, where a method rounds them itself); layer by layer by default."""
+        for layer in quantized_layers(vlm).values():
+            self.fit_weight(layer)
+
+    def fit_weight(self, layer: QuantizedLayer) -> None:
+        """Fix one layer's weight grid; the smallest and largest value of each block by default."""
+        quantizer = layer.weight_fake_quant
+        quantizer.set_range(*block_range(to_blocks(layer.weight, quantizer.granularity), quantizer.granularity))
+
+
+class QATMethod(PTQMethod, ABC):
+    """Quantization-aware training: a start (:meth:`prepare`), a distillation loss and the parameters to train.
+
+    The teacher is the full-precision model; where text is out of scope, the student's text features are the teacher's.
+
+    Attributes:
+        feature_weight: weight of the feature loss; 0 leaves contrastive distillation alone.
+    """
+
+    needs_training = True
+    feature_weight = 0.0
+
+    @abstractmethod
+    def init_training(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Set the quantizers' starting point, from a model with min-max grids, and mark what they learn."""
+
+    def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
+        """As :meth:`PTQMethod.prepare`, then set the starting point and freeze all outside the scope's towers."""
+        super().prepare(vlm, scheme, calibration)
+        for name, parameter in vlm.named_parameters():
+            if vlm.tower_of(name) not in scheme.towers:
+                parameter.requires_grad_(False)
+        self.init_training(vlm, scheme, calibration)
+        return vlm
+
+    def loss(
+        self,
+        student_image: Tensor,
+        student_text: Tensor,
+        teacher_image: Tensor,
+        teacher_text: Tensor,
+        logit_scale: Tensor | float,
+    ) -> Tensor:
+        """Contrastive distillation, plus ``feature_weight`` times the feature mean squared error.
+
+        Args:
+            student_image: unit-norm features ``[B, D]`` of the quantized image encoder.
+            student_text: unit-norm text features ``[B, D]``; the teacher's where text is out of scope.
+            teacher_image: the full-precision model's, ``[B, D]``.
+            teacher_text: the full-precision model's, ``[B, D]``.
+            logit_scale: the teacher's factor on cosine similarities.
+
+        Returns:
+            Scalar loss, mean over the batch.
+        """
+        loss = contrastive_distillation(student_image, student_text, teacher_image, teacher_text, logit_scale)
+        if self.feature_weight:
+            features = F.mse_loss(student_image, teacher_image) + F.mse_loss(student_text, teacher_text)
+            loss = loss + self.feature_weight * features
+        return loss
+
+    def parameter_groups(
+        self, vlm: VLM, lr: float, weight_decay: float = 0.0, step_lr: float = 0.01
+    ) -> list[dict[str, Any]]:
+        """Optimizer parameter groups of a prepared model.
+
+        Weights and embeddings (two or more axes) decay, biases and norms do not, and neither do steps and offsets. Adam
+        moves a parameter by about ``lr`` per update whatever the gradient's size, and a step can be a thousand times
+        smaller than a weight's range; so weight steps and activation steps are groups of their own, whose
+        learning rate is ``step_lr`` times their median: about the relative change per update. Offsets move by that
+        share of the median range.
+
+        Args:
+            vlm: a model that :meth:`prepare` returned.
+            lr: learning rate of weights.
+            weight_decay: of weights.
+            step_lr: learning rate of steps, relative to their size.
+
+        Returns:
+            Up to six groups with a ``name``: ``matrices``, ``vectors``, ``weight_steps``, ``weight_offsets``,
+            ``activation_steps``, ``activation_offsets``; those without parameters are left out.
+        """
+        layers = quantized_layers(vlm).values()
+        groups: list[dict[str, Any]] = []
+        for kind, quantizers in (
+            ("weight", [layer.weight_fake_quant for layer in layers]),
+            ("activation", [layer.act_fake_quant for layer in layers]),
+        ):
+            learned = [q for q in quantizers if q.scale.requires_grad]
+            offsets = [q.offset for q in learned if q.offset is not None and q.offset.requires_grad]
+            if not learned:
+                continue
+            step = torch.cat([q.scale.detach() for q in learned]).median().item()
+            span = step * (learned[0].qmax - learned[0].qmin)
+            groups.append({"name": f"{kind}_steps", "params": [q.scale for q in learned], "lr": step_lr * step})
+            groups.append({"name": f"{kind}_offsets", "params": offsets, "lr": step_lr * span})
+        own = {id(parameter) for group in groups for parameter in group["params"]}
+        rest = [p for p in vlm.parameters() if p.requires_grad and id(p) not in own]
+        matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim < 2]
+        groups.insert(0, {"name": "vectors", "params": vectors, "lr": lr})
+        groups.insert(0, {"name": "matrices", "params": matrices, "lr": lr})
+        decay = {"matrices": weight_decay}
+        return [{**group, "weight_decay": decay.get(group["name"], 0.0)} for group in groups if group["params"]]
+
+
+def contrastive_distillation(
+    student_image: Tensor,
+    student_text: Tensor,
+    teacher_image: Tensor,
+    teacher_text: Tensor,
+    logit_scale: Tensor | float,
+) -> Tensor:
+    """Match in-batch image-text similarities: CLIP-KD's contrastive relational distillation (Yang et al. 2024).
+
+    ``KL(softmax(t I_t T_t^T) || softmax(t I_s T_s^T))`` over rows (image to text) and over columns (text to image),
+    averaged over the batch and over the two directions, as in the authors' code. A bias on the logits (SigLIP) cancels
+    in the softmax.
+
+    Args:
+        student_image: unit-norm features ``[B, D]``.
+        student_text: unit-norm features ``[B, D]``.
+        teacher_image: unit-norm features ``[B, D]``; no gradient flows to them.
+        teacher_text: unit-norm features ``[B, D]``; likewise.
+        logit_scale: the factor ``t`` on cosine similarities.
+
+    Returns:
+        Scalar, at least 0, and 0 where student and teacher agree (or the batch holds one pair).
+    """
+    scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
+    student = scale * student_image @ student_text.T
+    teacher = (scale * teacher_image @ teacher_text.T).detach()
+
+    def divergence(s: Tensor, t: Tensor) -> Tensor:
+        return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
+
+    return (divergence(student, teacher) + divergence(student.T, teacher.T)) / 2

@@ -1,0 +1,175 @@
+"""Running statistics of a layer's input beyond its range; see :mod:`lightning_vlmq.quant.calibration` for how they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
+from lightning_vlmq.quant.scheme import QuantScheme
+
+BINS = 4096
+HISTC_LIMIT = 2**23
+"""Values per call of ``torch.histc``, whose float32 counts stop being exact at 2^24."""
+MOMENT_BUDGET = 2**28
+"""Second-moment entries held at once (1 GiB of float32); more layers than fit are done in further passes."""
+
+
+class HistogramObserver:
+    """Histogram of a layer's input between ends known from an earlier pass.
+
+    Attributes:
+        counts: values per bin, float64 ``[bins]``.
+        centers: middle of each bin, float64 ``[bins]``.
+        seen: number of values.
+    """
+
+    def __init__(self, minimum: float, maximum: float, bins: int = BINS) -> None:
+        if maximum <= minimum:  # a constant input still needs a bin of some width
+            maximum = minimum + max(abs(minimum), 1.0) * 1e-6
+        self.minimum, self.maximum, self.seen = minimum, maximum, 0
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+        width = (maximum - minimum) / bins
+        self.centers = minimum + width * (torch.arange(bins, dtype=torch.float64) + 0.5)
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch of inputs, any shape."""
+        for part in x.float().flatten().split(HISTC_LIMIT):
+            counts = torch.histc(part, bins=len(self.counts), min=self.minimum, max=self.maximum)
+            self.counts += counts.double().cpu()
+        self.seen += x.numel()
+
+    def quantile(self, share: float) -> float:
+        """Value below which a share (0 to 1) of the inputs lies, to within one bin; linear inside the bin."""
+        cumulative = self.counts.cumsum(0)
+        target = share * cumulative[-1]
+        index = int(torch.searchsorted(cumulative, target.view(1)).clamp(max=len(self.counts) - 1))
+        before = cumulative[index] - self.counts[index]
+        inside = ((target - before) / self.counts[index].clamp_min(1)).clamp(0, 1).item()
+        width = (self.maximum - self.minimum) / len(self.counts)
+        return self.minimum + width * (index + inside)
+
+
+class ChannelObserver:
+    """Largest and mean magnitude of each input channel of a layer.
+
+    Attributes:
+        absolute_maximum: ``max |x_j|``, ``[channels]``.
+        seen: number of values.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._is_conv = isinstance(layer, nn.Conv2d)
+        self.absolute_maximum: Tensor | float = 0.0
+        self._sum: Tensor | float = 0.0
+        self._rows = 0
+        self.seen = 0
+
+    def observe(self, x: Tensor) -> None:
+        """Take in ``[..., channels]`` of a linear layer, ``[batch, channels, height, width]`` of a convolution."""
+        rows = (x.movedim(1, -1) if self._is_conv else x).reshape(-1, x.shape[1 if self._is_conv else -1]).abs().float()
+        self.absolute_maximum = torch.maximum(rows.amax(0), torch.as_tensor(self.absolute_maximum).to(rows))
+        self._sum = self._sum + rows.sum(0, dtype=torch.float64)
+        self._rows += len(rows)
+        self.seen += x.numel()
+
+    @property
+    def mean_magnitude(self) -> Tensor:
+        """``mean |x_j|``, float32 ``[channels]``."""
+        return (torch.as_tensor(self._sum) / max(self._rows, 1)).float()
+
+
+class SecondMomentObserver:
+    """Mean of ``x x^T`` over the vectors that a layer multiplies its weight with.
+
+    It holds all that a squared output error needs: ``E ||dW x||^2 = sum(dW M * dW)``. GPTQ's Hessian is ``2 M`` times
+    the number of vectors. A convolution's vectors are its input patches, per group.
+
+    Attributes:
+        moment: ``[groups, values per output, values per output]``, float32; one group for a linear layer.
+        seen: number of vectors.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._sum: Tensor | float = 0.0
+        self.seen = 0
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch of the layer's inputs."""
+        for vectors in _vectors(self._layer, x):
+            self._sum = self._sum + vectors.transpose(1, 2) @ vectors
+            self.seen += vectors.shape[1]
+
+    @property
+    def moment(self) -> Tensor:
+        """See the class."""
+        return torch.as_tensor(self._sum) / max(self.seen, 1)
+
+
+def _vectors(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """The vectors behind a layer's products, ``[groups, vectors, values per output]``, image by image for a convolution."""
+    if not isinstance(layer, nn.Conv2d):
+        yield x.reshape(1, -1, x.shape[-1]).float()
+        return
+    pad = layer._reversed_padding_repeated_twice
+    if any(pad):
+        x = F.pad(x, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    for image in x.float().split(1):  # patches of one image at a time: they are k*k times its size
+        patches = F.unfold(image, layer.kernel_size, layer.dilation, 0, layer.stride)  # type: ignore[arg-type]
+        yield patches[0].reshape(layer.groups, -1, patches.shape[-1]).transpose(1, 2)
+
+
+def grouped_rows(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A weight as ``[groups, outputs per group, values per output]``, to go with :class:`SecondMomentObserver`."""
+    groups = layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+
+def output_error(layer: nn.Module, weight: Tensor, moment: Tensor) -> Tensor:
+    """Mean squared error, summed over outputs, that ``weight`` makes in place of the layer's own; scalar float64."""
+    difference = grouped_rows(layer, weight - layer.weight).double()  # type: ignore[operator]
+    return ((difference @ moment.double()) * difference).sum()
+
+
+def observe_histograms(vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]) -> dict[str, HistogramObserver]:
+    """Two calibration passes: ranges, then histograms between them; by layer name."""
+    ranges = {name: RangeObserver() for name in quantized_layers(vlm)}
+    calibrate(vlm, scheme, batches, ranges)
+    histograms = {n: HistogramObserver(r.minimum.item(), r.maximum.item()) for n, r in ranges.items()}
+    calibrate(vlm, scheme, batches, histograms)
+    return histograms
+
+
+def second_moments(
+    vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]
+) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
+    """Yield each layer with its name and second moment, in as many calibration passes as memory asks for.
+
+    The layers must not be changed between yields, or later passes would see it.
+    """
+    pending: dict[str, QuantizedLayer] = {}
+    entries = 0
+    for name, layer in quantized_layers(vlm).items():
+        rows = grouped_rows(layer, layer.weight)
+        size = rows.shape[0] * rows.shape[2] ** 2
+        if pending and entries + size > MOMENT_BUDGET:
+            yield from _moments_of(vlm, scheme, batches, pending)
+            pending, entries = {}, 0
+        pending[name] = layer
+        entries += size
+    yield from _moments_of(vlm, scheme, batches, pending)
+
+
+def _moments_of(
+    vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch], layers: dict[str, QuantizedLayer]
+) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
+    observers = {name: SecondMomentObserver(layer) for name, layer in layers.items()}
+    calibrate(vlm, scheme, batches, observers)
+    for name, layer in layers.items():
+        yield name, layer, observers.pop(name).moment

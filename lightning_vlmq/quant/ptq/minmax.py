@@ -1,0 +1,13 @@
+"""Round to nearest with min-max ranges ("simple PTQ")."""
+
+from __future__ import annotations
+
+from lightning_vlmq.quant.methods import METHODS, PTQMethod
+
+
+@METHODS.register("minmax")
+class MinMax(PTQMethod):
+    """Every range spans the smallest and largest value seen; nothing is clipped and everything rounds to nearest.
+
+    Jacob et al. 2018 (arXiv 1712.05877), section 2.1 and 3.1: the baseline that the other methods are held against.
+    """

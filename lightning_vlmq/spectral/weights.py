@@ -1,0 +1,145 @@
+"""Singular values of one layer's weight, and what they say about its rank."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_vlmq.errors import VLMQError
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """View a layer's weight as the matrix that maps one input patch to the outputs.
+
+    Args:
+        weight: float ``[out, in]`` (linear) or ``[out, in / groups, kh, kw]`` (convolution), every size at least 1.
+
+    Returns:
+        ``[out, in]`` or ``[out, in / groups * kh * kw]``; a depth-wise convolution gives ``[channels, kh * kw]``.
+
+    Raises:
+        VLMQError: if the weight is not of floating point, has fewer than two dimensions, is empty or is not finite.
+    """
+    if weight.ndim < 2 or weight.numel() == 0:
+        raise VLMQError(f"a weight of shape {list(weight.shape)} is no matrix; pass [out, in] or [out, in, kh, kw]")
+    if not weight.is_floating_point():
+        raise VLMQError(f"a weight of dtype {weight.dtype} has no spectrum; pass the dequantized (effective) weight")
+    if not torch.isfinite(weight).all():
+        raise VLMQError(f"the weight of shape {list(weight.shape)} holds NaN or infinity; check training or the scales")
+    return weight.flatten(1)
+
+
+def singular_values(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Singular values of a linear or convolution weight, largest first.
+
+    Args:
+        weight: float ``[out, in]`` or ``[out, in / groups, kh, kw]``, see :func:`as_matrix`.
+        dtype: ``torch.float32`` or ``torch.float64``; the precision of the decomposition and of the result.
+
+    Returns:
+        ``[min(out, in')]`` in ``dtype`` on the weight's device, detached.
+
+    Raises:
+        VLMQError: if the weight is no finite floating-point matrix.
+    """
+    return torch.linalg.svdvals(as_matrix(weight.detach()).to(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """The singular values of one matrix and the scalars derived from them.
+
+    A zero matrix has stable rank, effective rank and energy 0.
+
+    Args:
+        singular_values: float ``[r]`` with r at least 1, finite, not negative, largest first.
+
+    Raises:
+        VLMQError: if the values are not of that form.
+    """
+
+    singular_values: Tensor
+
+    def __post_init__(self) -> None:
+        values = self.singular_values
+        if values.ndim != 1 or len(values) == 0 or not values.is_floating_point():
+            raise VLMQError(f"a spectrum is a non-empty float vector, not {values.dtype} of shape {list(values.shape)}")
+        if not torch.isfinite(values).all() or (values < 0).any() or (values.diff() > 0).any():
+            raise VLMQError("singular values must be finite, not negative and sorted, largest first")
+
+    @classmethod
+    def of(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> Spectrum:
+        """Decompose a weight, see :func:`singular_values`. The values are kept on the CPU."""
+        return cls(singular_values(weight, dtype).cpu())
+
+    def __len__(self) -> int:
+        """Number of singular values r."""
+        return len(self.singular_values)
+
+    @property
+    def stable_rank(self) -> float:
+        """Squared Frobenius norm over squared spectral norm, in [1, r] (Rudelson & Vershynin 2007)."""
+        values = self.singular_values.double()
+        if values[0] == 0:
+            return 0.0
+        return float((values / values[0]).square().sum())
+
+    @property
+    def effective_rank(self) -> float:
+        """``exp`` of the entropy of the singular values normalised to sum 1, in [1, r] (Roy & Vetterli 2007, eq. 3)."""
+        values = self.singular_values.double()
+        if values[0] == 0:
+            return 0.0
+        relative = values / values[0]  # before summing, so that subnormal weights do not underflow
+        return math.exp(float(torch.special.entr(relative / relative.sum()).sum()))
+
+    def energy_at(self, k: int) -> float:
+        """Share of the squared singular values that lies in the ``k`` largest, in [0, 1]; 1 for ``k`` of r or more.
+
+        Raises:
+            VLMQError: if ``k`` is negative.
+        """
+        if k < 0:
+            raise VLMQError(f"energy_at needs a rank of 0 or more, not {k}")
+        values = self.singular_values.double()
+        if values[0] == 0:
+            return 0.0
+        energy = (values / values[0]).square()
+        return min(float(energy[:k].sum() / energy.sum()), 1.0)
+
+
+def log_ratio(quantized: Tensor, reference: Tensor, floor: float = 1e-6) -> Tensor:
+    """How much quantization grew or shrank each singular value, in octaves.
+
+    Values below ``floor`` times the largest of both spectra are raised to it first: what single precision cannot tell
+    from zero has no meaningful ratio, and a rank that neither matrix has gives 0.
+
+    Args:
+        quantized: float ``[r]`` singular values of the quantized weight.
+        reference: float ``[r]`` singular values of the full-precision weight.
+        floor: relative size below which a singular value counts as zero, in (0, 1).
+
+    Returns:
+        float ``[r]``, ``log2(quantized / reference)``; always finite.
+
+    Raises:
+        VLMQError: if the shapes differ, ``floor`` is out of range, or values are negative or not finite.
+    """
+    if quantized.ndim != 1 or quantized.shape != reference.shape or len(quantized) == 0:
+        raise VLMQError(
+            f"spectra of shapes {list(quantized.shape)} and {list(reference.shape)} cannot be compared; "
+            "both must be of one length"
+        )
+    if not 0 < floor < 1:
+        raise VLMQError(f"floor must be between 0 and 1, not {floor}")
+    both = torch.stack([quantized.double(), reference.double()])
+    if not torch.isfinite(both).all() or (both < 0).any():
+        raise VLMQError("singular values must be finite and not negative")
+    largest = both.max()
+    if largest == 0:
+        return torch.zeros_like(quantized)
+    logs = (both / largest).clamp_min(floor).log2()
+    return (logs[0] - logs[1]).to(quantized.dtype)

@@ -1,0 +1,310 @@
+"""The results store: one Parquet part per run, appended atomically, read by the study's runner and report.
+
+Three files belong to a run, under the store's root (``logs/<study>``):
+
+* ``results/<run_id>.parquet``: long-form rows, one per data set, score and metric (:data:`ROW_SCHEMA`);
+* ``samples/<run_id>.parquet``: per-sample records (:data:`SAMPLE_SCHEMA` and one float column per OOD score);
+* ``curves/<run_id>.parquet``: curves such as singular-value spectra (:data:`CURVE_SCHEMA`).
+
+Each is written under a temporary name and moved into place, the results last: **a run is done if and only if its
+results file is there and readable**. Writers need no lock, because no two runs share a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+import uuid
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import lightning_vlmq
+from lightning_vlmq.errors import VLMQError, unknown
+
+ROLES = ("id", "near_ood", "far_ood", "corruption", "shift", "spurious")
+"""What an evaluation set is for. Every sample has one, and every row but those about the model alone (role ``""``)."""
+
+FULL_PRECISION = "fp32"
+"""Method name of the model nothing was done to (scope ``"none"``, 32 bits)."""
+
+_RUN_COLUMNS = [
+    ("model", pa.string()),
+    ("pretrained", pa.string()),
+    ("scope", pa.string()),
+    ("method", pa.string()),
+    ("weight_bits", pa.int32()),
+    ("act_bits", pa.int32()),
+]
+_SET_COLUMNS = [
+    ("dataset", pa.string()),
+    ("role", pa.string()),
+    ("corruption", pa.string()),
+    ("severity", pa.int32()),
+]
+
+ROW_SCHEMA = pa.schema(
+    [
+        *_RUN_COLUMNS,
+        *_SET_COLUMNS,
+        ("score", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("stderr", pa.float64()),
+        ("n", pa.int64()),
+        ("seed", pa.int64()),
+        ("code_version", pa.string()),
+        ("run_id", pa.string()),
+    ]
+)
+"""Columns of a results row. ``value`` and ``stderr`` may be NaN (undefined, e.g. AUROC of an empty set)."""
+
+SAMPLE_SCHEMA = pa.schema(
+    [
+        *_SET_COLUMNS,
+        ("index", pa.int64()),
+        ("target", pa.int64()),
+        ("prediction", pa.int64()),
+        ("confidence", pa.float32()),
+        ("correct", pa.bool_()),
+        ("correct_top5", pa.bool_()),
+        ("nll", pa.float32()),
+        ("brier", pa.float32()),
+    ]
+)
+"""Columns every per-sample record has; each further column is one OOD score (float32, higher = in-distribution)."""
+
+CURVE_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),
+        ("layer", pa.string()),
+        ("group", pa.string()),
+        ("x", pa.float64()),
+        ("y", pa.float64()),
+        ("y_reference", pa.float64()),
+    ]
+)
+"""Columns of a point on a curve, e.g. kind ``"singular_values"``: x = rank, y = quantized, reference = FP32."""
+
+_MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
+_WRITTEN = b"lightning_vlmq.written"
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """What was evaluated: one VLM, quantized one way, with one seed.
+
+    Attributes:
+        model: VLM name, e.g. ``"vit_clean"``.
+        pretrained: where its weights come from, e.g. ``"laion2b_s34b_b79k"``.
+        scope: which towers are quantized: ``"vision"``, ``"vision_text"``, or ``"none"`` for full precision.
+        method: quantization method's name, ``"fp32"`` for full precision.
+        weight_bits: bits per weight (32 for full precision).
+        act_bits: bits per activation (32 for full precision).
+        seed: seed of calibration, training and evaluation.
+    """
+
+    model: str
+    pretrained: str
+    scope: str
+    method: str
+    weight_bits: int
+    act_bits: int
+    seed: int
+
+    @property
+    def bits(self) -> str:
+        """The bit-widths the way they are written in papers, e.g. ``"W4A8"``."""
+        return f"W{self.weight_bits}A{self.act_bits}"
+
+    @property
+    def is_full_precision(self) -> bool:
+        """Whether this is the model nothing was done to."""
+        return self.method == FULL_PRECISION
+
+    def columns(self) -> dict[str, str | int]:
+        """The key as results columns, in the dataclass's order."""
+        return asdict(self)
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version, with the commit where the package runs from a git checkout.
+
+    Returns:
+        ``"0.1.0"`` when installed, ``"0.1.0+g1a2b3c4"`` in a checkout, ``"0.1.0+g1a2b3c4.dirty"`` with changed files.
+    """
+    version = lightning_vlmq.__version__
+    checkout = Path(lightning_vlmq.__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return version
+    # `--exclude *` ignores tags: the version already says the release, the hash says the commit.
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return version
+    commit = described.stdout.strip().replace("-", ".")
+    return f"{version}+g{commit}" if described.returncode == 0 and commit else version
+
+
+class ResultsStore:
+    """Append-only results of a study, one set of Parquet parts per run.
+
+    Args:
+        root: the study's folder, e.g. ``logs/demo``. It is created by the first write.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def write(self, run_id: str, rows: pd.DataFrame, samples: pd.DataFrame, curves: pd.DataFrame) -> None:
+        """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
+
+        Args:
+            run_id: the run's file name, letters, digits, ``.``, ``_`` and ``-``.
+            rows: results, columns as in :data:`ROW_SCHEMA` in any order, at least one row.
+            samples: per-sample records, columns as in :data:`SAMPLE_SCHEMA` and one per OOD score; may be empty.
+            curves: points, columns as in :data:`CURVE_SCHEMA`; may be empty.
+
+        Raises:
+            VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
+                the rows belong to another run or to several.
+        """
+        if rows.empty:
+            raise VLMQError(f"run '{run_id}' has no results rows; a run without results is not stored")
+        row_table = _as_table(rows, ROW_SCHEMA, "results")
+        scores = [pa.field(str(name), pa.float32()) for name in samples.columns if name not in SAMPLE_SCHEMA.names]
+        sample_table = _as_table(samples, pa.schema([*SAMPLE_SCHEMA, *scores]), "samples")
+        curve_table = _as_table(curves, CURVE_SCHEMA, "curves")
+        _check_rows(run_id, rows)
+        sample_roles = set(samples["role"].unique()) if len(samples) else set()
+        for role in sorted((set(rows["role"].unique()) - {""}) | sample_roles):
+            if role not in ROLES:
+                raise unknown("role", role, ROLES)
+        self._write_part("samples", run_id, sample_table)
+        self._write_part("curves", run_id, curve_table)
+        written = datetime.now(UTC).isoformat()
+        self._write_part("results", run_id, row_table.replace_schema_metadata({_WRITTEN: written.encode()}))
+
+    def has(self, run_id: str) -> bool:
+        """Whether the run is done: its results file is there and can be read.
+
+        A results file that cannot be read (a full disk, a broken copy) counts as not done, so that running the study
+        again replaces it and nothing else.
+        """
+        path = self._path("results", run_id)
+        if not path.exists():
+            return False
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowInvalid, OSError):
+            return False
+        return True
+
+    def run_ids(self) -> list[str]:
+        """Run ids with a results file, sorted. Empty for a store nothing was written to."""
+        return sorted(path.stem for path in (self.root / "results").glob("[!.]*.parquet"))
+
+    def written(self, run_id: str) -> datetime:
+        """When the run was filed (UTC). Raises :class:`VLMQError` like :meth:`rows`."""
+        metadata = self._read("results", run_id).schema.metadata or {}
+        if _WRITTEN not in metadata:
+            raise VLMQError(f"{self._path('results', run_id)} was not written by a results store; delete it")
+        return datetime.fromisoformat(metadata[_WRITTEN].decode())
+
+    def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
+        """Results rows of the given runs (default: all), with the columns of :data:`ROW_SCHEMA`.
+
+        Raises:
+            VLMQError: a run is not there, or a part cannot be read (the message names the file to delete).
+        """
+        names = self.run_ids() if run_ids is None else list(run_ids)
+        tables = [self._read("results", run_id).replace_schema_metadata(None) for run_id in names]
+        return pa.concat_tables(tables or [ROW_SCHEMA.empty_table()]).to_pandas()
+
+    def samples(self, run_id: str) -> pd.DataFrame:
+        """Per-sample records of one run; text columns are categorical. Raises like :meth:`rows`."""
+        return self._read("samples", run_id).to_pandas(strings_to_categorical=True)
+
+    def curves(self, run_id: str) -> pd.DataFrame:
+        """Curves of one run; text columns are categorical. Raises like :meth:`rows`."""
+        return self._read("curves", run_id).to_pandas(strings_to_categorical=True)
+
+    def _path(self, kind: str, run_id: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run_id):
+            raise VLMQError(f"'{run_id}' cannot be a run id; use letters, digits, '.', '_' and '-'")
+        return self.root / kind / f"{run_id}.parquet"
+
+    def _read(self, kind: str, run_id: str) -> pa.Table:
+        path = self._path(kind, run_id)
+        if not path.exists():
+            raise VLMQError(f"the store has no {kind} of run '{run_id}': {path} is missing; run it (again)")
+        try:
+            # ParquetFile, not read_table: a folder name like "seed=1" above must not become a column.
+            table = pq.ParquetFile(path).read()
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = str(error).splitlines()[0]
+            advice = f"delete {self._path('results', run_id)} and run the study again"
+            raise VLMQError(f"{path} cannot be read ({reason}); {advice}") from error
+        schema = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA}[kind]
+        missing = [name for name in schema.names if name not in table.column_names]
+        if missing:
+            raise VLMQError(f"{path} lacks the columns {', '.join(missing)}; delete it and run the study again")
+        return table
+
+    def _write_part(self, kind: str, run_id: str, table: pa.Table) -> None:
+        path = self._path(kind, run_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{run_id}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                pq.write_table(table, file, compression="zstd")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _as_table(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
+    """Convert to the schema's columns, order and types; an empty frame needs no columns."""
+    if frame.empty:
+        return schema.empty_table()
+    missing = [name for name in schema.names if name not in frame.columns]
+    if missing:
+        raise VLMQError(f"the {what} lack the columns {', '.join(missing)}")
+    extra = [str(name) for name in frame.columns if name not in schema.names]
+    if extra:
+        raise VLMQError(f"the {what} have unknown columns {', '.join(extra)}; known: {', '.join(schema.names)}")
+    try:
+        table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise VLMQError(f"the {what} do not fit their columns' types: {str(error).splitlines()[0]}") from error
+    for name in schema.names:
+        optional = name in _MAY_BE_UNDEFINED or (what == "samples" and name not in SAMPLE_SCHEMA.names)
+        if table[name].null_count and not optional:
+            raise VLMQError(f"column {name} of the {what} has {table[name].null_count} empty cells; fill them")
+    return table
+
+
+def _check_rows(run_id: str, rows: pd.DataFrame) -> None:
+    """Refuse rows of another run, of several runs, or the same evaluation twice."""
+    strangers = set(rows["run_id"]) - {run_id}
+    if strangers:
+        raise VLMQError(f"rows of run '{sorted(map(str, strangers))[0]}' cannot be stored as run '{run_id}'")
+    key_columns = [field.name for field in fields(RunKey)]
+    if len(rows[key_columns].drop_duplicates()) > 1:
+        raise VLMQError(f"the rows of run '{run_id}' differ in {', '.join(key_columns)}; store one run at a time")
+    evaluation = ["dataset", "role", "corruption", "severity", "score", "metric"]
+    twice = rows[rows.duplicated(evaluation)]
+    if len(twice):
+        cell = " ".join(str(value) for value in twice.iloc[0][evaluation] if value != "")
+        raise VLMQError(f"run '{run_id}' has two rows for {cell}; keep one")

@@ -1,0 +1,25 @@
+"""How numbers are written in figures, tables and on the terminal."""
+
+from __future__ import annotations
+
+import math
+
+
+def signed(value: float, digits: int) -> str:
+    """A number with its sign, a real minus, and no sign where all digits shown are zero. NaN is a dash."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:+.{digits}f}"
+    return (text[1:] if float(text) == 0 else text).replace("-", "−")
+
+
+def percent_interval(estimate: float, low: float, high: float) -> tuple[str, str]:
+    """A fraction and its interval, signed and in percent, with the digits that its uncertainty allows.
+
+    Example:
+        >>> percent_interval(0.0312, 0.021, 0.043)
+        ('+3.1', '[+2.1, +4.3]')
+    """
+    half_width = 50 * (high - low)
+    digits = 1 if math.isnan(half_width) or half_width >= 0.3 else 2
+    return signed(100 * estimate, digits), f"[{signed(100 * low, digits)}, {signed(100 * high, digits)}]"

@@ -1,0 +1,310 @@
+"""The callback in a real trainer, its event files read back with TensorBoard's own reader."""
+
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_vlmq.callbacks import SingularValueSpectrum
+from lightning_vlmq.callbacks.figures import log_ratio_heatmap, singular_value_curves
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.spectral import LayerSpectrum, Spectrum
+
+
+class RoundedLinear(nn.Linear):
+    """A quantized layer: its effective weight is the stored one on a grid of 1/8."""
+
+    def effective_weight(self):
+        return (self.weight * 8).round() / 8
+
+
+class TinyVLM(nn.Module):
+    def __init__(self, linear=nn.Linear):
+        super().__init__()
+        self.visual = nn.ModuleDict(
+            {
+                "conv1": nn.Conv2d(3, 6, 2),
+                "0": nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": linear(6, 6), "k_proj": linear(6, 6)})}),
+                "1": nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": linear(6, 6)}), "mlp": linear(6, 12)}),
+            }
+        )
+        self.text_projection = linear(4, 6)
+
+    def tower_of(self, name):
+        return "vision" if name.startswith("visual") else "text"
+
+
+def one_layer():
+    """A model that is drawn quickly, for tests of when records are made."""
+    vlm = TinyVLM()
+    vlm.visual = None
+    return vlm
+
+
+class TinyModule(LightningModule):
+    def __init__(self, vlm, reference=None):
+        super().__init__()
+        self.vlm = vlm
+        self.__dict__["reference"] = reference  # not a submodule: it is not trained
+
+    def training_step(self, batch, batch_idx):
+        return self.vlm.text_projection.weight.square().sum()
+
+    def validation_step(self, batch, batch_idx):
+        return None
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+    def train_dataloader(self):
+        return DataLoader(torch.zeros(16, 1), batch_size=1)
+
+    test_step = validation_step
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def quantized_and_reference():
+    reference = TinyVLM()
+    quantized = TinyVLM(RoundedLinear)
+    quantized.load_state_dict(reference.state_dict())
+    return quantized, reference
+
+
+def trainer(tmp_path, callback, **options):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    defaults = {
+        "logger": [CSVLogger(tmp_path, name="csv"), logger],
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 1,
+        "max_steps": 6,
+    }
+    return Trainer(
+        accelerator="cpu",
+        callbacks=[callback],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        **{**defaults, **options},
+    )
+
+
+def events(tmp_path):
+    accumulator = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0, "scalars": 0})
+    return accumulator.Reload()
+
+
+def sigma(weight):
+    return np.linalg.svd(weight.detach().flatten(1).double().numpy(), compute_uv=False)
+
+
+def test_validation_writes_figures_and_scalars_of_effective_weights(tmp_path):
+    quantized, reference = quantized_and_reference()
+    callback = SingularValueSpectrum(top_ranks=(2, 4))
+    trainer(tmp_path, callback).validate(TinyModule(quantized, reference), verbose=False)
+
+    read = events(tmp_path)
+    groups = {"vision_conv", "vision_attention", "vision_mlp", "text_projection"}
+    figures = {f"singular_values/{name}" for name in groups | {"log_ratio"}}
+    assert set(read.Tags()["images"]) == figures
+    for tag in figures:
+        (event,) = read.Images(tag)
+        image = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
+        assert event.step == 0
+        assert image.shape[0] > 150 and image.shape[1] > 300
+        assert image.std() > 10  # something is drawn
+
+    attention = [layer for name, layer in quantized.named_modules() if name.endswith("_proj")]
+    values = [sigma(layer.effective_weight()) for layer in attention]
+    expected = {
+        "stable_rank": [(s**2).sum() / s[0] ** 2 for s in values],
+        "effective_rank": [np.exp(-(s / s.sum() * np.log(s / s.sum())).sum()) for s in values],
+        "top_energy": [(s[:2] ** 2).sum() / (s**2).sum() for s in values],
+        "top_energy_4": [(s[:4] ** 2).sum() / (s**2).sum() for s in values],
+    }
+    for metric, per_layer in expected.items():
+        (event,) = read.Scalars(f"spectrum/vision_attention/{metric}")
+        assert event.step == 0
+        assert event.value == pytest.approx(np.mean(per_layer), rel=1e-4)
+        assert callback.rows()["vision/attention"][metric] == pytest.approx(np.mean(per_layer), rel=1e-4)
+        (event,) = read.Scalars(f"spectrum_layers/{metric}/visual.0.attn.k_proj")
+        assert event.value == pytest.approx(per_layer[1], rel=1e-4)
+
+
+def test_a_test_run_records_too(tmp_path):
+    callback = SingularValueSpectrum()
+    trainer(tmp_path, callback).test(TinyModule(*quantized_and_reference()), verbose=False)
+    assert len(callback.curves()) == 34
+    assert len(events(tmp_path).Images("singular_values/log_ratio")) == 1
+
+
+def test_curves_hold_quantized_beside_reference(tmp_path):
+    quantized, reference = quantized_and_reference()
+    callback = SingularValueSpectrum()
+    trainer(tmp_path, callback, logger=False).validate(TinyModule(quantized, reference), verbose=False)
+    curves = callback.curves()
+    assert list(curves.columns) == ["kind", "layer", "group", "x", "y", "y_reference"]
+    assert set(curves["kind"]) == {"singular_values"}
+    layer = curves[curves["layer"] == "visual.1.mlp"]
+    assert set(layer["group"]) == {"vision/mlp"}
+    assert layer["x"].tolist() == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(layer["y"], sigma(quantized.visual["1"]["mlp"].effective_weight()), rtol=1e-4)
+    np.testing.assert_allclose(layer["y_reference"], sigma(reference.visual["1"]["mlp"].weight), rtol=1e-4)
+    assert len(curves) == 6 + 6 + 6 + 6 + 6 + 4
+
+
+def test_fit_records_start_every_n_steps_and_validation_once_each(tmp_path):
+    callback = SingularValueSpectrum(every_n_steps=2)
+    module = TinyModule(TinyVLM())
+    before = copy.deepcopy(module.vlm)
+    run = trainer(tmp_path, callback, max_steps=7, val_check_interval=3)
+    run.fit(module)
+    read = events(tmp_path)
+    steps = [0, 2, 3, 4, 6]  # validations at 3 and 6; the sanity check writes nothing of its own
+    for tag in ("singular_values/text_projection", "singular_values/log_ratio"):
+        assert [event.step for event in read.Images(tag)] == steps
+    scalars = read.Scalars("spectrum_layers/top_energy/text_projection")
+    assert [event.step for event in scalars] == steps
+
+    curves = callback.curves().set_index("layer")
+    projection = curves.loc["text_projection"]
+    np.testing.assert_allclose(projection["y_reference"], sigma(before.text_projection.weight), rtol=1e-4)
+    assert (projection["y"] < projection["y_reference"]).all()  # the loss shrinks it
+    untrained = curves.loc["visual.conv1"]
+    np.testing.assert_array_equal(untrained["y"], untrained["y_reference"])
+
+    run.validate(module, verbose=False)  # alone, after the fit: nothing to compare with, and still computed
+    assert callback.curves()["y_reference"].isna().all()
+
+
+def test_the_image_slider_shows_training(tmp_path):
+    trainer(tmp_path, SingularValueSpectrum(every_n_steps=2), limit_val_batches=0, max_steps=4).fit(
+        TinyModule(one_layer())
+    )
+    images = [event.encoded_image_string for event in events(tmp_path).Images("singular_values/text_projection")]
+    assert len(images) == len(set(images)) == 3
+
+
+def test_accumulated_batches_do_not_record_a_step_twice(tmp_path):
+    callback = SingularValueSpectrum(every_n_steps=1)
+    trainer(tmp_path, callback, max_steps=3, accumulate_grad_batches=4, limit_val_batches=0).fit(
+        TinyModule(one_layer())
+    )
+    recorded = [event.step for event in events(tmp_path).Scalars("spectrum/text_projection/stable_rank")]
+    assert recorded == [0, 1, 2, 3]
+
+
+def test_zero_steps_leave_start_and_validations(tmp_path):
+    callback = SingularValueSpectrum(every_n_steps=0)
+    trainer(tmp_path, callback, val_check_interval=3).fit(TinyModule(one_layer()))
+    recorded = [event.step for event in events(tmp_path).Scalars("spectrum/text_projection/stable_rank")]
+    assert recorded == [0, 3, 6]
+
+
+def test_without_reference_there_is_no_ratio(tmp_path):
+    callback = SingularValueSpectrum()
+    trainer(tmp_path, callback).validate(TinyModule(TinyVLM()), verbose=False)
+    assert "singular_values/log_ratio" not in events(tmp_path).Tags()["images"]
+    assert callback.curves()["y_reference"].isna().all()
+
+
+def test_layers_the_reference_lacks_are_left_uncompared(tmp_path):
+    quantized, reference = quantized_and_reference()
+    reference.text_projection = nn.Linear(2, 6)  # another number of singular values
+    del reference.visual["conv1"]
+    callback = SingularValueSpectrum()
+    trainer(tmp_path, callback).validate(TinyModule(quantized, reference), verbose=False)
+    missing = callback.curves().groupby("layer")["y_reference"].apply(lambda column: column.isna().all())
+    assert set(missing.index[missing]) == {"text_projection", "visual.conv1"}
+
+
+def test_a_changed_reference_is_noticed(tmp_path):
+    quantized, reference = quantized_and_reference()
+    callback, module = SingularValueSpectrum(), TinyModule(quantized, reference)
+    run = trainer(tmp_path, callback, logger=False)
+    run.validate(module, verbose=False)
+    before = callback.curves()["y_reference"]
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.mul_(2)
+    run.validate(module, verbose=False)
+    np.testing.assert_allclose(callback.curves()["y_reference"], 2 * before, rtol=1e-5)
+
+
+def test_half_precision_and_zero_weights(tmp_path):
+    vlm = TinyVLM().bfloat16()
+    nn.init.zeros_(vlm.text_projection.weight)
+    callback = SingularValueSpectrum()
+    trainer(tmp_path, callback).validate(TinyModule(vlm, copy.deepcopy(vlm)), verbose=False)
+    assert callback.rows()["text/projection"] == {"stable_rank": 0.0, "effective_rank": 0.0, "top_energy": 0.0}
+
+
+def test_diverged_weights_name_the_layer(tmp_path):
+    vlm = TinyVLM()
+    with torch.no_grad():
+        vlm.visual["conv1"].weight[0] = torch.nan
+    with pytest.raises(VLMQError, match=r"visual\.conv1"):
+        trainer(tmp_path, SingularValueSpectrum()).validate(TinyModule(vlm), verbose=False)
+
+
+def test_bad_use_is_refused(tmp_path):
+    for arguments in ({"every_n_steps": -1}, {"top_ranks": ()}, {"top_ranks": (0,)}):
+        with pytest.raises(VLMQError):
+            SingularValueSpectrum(**arguments)
+    with pytest.raises(VLMQError, match="no spectra yet"):
+        SingularValueSpectrum().curves()
+    with pytest.raises(VLMQError, match="no 'vlm'"):
+        trainer(tmp_path, SingularValueSpectrum()).validate(TinyModule(None), verbose=False)
+    with pytest.raises(VLMQError, match="no linear"):
+        empty = TinyVLM()
+        empty.visual, empty.text_projection = None, None
+        trainer(tmp_path, SingularValueSpectrum()).validate(TinyModule(empty), verbose=False)
+
+
+def layer_spectrum(name, group, values, reference):
+    return LayerSpectrum(name, group, Spectrum(torch.tensor(values)), reference and Spectrum(torch.tensor(reference)))
+
+
+def test_heatmap_shows_octaves_over_relative_rank():
+    layers = [
+        layer_spectrum("model.visual.proj", "vision/projection", [4.0, 2.0, 1.0], [1.0, 1.0, 1.0]),
+        layer_spectrum("model.transformer.resblocks.0.mlp.c_fc", "text/mlp", [1.0], [2.0]),
+    ]
+    figure = log_ratio_heatmap(layers, "title", "quantized", "FP32")
+    axes, bar = figure.axes
+    text, vision = axes.images[0].get_array().data  # sorted by group
+    np.testing.assert_allclose(text, -1)
+    np.testing.assert_allclose(vision, np.linspace(2, 0, len(vision)), atol=1e-6)  # 2, 1, 0 octaves, linear between
+    low, high = axes.images[0].get_clim()
+    assert low == -high  # white is no change
+    assert bar.get_ylabel() == "log2(σ quantized / σ FP32)"
+    assert {"0.mlp.c_fc", "proj", "text/mlp", "vision/projection"} <= {text.get_text() for text in axes.texts}
+
+
+def test_curves_draw_every_value_of_every_layer():
+    values, reference = [3.0, 2.0, 1.0], [2.5, 2.0, 1.5]
+    layers = [
+        layer_spectrum("model.visual.transformer.resblocks.0.attn.q_proj", "vision/attention", values, reference),
+        layer_spectrum("model.visual.transformer.resblocks.1.attn.q_proj", "vision/attention", reference, None),
+        layer_spectrum("model.visual.transformer.resblocks.0.attn.k_proj", "vision/attention", [1.0], [1.0]),
+    ]
+    (axes,) = singular_value_curves(layers, "title", "quantized", "FP32").axes
+    solid, dashed, *_ = axes.collections
+    drawn = [segment[:, 1].tolist() for segment in solid.get_segments()]
+    assert drawn == [values, reference, [1.0, 1.0]]
+    assert [segment[:, 1].tolist() for segment in dashed.get_segments()] == [reference, [1.0, 1.0]]
+    assert {"attn.q_proj", "attn.k_proj"} == {text.get_text() for text in axes.texts}
+    low, high = axes.get_ylim()
+    assert low < 1 and high > 3
+
+
+def test_many_roles_wrap_into_rows():
+    layers = [layer_spectrum(f"role{chr(97 + i)}", "vision/conv", [1.0, 0.5], None) for i in range(6)]
+    assert [len(axes.texts) for axes in singular_value_curves(layers, "title", "model", "FP32").axes] == [4, 2]

@@ -1,0 +1,201 @@
+"""The evaluation and QAT modules in a real Trainer on the embedded zoo."""
+
+import pandas as pd
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from small_data import SMALL_DATA
+
+from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
+from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
+from lightning_vlmq.modules.features import FeatureCache, tower_digest
+from lightning_vlmq.store import ResultsStore
+
+
+def trainer(**kwargs):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return Trainer(
+        accelerator="cpu", logger=False, use_distributed_sampler=False, num_sanity_val_steps=0, **quiet, **kwargs
+    )
+
+
+def validate(module, *callbacks):
+    seed_everything(0, verbose=False)
+    trainer(callbacks=list(callbacks)).validate(module, EmbeddedData(**SMALL_DATA), verbose=False)
+    return module
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return validate(
+        EvaluationModule(
+            "vit_clean", quant=Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
+        )
+    )
+
+
+def values(module):
+    # as text, in which NaN equals NaN: a relative change from zero is undefined
+    return {(r.dataset, r.score, r.metric): (repr(r.value), repr(r.stderr)) for r in module.rows}
+
+
+def test_every_metric_of_every_role_has_value_and_stderr(quantized):
+    rows = pd.DataFrame([vars(r) for r in quantized.rows])
+    labelled = {"top1", "top5", "ece", "adaptive_ece", "brier", "nll", "agreement"}
+    changes = {f"delta_{m}" for m in labelled - {"agreement"}}
+    detection = {"auroc", "aupr_in", "aupr_out", "fpr95", "fpr95_openood"}
+    expected = {
+        "id": labelled | changes | {"coverage_weights", "coverage_macs"},
+        "corruption": labelled | changes,
+        "shift": labelled | changes,
+        "near_ood": detection | {f"delta_{m}" for m in detection},
+        "far_ood": detection | {f"delta_{m}" for m in detection},
+        "spurious": labelled | changes | {"rsg", "delta_rsg", "vuln_add"},
+    }
+    assert {role: set(group["metric"]) for role, group in rows.groupby("role")} == expected
+    assert rows[~rows["metric"].str.startswith("delta_")]["value"].notna().all()
+    assert rows.query("metric == 'coverage_weights'")["value"].min() > 0.95
+
+
+def test_top1_equals_a_plain_loop(quantized):
+    data = EmbeddedData(**SMALL_DATA)
+    data.setup()
+    vlm = EvaluationModule("vit_clean").vlm
+    with torch.no_grad():
+        classes = vlm.class_features(data.class_names, data.templates)
+        for s in data.eval_sets:
+            if s.role in ("near_ood", "far_ood"):
+                continue
+            right = (
+                vlm.zero_shot_logits(vlm.encode_image(s.images.images), classes).argmax(1) == s.images.columns["target"]
+            )
+            recorded = quantized.reference_records[s.name]["correct"]
+            assert recorded.float().mean().item() == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+def test_same_seed_same_bits(quantized):
+    again = validate(
+        EvaluationModule(
+            "vit_clean", quant=Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
+        )
+    )
+    assert values(again) == values(quantized)
+
+
+def test_full_precision_has_no_changes():
+    module = validate(EvaluationModule("convnext_clean"))
+    assert module.reference_records is None and module.run_key.is_full_precision
+    assert not any(r.metric.startswith("delta") or r.metric in ("agreement", "vuln_add") for r in module.rows)
+
+
+def test_cached_features_change_nothing_and_are_used(quantized, tmp_path, monkeypatch):
+    settings = Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
+    first = validate(EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path)))
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 * len(first.records)
+    second = EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path))
+    monkeypatch.setattr(FeatureCache, "put", lambda *_: pytest.fail("a forward pass was run again"))
+    assert values(validate(second)) == values(first) == values(quantized)
+
+
+def test_damaged_cache_is_replaced(tmp_path):
+    first = validate(EvaluationModule("vit_clean", cache=str(tmp_path)))
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:50])
+    assert values(validate(EvaluationModule("vit_clean", cache=str(tmp_path)))) == values(first)
+
+
+def test_digest_tells_towers_apart_but_not_scopes():
+    def digest(scope, bits, model="vit_clean"):
+        module = validate(
+            EvaluationModule(model, quant=Quantization(method="minmax", scope=scope, weight_bits=bits), evaluators=[])
+        )
+        return tower_digest(module.vlm, module.scheme, "minmax")
+
+    assert digest("vision", 4) == digest("vision_text", 4)
+    assert len({digest("vision", 4), digest("vision", 8), digest("vision", 4, "vit_noisy")}) == 3
+
+
+def test_qat_lowers_its_loss_files_results_and_reloads(tmp_path):
+    seed_everything(0, verbose=False)
+    module = QATModule(
+        "vit_clean", quant=Quantization(method="lsq_contrastive", scope="vision", weight_bits=4, act_bits=8)
+    )
+    writer = ResultsWriter(root=str(tmp_path), run_id="qat")
+    fit = trainer(max_epochs=3, check_val_every_n_epoch=3, callbacks=[SingularValueSpectrum(), writer])
+    data = EmbeddedData(**SMALL_DATA)
+
+    def distance():
+        with torch.no_grad():
+            return float(
+                module.method.loss(
+                    module.vlm.encode_image(data.pairs.images),
+                    module.teacher_text,
+                    module.teacher_image,
+                    module.teacher_text,
+                    module.reference.logit_scale(),
+                )
+            )
+
+    before = []
+    original = module.on_fit_start
+    module.on_fit_start = lambda: (original(), before.append(distance()))
+    fit.fit(module, data)
+    module.vlm.eval()
+    assert distance() < before[0]
+
+    store = ResultsStore(tmp_path)
+    rows = store.rows(["qat"])
+    assert set(rows["method"]) == {"lsq_contrastive"} and {"stable_rank", "agreement"} <= set(rows["metric"])
+    assert len(store.curves("qat")) > 0 and len(store.samples("qat")) == sum(len(s.images) for s in data.eval_sets)
+
+    loaded = validate(EvaluationModule("vit_clean", checkpoint=str(tmp_path / "models" / "qat")))
+    for name, columns in module.records.items():
+        assert torch.equal(columns["confidence"], loaded.records[name]["confidence"])
+    assert loaded.run_key == module.run_key
+
+
+class TestBadInput:
+    def test_unknown_and_out_of_range(self):
+        for settings, word in (
+            ({"method": "minmx"}, "minmax"),
+            ({"method": "minmax", "weight_bits": 0}, "weight_bits"),
+            ({"method": "minmax", "act_bits": 17}, "act_bits"),
+            ({"method": "minmax", "scope": "visoin"}, "vision"),
+        ):
+            with pytest.raises(VLMQError, match=word):
+                Quantization(**settings)
+        with pytest.raises(VLMQError, match="energy"):
+            EvaluationModule("vit_clean", scores=["enrgy"])
+
+    def test_training_methods_are_not_validated_untrained(self):
+        with pytest.raises(VLMQError, match="vlmq fit"):
+            validate(EvaluationModule("vit_clean", quant=Quantization(method="lsq_contrastive")))
+
+    def test_post_training_methods_are_not_trained(self):
+        with pytest.raises(VLMQError, match="nothing to train"):
+            QATModule("vit_clean", quant=Quantization(method="minmax"))
+
+    def test_missing_quantized_checkpoint(self, tmp_path):
+        with pytest.raises(VLMQError, match=r"quant\.json"):
+            validate(EvaluationModule("vit_clean", checkpoint=str(tmp_path)))
+
+    def test_padding_sampler_is_noticed(self):
+        data = EmbeddedData(**SMALL_DATA)
+        data.setup()
+        module = EvaluationModule("vit_clean")
+        data.eval_sets  # noqa: B018 - built before the sampler is replaced
+        loaders = data.val_dataloader
+
+        def padded():
+            from torch.utils.data import DataLoader, DistributedSampler
+
+            return [
+                DataLoader(lo.dataset, 50, sampler=DistributedSampler(lo.dataset, 2, 0), collate_fn=lambda b: b)
+                for lo in loaders()
+            ]
+
+        data.val_dataloader = padded
+        with pytest.raises(VLMQError, match="use_distributed_sampler"):
+            trainer().validate(module, data, verbose=False)

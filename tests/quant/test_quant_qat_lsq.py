@@ -1,0 +1,117 @@
+import copy
+import math
+
+import pytest
+import torch
+from quant_cases import build, make_batches
+from torch.nn import functional as F
+
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.models import VLM
+from lightning_vlmq.quant import METHODS, QATMethod, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.methods import contrastive_distillation
+
+QAT = sorted(name for name in METHODS if METHODS[name].needs_training)
+
+
+def train(vlm: VLM, method: str, scheme: QuantScheme, steps: int, lr: float) -> list[float]:
+    batches = make_batches(vlm, (8,))
+    teacher = copy.deepcopy(vlm).eval().requires_grad_(False)
+    quantize(vlm, method, scheme, batches)
+    chosen = METHODS[method]()
+    assert isinstance(chosen, QATMethod)
+    optimizer = torch.optim.Adam(chosen.parameter_groups(vlm, lr))
+    teacher_image, teacher_text = teacher.encode_image(batches[0]["image"]), teacher.encode_text(batches[0]["tokens"])
+    losses = []
+    for _ in range(steps):
+        text = vlm.encode_text(batches[0]["tokens"]) if "text" in scheme.towers else teacher_text
+        loss = chosen.loss(
+            vlm.encode_image(batches[0]["image"]), text, teacher_image, teacher_text, teacher.logit_scale()
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_steps_start_where_the_paper_says(vit: VLM):
+    batches = make_batches(vit)
+    twin = copy.deepcopy(vit)
+    quantize(vit, "lsq_contrastive", QuantScheme(weight_bits=4, act_symmetric=True), batches)
+    for name, layer in quantized_layers(vit).items():
+        weight = twin.get_submodule(name).weight
+        expected = 2 * weight.flatten(1).abs().mean(1) / math.sqrt(7)
+        torch.testing.assert_close(layer.weight_fake_quant.scale.detach(), expected)
+    x = torch.cat([b["image"] for b in batches])
+    first = (x / 255 - twin.mean) / twin.std
+    expected = 2 * first.abs().mean() / math.sqrt(127)
+    torch.testing.assert_close(quantized_layers(vit)["model.visual.conv1"].act_fake_quant.scale[0], expected)
+
+
+def test_asymmetric_start_keeps_the_calibration_minimum_on_the_grid(vit: VLM):
+    quantize(vit, "lsq_contrastive", QuantScheme(), make_batches(vit))
+    quantizer = quantized_layers(vit)["model.visual.conv1"].act_fake_quant
+    lowest = (0 - quantizer.zero_point) * quantizer.scale
+    assert lowest.item() == pytest.approx((0 - 0.5) / 0.25, abs=quantizer.scale.item())
+
+
+@pytest.mark.parametrize("method", QAT)
+def test_training_lowers_the_loss(method: str):
+    losses = train(build("vit_clean"), method, QuantScheme(weight_bits=4), 8, 1e-3)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+
+
+def test_steps_learn_and_what_is_out_of_scope_does_not(vit: VLM):
+    before = copy.deepcopy(vit)
+    train(vit, "lsq_contrastive", QuantScheme(weight_bits=4), 2, 1e-3)
+    start = copy.deepcopy(before)
+    quantize(start, "lsq_contrastive", QuantScheme(weight_bits=4), make_batches(start, (8,)))
+    for name, parameter in vit.named_parameters():
+        original = start.get_parameter(name)
+        if vit.tower_of(name) == "vision":
+            moved = not torch.equal(parameter, original)
+            assert moved or "positional" in name or "bias" in name or "scale" in name, name
+        else:
+            assert torch.equal(parameter, original) and not parameter.requires_grad, name
+    steps = [(n, p) for n, p in vit.named_parameters() if n.endswith("fake_quant.scale")]
+    assert sum(not torch.equal(p, start.get_parameter(n)) for n, p in steps) > 0.9 * len(steps)
+    assert all((p > 0).all() for _, p in steps)
+
+
+def test_parameter_groups_hold_everything_learnable_once(vit: VLM):
+    quantize(vit, "lsq_contrastive", QuantScheme(), make_batches(vit))
+    groups = METHODS["lsq_contrastive"]().parameter_groups(vit, 1e-3, weight_decay=0.1)  # type: ignore[attr-defined]
+    members = [id(p) for group in groups for p in group["params"]]
+    assert sorted(members) == sorted(id(p) for p in vit.parameters() if p.requires_grad)
+    by_name = {group["name"]: group for group in groups}
+    assert set(by_name) == {"matrices", "vectors", "weight_steps", "activation_steps"}
+    assert [group["weight_decay"] for group in groups] == [0.1, 0, 0, 0]
+    steps = torch.cat([p.detach() for p in by_name["weight_steps"]["params"]])
+    assert by_name["weight_steps"]["lr"] == pytest.approx(0.01 * steps.median().item())
+    assert all(p.ndim > 1 for p in by_name["matrices"]["params"])
+
+
+def test_dynamic_activations_have_nothing_to_learn(vit: VLM):
+    with pytest.raises(VLMQError, match="act_dynamic"):
+        quantize(vit, "lsq_contrastive", QuantScheme(act_dynamic=True), make_batches(vit))
+
+
+def test_contrastive_distillation_against_probabilities():
+    torch.manual_seed(0)
+    si, st, ti, tt = (F.normalize(torch.randn(6, 8, dtype=torch.float64), dim=-1) for _ in range(4))
+    expected = 0.0
+    for a, b, c, d in ((si, st, ti, tt), (st, si, tt, ti)):
+        p, q = (10 * c @ d.T).softmax(-1), (10 * a @ b.T).softmax(-1)
+        expected += (p * (p.log() - q.log())).sum(-1).mean() / 2
+    torch.testing.assert_close(contrastive_distillation(si, st, ti, tt, 10.0), expected)
+    assert contrastive_distillation(ti, tt, ti, tt, torch.tensor(10.0)).abs() < 1e-12
+    assert contrastive_distillation(si[:1], st[:1], ti[:1], tt[:1], 10.0) == 0
+
+
+def test_feature_loss_is_added_with_clip_kd_weight():
+    si, st, ti, tt = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(4))
+    plain = METHODS["lsq_contrastive"]().loss(si, st, ti, tt, 10.0)  # type: ignore[attr-defined]
+    both = METHODS["lsq_feature"]().loss(si, st, ti, tt, 10.0)  # type: ignore[attr-defined]
+    torch.testing.assert_close(both - plain, 2000 * ((si - ti) ** 2).mean() + 2000 * ((st - tt) ** 2).mean())

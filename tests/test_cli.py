@@ -1,0 +1,120 @@
+"""The command line as a user runs it: help, configs, bad input, predictions, and two processes."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from lightning_vlmq.cli import main
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.models import zoo
+from lightning_vlmq.store import ResultsStore
+
+EVAL = ["validate", "--config", "configs/eval.yaml"]
+MINMAX = ["--model.quant.method=minmax", "--model.quant.scope=vision_text", "--model.quant.weight_bits=4"]
+
+
+def quiet(root):
+    return [f"--results.root={root}", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+
+
+def test_help_is_readable(vlmq):
+    done = vlmq("validate", "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert "--results.root" in done.stdout and "usage: vlmq" in done.stdout
+    assert "--model.help" in done.stdout and "configs/eval.yaml" in done.stdout
+    assert vlmq("--help").stdout.count("validate") >= 1
+    model = vlmq("validate", "--model.help", "EvaluationModule").stdout
+    assert "--model.quant.weight_bits" in model and "2 to 8" in model
+
+
+def test_printed_config_round_trips(vlmq, tmp_path, small_data_args):
+    first = vlmq(*EVAL, *MINMAX, *small_data_args, "--print_config")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "config.yaml").write_text(first.stdout)
+    second = vlmq("validate", "--config", tmp_path / "config.yaml", "--print_config")
+    assert yaml.safe_load(second.stdout) == yaml.safe_load(first.stdout)
+    assert yaml.safe_load(first.stdout)["model"]["init_args"]["quant"]["method"] == "minmax"
+
+
+def test_configs_compose(vlmq, tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: {init_args: {vlm: convnext_noisy}}\ntrainer: {precision: 64-true}\n")
+    done = vlmq(*EVAL, "--config", tmp_path / "mine.yaml", "--print_config")
+    config = yaml.safe_load(done.stdout)
+    assert config["model"]["init_args"]["vlm"] == "convnext_noisy" and config["trainer"]["precision"] == "64-true"
+    assert config["data"]["class_path"] == "lightning_vlmq.data.EmbeddedData"
+
+
+BAD = {
+    "unknown method": (["--model.quant.method=minmx"], "minmax"),
+    "unknown model": (["--model.vlm=vit_claen"], "vit_clean"),
+    "unknown data set": (["--data.datasets=[garment]"], "garments"),
+    "no bits": ([*MINMAX, "--model.quant.weight_bits=0"], "weight_bits must be 2 to 8"),
+    "17 bits": ([*MINMAX, "--model.quant.act_bits=17"], "act_bits must be 2 to 8"),
+    "bits that are no number": ([*MINMAX, "--model.quant.act_bits=eight"], "act_bits"),
+    "missing checkpoint": (["--model.pretrained=no/such.safetensors"], "does not exist"),
+    "truncated checkpoint": (["--model.pretrained={cut}"], "damaged"),
+    "no ID data": (["--data.datasets=[digits]"], "role id"),
+    "missing data": (["--data.path=no/such/folder"], "does not exist"),
+    "unknown argument": (["--model.quant.methd=minmax"], "methd"),
+    "unknown config file": (["--config", "no/such.yaml"], "no/such.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
+    args, word = BAD[case]
+    (tmp_path / "cut.safetensors").write_bytes((zoo.FOLDER / "vit_clean.safetensors").read_bytes()[:5000])
+    args = [a.replace("{cut}", str(tmp_path / "cut.safetensors")) for a in args]
+    with pytest.raises(VLMQError) as caught:
+        main([*EVAL, *args, *quiet(tmp_path / "results")])
+    assert word in str(caught.value) and "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    assert not list((tmp_path / "results").rglob("*.parquet"))
+
+
+def test_bad_input_exits_with_2_and_no_traceback(vlmq, tmp_path):
+    done = vlmq(*EVAL, "--model.quant.method=minmx", *quiet(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1].startswith("vlmq: error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_test_and_predict(vlmq, tmp_path, small_data_args):
+    done = vlmq("test", "--config", "configs/eval.yaml", *small_data_args, *quiet(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = ResultsStore(tmp_path).rows()
+    assert {"top1", "auroc", "rsg"} <= set(rows["metric"])
+    writer = "--trainer.callbacks+=lightning_vlmq.callbacks.PredictionWriter"
+    folder = f"--trainer.callbacks.folder={tmp_path / 'predictions'}"
+    done = vlmq("predict", "--config", "configs/eval.yaml", *small_data_args, *quiet(tmp_path), writer, folder)
+    assert done.returncode == 0, done.stderr
+    predictions = pd.read_parquet(tmp_path / "predictions" / "garments.parquet")
+    top1 = rows.query("dataset == 'garments' and metric == 'top1'")["value"].item()
+    assert (predictions["prediction"] == predictions["target"]).mean() == pytest.approx(top1)
+
+
+def test_two_processes_give_the_numbers_of_one(vlmq, tmp_path, small_data_args):
+    # 48 garments over 2 processes in batches of 7; 21 digits and 21 textures, which two does not divide
+    args = [
+        *EVAL,
+        *MINMAX,
+        *small_data_args,
+        "--data.batch_size=7",
+        "--trainer.accelerator=cpu",
+        "--results.run_id=run",
+    ]
+    one = vlmq(*args, *quiet(tmp_path / "one"))
+    two = vlmq(*args, *quiet(tmp_path / "two"), "--trainer.devices=2", "--trainer.strategy=ddp")
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    key = ["dataset", "role", "corruption", "severity", "score", "metric"]
+    rows = [ResultsStore(tmp_path / name).rows().set_index(key).sort_index() for name in ("one", "two")]
+    assert rows[0].index.equals(rows[1].index)
+    assert (rows[0]["n"] == rows[1]["n"]).all()
+    for column in ("value", "stderr"):
+        assert rows[0][column].to_numpy() == pytest.approx(rows[1][column].to_numpy(), abs=1e-6, nan_ok=True)
+    digits = ResultsStore(tmp_path / "two").samples("run").query("dataset == 'digits'")
+    assert digits["index"].tolist() == list(range(21))

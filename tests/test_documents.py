@@ -1,0 +1,58 @@
+"""Every command that the documents show is one that the program accepts."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+from lightning_vlmq.cli import main
+from lightning_vlmq.study.grid import Study
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def commands(program):
+    found = []
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for block in re.findall(r"```console\n(.*?)```", (REPOSITORY / name).read_text(), re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [shlex.split(line, comments=True) for line in lines if line.startswith(f".venv/bin/{program} ")]
+    return found
+
+
+@pytest.mark.parametrize("command", commands("vlmq"), ids=" ".join)
+def test_vlmq_command_is_accepted(command, monkeypatch, capsys):
+    monkeypatch.chdir(REPOSITORY)
+    if "--help" in command:
+        pytest.skip("help is tested with the command line")
+    with pytest.raises(SystemExit) as ended:
+        main([*command[1:], "--print_config"])
+    assert ended.value.code == 0
+    assert "class_path: lightning_vlmq" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", commands("vlmq-study"), ids=" ".join)
+def test_study_command_composes(command):
+    overrides = [word for word in command[1:] if not word.startswith(("-", "hydra/"))]
+    if "-m" in command:  # commas outside brackets separate the jobs of a multirun: take the first
+        overrides = [re.split(r",(?![^\[]*\])", word)[0] for word in overrides]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        config = compose("sweep", overrides)
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert Study.from_config(plain["study"]).axes["vlm"]
+
+
+@pytest.mark.parametrize("command", commands("python"), ids=" ".join)
+def test_scripts_exist(command):
+    assert command[1] == "-m" or (REPOSITORY / command[1]).is_file()
+
+
+def test_linked_files_exist():
+    for name in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (REPOSITORY / name).read_text()):
+            assert (REPOSITORY / target).is_file(), f"{name} links to {target}"
