@@ -1,4 +1,4 @@
-"""The command line of a single experiment: ``vlmq fit | validate | test | predict``."""
+"""The command line: an experiment (``vlmq fit | validate | test | predict``), or another of :data:`~lightning_vlmq.commands.COMMANDS`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from lightning_vlmq import data, modules  # noqa: F401 - so that class names work without their module
 from lightning_vlmq.callbacks import ResultsWriter
+from lightning_vlmq.commands import COMMANDS
 from lightning_vlmq.errors import VLMQError
 
 _EPILOG = """The model's and the data's own options: 'vlmq {0} --model.help EvaluationModule' (or QATModule, PretrainingModule), and
@@ -34,6 +35,7 @@ class VLMQCLI(LightningCLI):
             trainer_defaults={"use_distributed_sampler": False},  # the data modules shard, without repeating samples
             parser_kwargs={
                 "prog": "vlmq",
+                "epilog": f"Further commands, each with a --help of its own: vlmq {', vlmq '.join(COMMANDS)}.",
                 "exit_on_error": False,
                 **{name: {"exit_on_error": False, "epilog": _EPILOG.format(name)} for name in self.subcommands()},
             },
@@ -73,8 +75,12 @@ def main(args: list[str] | None = None) -> None:
         "ignore", message=".*intended to run from within Python like.*"
     )  # which is what a study does
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    args = sys.argv[1:] if args is None else args
     try:
-        VLMQCLI(args=args)
+        if args and args[0] in COMMANDS:
+            COMMANDS[args[0]](args[1:])
+        else:
+            VLMQCLI(args=args)
     except (jsonargparse.ArgumentError, ValueError) as error:
         if (own := _own_error(error)) is not None:
             raise own from error

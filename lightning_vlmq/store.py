@@ -18,7 +18,7 @@ import re
 import subprocess
 import uuid
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -35,6 +35,9 @@ ROLES = ("id", "near_ood", "far_ood", "corruption", "shift", "spurious")
 FULL_PRECISION = "fp32"
 """Method name of the model nothing was done to (scope ``"none"``, 32 bits)."""
 
+TUNED = "+lst"
+"""What follows a method's name where the logit scale was tuned on the calibration pairs: ``"minmax+lst"``, ``"fp32+lst"``."""
+
 _RUN_COLUMNS = [
     ("model", pa.string()),
     ("pretrained", pa.string()),
@@ -42,6 +45,7 @@ _RUN_COLUMNS = [
     ("method", pa.string()),
     ("weight_bits", pa.int32()),
     ("act_bits", pa.int32()),
+    ("variant", pa.string()),
 ]
 _SET_COLUMNS = [
     ("dataset", pa.string()),
@@ -95,6 +99,8 @@ CURVE_SCHEMA = pa.schema(
 
 _MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
 _WRITTEN = b"lightning_vlmq.written"
+_SECONDS = b"lightning_vlmq.seconds"
+_CORES = b"lightning_vlmq.cpu_count"
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,11 @@ class RunKey:
         model: VLM name, e.g. ``"vit_clean"``.
         pretrained: where its weights come from, e.g. ``"laion2b_s34b_b79k"``.
         scope: which towers are quantized: ``"vision"``, ``"vision_text"``, or ``"none"`` for full precision.
-        method: quantization method's name, ``"fp32"`` for full precision.
+        method: quantization method's name, ``"fp32"`` for full precision; followed by :data:`TUNED` with a tuned logit scale.
         weight_bits: bits per weight (32 for full precision).
         act_bits: bits per activation (32 for full precision).
         seed: seed of calibration, training and evaluation.
+        variant: what else sets the quantization scheme apart (granularity, rules for layers), empty for the plain one.
     """
 
     model: str
@@ -118,6 +125,7 @@ class RunKey:
     weight_bits: int
     act_bits: int
     seed: int
+    variant: str = ""
 
     @property
     def bits(self) -> str:
@@ -128,6 +136,11 @@ class RunKey:
     def is_full_precision(self) -> bool:
         """Whether this is the model nothing was done to."""
         return self.method == FULL_PRECISION
+
+    @property
+    def tuned(self) -> RunKey:
+        """The same model with its logit scale tuned."""
+        return replace(self, method=self.method + TUNED)
 
     def columns(self) -> dict[str, str | int]:
         """The key as results columns, in the dataclass's order."""
@@ -165,7 +178,9 @@ class ResultsStore:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
 
-    def write(self, run_id: str, rows: pd.DataFrame, samples: pd.DataFrame, curves: pd.DataFrame) -> None:
+    def write(
+        self, run_id: str, rows: pd.DataFrame, samples: pd.DataFrame, curves: pd.DataFrame, seconds: float | None = None
+    ) -> None:
         """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
 
         Args:
@@ -173,6 +188,7 @@ class ResultsStore:
             rows: results, columns as in :data:`ROW_SCHEMA` in any order, at least one row.
             samples: per-sample records, columns as in :data:`SAMPLE_SCHEMA` and one per OOD score; may be empty.
             curves: points, columns as in :data:`CURVE_SCHEMA`; may be empty.
+            seconds: how long the model took to make, see :meth:`seconds`.
 
         Raises:
             VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
@@ -191,8 +207,10 @@ class ResultsStore:
                 raise unknown("role", role, ROLES)
         self._write_part("samples", run_id, sample_table)
         self._write_part("curves", run_id, curve_table)
-        written = datetime.now(UTC).isoformat()
-        self._write_part("results", run_id, row_table.replace_schema_metadata({_WRITTEN: written.encode()}))
+        metadata = {_WRITTEN: datetime.now(UTC).isoformat().encode()}
+        if seconds is not None:
+            metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
+        self._write_part("results", run_id, row_table.replace_schema_metadata(metadata))
 
     def has(self, run_id: str) -> bool:
         """Whether the run is done: its results file is there and can be read.
@@ -219,6 +237,17 @@ class ResultsStore:
         if _WRITTEN not in metadata:
             raise VLMQError(f"{self._path('results', run_id)} was not written by a results store; delete it")
         return datetime.fromisoformat(metadata[_WRITTEN].decode())
+
+    def seconds(self, run_id: str) -> tuple[float, int]:
+        """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores.
+
+        Raises:
+            VLMQError: like :meth:`rows`, or nothing was measured.
+        """
+        metadata = self._read("results", run_id).schema.metadata or {}
+        if _SECONDS not in metadata:
+            raise VLMQError(f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again")
+        return float(metadata[_SECONDS]), int(metadata[_CORES])
 
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
         """Results rows of the given runs (default: all), with the columns of :data:`ROW_SCHEMA`.

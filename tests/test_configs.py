@@ -11,7 +11,9 @@ from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.models import load_vlm, zoo
 
 REPOSITORY = Path(__file__).parents[1]
-EXPERIMENTS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if "class_path" in p.read_text())
+EXPERIMENTS = sorted(
+    p for p in (REPOSITORY / "configs").rglob("*.yaml") if "class_path: lightning_vlmq.modules" in p.read_text()
+)
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
@@ -45,9 +47,11 @@ def test_embedded_model_is_as_accurate_as_it_says(name):
             right = vlm.zero_shot_logits(features, classes).argmax(1) == s.images.columns["target"]
             accuracy[s.name] = right.double().mean().item()
             assert accuracy[s.name] == pytest.approx(description["accuracy"][f"val/{s.name}/top1"], abs=0.005)
+    first = name.startswith(("vit_", "convnext_"))
     if name.endswith("_clean"):
-        assert accuracy["garments"] >= 0.88
-    assert 0.03 <= 1 - accuracy["backgrounds_counter"] / accuracy["backgrounds_common"] <= 0.40
+        assert accuracy["garments"] >= (0.88 if first else 0.85)
+    gap = 1 - accuracy["backgrounds_counter"] / accuracy["backgrounds_common"]
+    assert 0.03 <= gap <= (0.40 if first else 1)
 
 
 def test_embedded_checkpoints_are_small():

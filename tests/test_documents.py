@@ -13,12 +13,13 @@ from lightning_vlmq.cli import main
 from lightning_vlmq.study.grid import Study
 
 REPOSITORY = Path(__file__).parents[1]
+DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])
 
 
 def commands(program):
     found = []
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for block in re.findall(r"```console\n(.*?)```", (REPOSITORY / name).read_text(), re.DOTALL):
+    for document in DOCUMENTS:
+        for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
             found += [shlex.split(line, comments=True) for line in lines if line.startswith(f".venv/bin/{program} ")]
     return found
@@ -32,7 +33,8 @@ def test_vlmq_command_is_accepted(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command[1:], "--print_config"])
     assert ended.value.code == 0
-    assert "class_path: lightning_vlmq" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "class_path: lightning_vlmq" in printed or (command[1] == "convert" and "checkpoint: " in printed)
 
 
 @pytest.mark.parametrize("command", commands("vlmq-study"), ids=" ".join)
@@ -53,6 +55,6 @@ def test_scripts_exist(command):
 
 
 def test_linked_files_exist():
-    for name in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (REPOSITORY / name).read_text()):
-            assert (REPOSITORY / target).is_file(), f"{name} links to {target}"
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).is_file(), f"{document.name} links to {target}"

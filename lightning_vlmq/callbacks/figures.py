@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_vlmq.metrics import ReliabilityBins
+from lightning_vlmq.metrics import ReliabilityBins, TrajectoryBins
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
@@ -267,4 +267,31 @@ def reliability_diagram(panels: Sequence[ReliabilityPanel], title: str) -> Figur
                 part.set_yticklabels([])
     figure.text(0.5, 0.985, title, fontsize=10, ha="center", va="top")
     _legend(figure, figure.axes[0].get_legend_handles_labels()[0], 0.945)
+    return figure
+
+
+def trajectory_diagram(bins: TrajectoryBins, labels: Sequence[str], title: str) -> Figure:
+    """Where the images of each confidence bin of the first model lie under the others: accuracy over confidence, a path a bin.
+
+    Args:
+        bins: from :func:`~lightning_vlmq.metrics.trajectory_bins`; marks grow with the number of images.
+        labels: of the models, at most four.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(4.6, 4.6), dpi=DPI)
+    axes = figure.add_axes((0.13, 0.1, 0.83, 0.76))
+    axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1)
+    confidence, accuracy = bins.confidence.cpu().numpy(), bins.accuracy.cpu().numpy()
+    sizes = 14 + 160 * (bins.count / bins.count.sum()).cpu().numpy()
+    axes.plot(confidence, accuracy, color=GREY, linewidth=0.9, zorder=1)
+    looks = ((GREY, "o"), (VERMILION, "s"), (BLUE, "^"), ("black", "D"))
+    for x, y, label, (color, marker) in zip(confidence, accuracy, labels, looks):
+        axes.scatter(x, y, sizes, color=color, marker=marker, alpha=0.85, linewidths=0, label=label, zorder=2)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=_FIFTHS, yticks=_FIFTHS)
+    axes.set_xlabel("mean confidence", fontsize=8)
+    axes.set_ylabel("accuracy", fontsize=8)
+    axes.tick_params(labelsize=7, length=2)
+    figure.text(0.5, 0.985, title, fontsize=10, ha="center", va="top")
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=label) for label, (c, m) in zip(labels, looks)]
+    _legend(figure, handles, 0.945)
     return figure

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_vlmq.callbacks.figures import ReliabilityPanel, reliability_diagram, tensorboard_writers
+from lightning_vlmq.callbacks.figures import (
+    ReliabilityPanel,
+    reliability_diagram,
+    tensorboard_writers,
+    trajectory_diagram,
+)
 from lightning_vlmq.errors import VLMQError
-from lightning_vlmq.metrics import calibration_error, reliability_bins
+from lightning_vlmq.metrics import calibration_error, reliability_bins, trajectory_bins
 
 
 class ReliabilityDiagrams(Callback):
-    """Writes ``reliability/<data set>`` figures, full precision beside quantized, to all TensorBoard loggers.
+    """Writes ``reliability/<data set>`` and ``reliability_trajectory/<data set>`` figures to all TensorBoard loggers.
+
+    The first shows full precision, the quantized model and the one with its logit scale tuned side by side; the second, where
+    there are two of them, follows the images of each confidence bin of the first to the others.
 
     At the end of every validation (but the sanity check) and test, on rank zero. The Lightning module must have ``records``
     (data set name -> per-sample columns, of which ``confidence`` and ``correct`` are read) and ``eval_sets`` (objects
-    with ``name`` and ``role``); ``reference_records`` are the full-precision model's records of the same sets, or
-    ``None`` for a diagram of one model.
+    with ``name`` and ``role``); ``reference_records`` and ``tuned_records`` are the full-precision and the tuned model's records
+    of the same sets, or ``None``.
 
     Args:
         n_bins: number of equal-width confidence bins.
@@ -35,7 +44,7 @@ class ReliabilityDiagrams(Callback):
         self.roles = tuple(roles)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw one figure per data set whose role is asked for."""
+        """Draw the figures of each data set whose role is asked for."""
         writers = tensorboard_writers(trainer)
         if trainer.sanity_checking or not trainer.is_global_zero or not writers:
             return
@@ -43,17 +52,23 @@ class ReliabilityDiagrams(Callback):
         eval_sets = getattr(pl_module, "eval_sets", None)
         if records is None or eval_sets is None:
             raise VLMQError(f"{type(pl_module).__name__} keeps no per-sample records; remove ReliabilityDiagrams")
-        reference_records = getattr(pl_module, "reference_records", None) or {}
+        reference_records = getattr(pl_module, "reference_records", None)
+        models = {"FP32": reference_records, "quantized" if reference_records else "model": records}
+        models["tuned"] = getattr(pl_module, "tuned_records", None)
+        models = {label: own for label, own in models.items() if own is not None}
         role_of = {eval_set.name: eval_set.role for eval_set in eval_sets}
-        for name, columns in records.items():
+        for name in records:
             if role_of.get(name) not in self.roles:
                 continue
-            panels = [self._panel("quantized" if name in reference_records else "model", name, columns)]
-            if name in reference_records:
-                panels.insert(0, self._panel("FP32", name, reference_records[name]))
+            panels = [self._panel(label, name, own[name]) for label, own in models.items()]
+            title = f"{name}: reliability, n = {len(records[name]['confidence'])}"
             for writer in writers:
-                figure = reliability_diagram(panels, f"{name}: reliability, n = {len(columns['confidence'])}")
-                writer.add_figure(f"reliability/{name}", figure, trainer.global_step)
+                writer.add_figure(f"reliability/{name}", reliability_diagram(panels, title), trainer.global_step)
+                if len(models) > 1:
+                    confidence = torch.stack([own[name]["confidence"] for own in models.values()])
+                    correct = torch.stack([own[name]["correct"] for own in models.values()])
+                    figure = trajectory_diagram(trajectory_bins(confidence, correct, self.n_bins), list(models), title)
+                    writer.add_figure(f"reliability_trajectory/{name}", figure, trainer.global_step)
 
     on_test_end = on_validation_end
 

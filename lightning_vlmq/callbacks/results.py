@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
+from lightning_vlmq.data.datamodule import EvalSet
 from lightning_vlmq.models import require_finite
 from lightning_vlmq.quant import save_quantized
 from lightning_vlmq.store import ResultsStore, code_version
@@ -28,7 +30,10 @@ _SET_COLUMNS = ("dataset", "role", "corruption", "severity")
 class ResultsWriter(Callback):
     """Files a run's results when its validation (in ``fit``: the last one) or test has ended.
 
+    The same model with its logit scale tuned is a run of its own, ``<run_id>.lst`` under the method ``<method>+lst``.
     A quantized model that was trained is saved under ``<root>/models/<run_id>``, to be given to ``--model.checkpoint``.
+    How long the model took to make (to quantize and, in ``fit``, to train, until the last validation began) is kept with the
+    run, see :meth:`~lightning_vlmq.store.ResultsStore.seconds`: not as a row, for rows are the same in every repetition.
 
     Args:
         root: the study's folder.
@@ -42,12 +47,19 @@ class ResultsWriter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Name the run and give the module a place for its features, before anything is computed."""
+        self._start = self._made = time.perf_counter()
         if not hasattr(pl_module, "run_key"):
             return
         if self.run_id is None:
             self.run_id = default_run_id(trainer, pl_module)
         if getattr(pl_module.cache, "folder", None) is None:
             pl_module.cache.folder = self.root / "cache"
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Take the time: the model to be judged is there."""
+        self._made = time.perf_counter()
+
+    on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
         """File the rows, unless training goes on."""
@@ -71,7 +83,7 @@ class ResultsWriter(Callback):
     def _write(self, trainer: Trainer, module: Any) -> None:
         assert self.run_id is not None
         fixed = {**module.run_key.columns(), "code_version": code_version(), "run_id": self.run_id}
-        rows = [{"corruption": "", "severity": 0, "score": "", **asdict(row), **fixed} for row in module.rows]
+        rows = [{**asdict(row), **fixed} for row in module.rows]
         curves = pd.DataFrame(columns=list(CURVE_COLUMNS))
         inside = next(s for s in module.eval_sets if s.role == "id")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -90,15 +102,21 @@ class ResultsWriter(Callback):
                     rows += [
                         {"score": group, "metric": metric, "value": value, **where} for metric, value in values.items()
                     ]
-        samples = pd.concat(
-            [
-                pd.DataFrame({key: column.numpy() for key, column in module.records[s.name].items()}).assign(
-                    **{key: getattr(s, "name" if key == "dataset" else key) for key in _SET_COLUMNS}
-                )
-                for s in module.eval_sets
-            ]
-        )
-        self.store.write(self.run_id, pd.DataFrame(rows), samples, curves)
+        if module.tuned_records is not None:  # first: a run counts as done once its own part is there
+            tuned = {**module.run_key.tuned.columns(), "code_version": code_version(), "run_id": f"{self.run_id}.lst"}
+            tuned_rows = pd.DataFrame([{**asdict(row), **tuned} for row in module.tuned_rows])
+            samples = _sample_table(module.eval_sets, module.tuned_records)
+            self.store.write(tuned["run_id"], tuned_rows, samples, pd.DataFrame())
+        samples = _sample_table(module.eval_sets, module.records)
+        self.store.write(self.run_id, pd.DataFrame(rows), samples, curves, self._made - self._start)
+
+
+def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
+    parts = []
+    for s in sets:
+        where = {key: getattr(s, "name" if key == "dataset" else key) for key in _SET_COLUMNS}
+        parts.append(pd.DataFrame({key: column.numpy() for key, column in records[s.name].items()}).assign(**where))
+    return pd.concat(parts)
 
 
 class CoveragePrinter(Callback):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from lightning import LightningDataModule
@@ -13,11 +13,30 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, SequentialSampler
 
+from lightning_vlmq.data.overlap import Fingerprints, require_disjoint, shown
 from lightning_vlmq.errors import VLMQError
 
 ROLES = ("id", "near_ood", "far_ood", "corruption", "shift", "spurious")
 OOD_ROLES = ("near_ood", "far_ood")
 Batch = dict[str, Any]
+
+
+class ImageSet(Protocol):
+    """Images of a data set, in memory (:class:`TensorImages`) or decoded when asked for (``data.files.FileImages``)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, rows: list[int]) -> Batch:
+        """A batch: ``image`` uint8 ``[b, 3, height, width]``, ``index`` int64 ``[b]``, and each further column's ``b`` values."""
+        ...
+
+    def digest(self) -> str:
+        """A short hash of what decides the batches; equal only for equal sets."""
+        ...
+
+    def fingerprints(self) -> Mapping[str, Fingerprints]:
+        """How to recognise the images, by level of :data:`~lightning_vlmq.data.overlap.LEVELS`; ``shown`` is always there."""
+        ...
 
 
 class TensorImages(Dataset[Batch]):
@@ -55,6 +74,10 @@ class TensorImages(Dataset[Batch]):
             )
         return state.hexdigest()[:16]
 
+    def fingerprints(self) -> Mapping[str, Fingerprints]:
+        """How to recognise the images: by their pixels."""
+        return {"shown": shown(self.images)}
+
 
 @dataclass(frozen=True)
 class EvalSet:
@@ -66,13 +89,20 @@ class EvalSet:
         images: the samples; batches hold ``image``, ``index`` and ``target`` (class index, -1 in OOD sets).
         corruption: name of the corruption or rendition, empty where there is none.
         severity: 1..5, or 0.
+        class_names: the set's own classes, where they are not the data module's.
+        templates: the prompts that go with them; the data module's if not given.
+        classes: the classes that can be predicted, as indices into the class names, where they are not all of them.
+            ``target`` counts along this tuple.
     """
 
     name: str
     role: str
-    images: TensorImages
+    images: ImageSet
     corruption: str = ""
     severity: int = 0
+    class_names: tuple[str, ...] | None = None
+    templates: tuple[str, ...] | None = None
+    classes: tuple[int, ...] | None = None
     digest: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
@@ -86,7 +116,8 @@ class EvalSet:
 class ReliabilityDataModule(LightningDataModule):
     """Base of all data modules: evaluation sets by role for validation and test, caption pairs for training and calibration.
 
-    A subclass fills ``eval_sets``, ``class_names``, ``templates`` and ``pairs`` in ``setup``.
+    A subclass fills ``eval_sets``, ``class_names``, ``templates`` and ``pairs`` in ``setup``. No image of the pairs may be in an
+    evaluation set; that is checked before the pairs are used, or earlier by calling :meth:`require_disjoint_pairs`.
 
     Args:
         batch_size: images a batch when evaluating.
@@ -95,9 +126,9 @@ class ReliabilityDataModule(LightningDataModule):
     """
 
     eval_sets: list[EvalSet]
-    class_names: list[str]
+    class_names: Sequence[str]
     templates: Sequence[str]
-    pairs: TensorImages
+    pairs: TensorImages | None = None
 
     def __init__(self, batch_size: int, train_batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -126,13 +157,26 @@ class ReliabilityDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled image-caption pairs; batches hold ``image``, ``index`` and ``caption`` (a list of strings)."""
-        return self._loader(self.pairs, self.train_batch_size, train=True)
+        return self._loader(self.require_disjoint_pairs(), self.train_batch_size, train=True)
 
     def calibration_batches(self) -> list[Batch]:
         """All caption pairs, unshuffled and on every process alike: what post-training quantization calibrates on."""
-        return list(DataLoader(self.pairs, self.train_batch_size, collate_fn=_as_is))
+        return list(DataLoader(self.require_disjoint_pairs(), self.train_batch_size, collate_fn=as_is))
 
-    def _loader(self, data: TensorImages, batch_size: int, train: bool) -> DataLoader[Batch]:
+    def require_disjoint_pairs(self) -> TensorImages:
+        """The caption pairs, none of whose images is in an evaluation set.
+
+        Raises:
+            VLMQError: there are no pairs, or some of them are evaluated too.
+        """
+        if self.pairs is None:
+            raise VLMQError(
+                "the data has no caption pairs to calibrate, train or tune on; add some, e.g. --config configs/data/cc3m.yaml"
+            )
+        require_disjoint(self.pairs, self.eval_sets)
+        return self.pairs
+
+    def _loader(self, data: Any, batch_size: int, train: bool) -> DataLoader[Batch]:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler: Any
         if train:
@@ -146,11 +190,12 @@ class ReliabilityDataModule(LightningDataModule):
             batch_size=batch_size,  # by name: Lightning rebuilds loaders for prediction from the names
             sampler=sampler,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=train and self.num_workers > 0,  # evaluation has a loader a set: theirs must not pile up
             drop_last=train and len(data) // world >= batch_size,
-            collate_fn=_as_is,
+            collate_fn=as_is,
         )
 
 
-def _as_is(batch: Any) -> Any:
-    return batch  # __getitems__ has collated already
+def as_is(batch: Any) -> Any:
+    """A loader's collation where ``__getitems__`` has collated already."""
+    return batch

@@ -10,11 +10,15 @@ from lightning_vlmq.metrics.calibration import (
     MaximumCalibrationError,
     NegativeLogLikelihood,
 )
+from lightning_vlmq.metrics.classwise import ClasswiseJackknife, jackknife_standard_error
 from lightning_vlmq.metrics.flips import Agreement
 from lightning_vlmq.metrics.functional import (
+    ALEXNET_CLEAN_ERROR,
+    ALEXNET_ERRORS,
     BinSums,
     Bounded,
     DetectionCounts,
+    LogitScale,
     ReliabilityBins,
     TrajectoryBins,
     added_vulnerability,
@@ -26,11 +30,14 @@ from lightning_vlmq.metrics.functional import (
     calibration_error,
     classwise_ece,
     coverage_at_risk,
+    fit_logit_scale,
     fit_temperature,
     fpr95,
     fpr95_openood,
+    mean_corruption_error,
     per_sample,
     relative_change,
+    relative_mean_corruption_error,
     relative_spurious_gap,
     reliability_bins,
     risk_at_coverage,
@@ -38,8 +45,15 @@ from lightning_vlmq.metrics.functional import (
     trajectory_bins,
 )
 from lightning_vlmq.metrics.ood import FPR95
-from lightning_vlmq.metrics.ood_scores import OOD_SCORES, ScoreInputs
+from lightning_vlmq.metrics.ood_scores import OOD_SCORES, PAIR_SCORES, ScoreInputs
 from lightning_vlmq.metrics.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
+from lightning_vlmq.metrics.replicates import (
+    ConfidenceMetrics,
+    RankingMetrics,
+    confidence_metrics,
+    ranking_metrics,
+    resample_counts,
+)
 from lightning_vlmq.metrics.resampling import (
     BootstrapResult,
     bootstrap,
@@ -63,9 +77,12 @@ from lightning_vlmq.metrics.significance import (
 from lightning_vlmq.metrics.spurious import RelativeSpuriousGap
 
 __all__ = [
+    "ALEXNET_CLEAN_ERROR",
+    "ALEXNET_ERRORS",
     "AURC",
     "FPR95",
     "OOD_SCORES",
+    "PAIR_SCORES",
     "RECORD_COLUMNS",
     "AdaptiveCalibrationError",
     "Agreement",
@@ -77,11 +94,15 @@ __all__ = [
     "BrierScore",
     "CalibrationError",
     "ClasswiseCalibrationError",
+    "ClasswiseJackknife",
     "ColumnMetric",
+    "ConfidenceMetrics",
     "DeLongResult",
     "DetectionCounts",
+    "LogitScale",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
+    "RankingMetrics",
     "RelativeSpuriousGap",
     "ReliabilityBins",
     "SampleRecords",
@@ -102,18 +123,25 @@ __all__ = [
     "bootstrap_standard_error",
     "calibration_error",
     "classwise_ece",
+    "confidence_metrics",
     "coverage_at_risk",
     "delong",
     "delong_standard_error",
     "difference",
+    "fit_logit_scale",
     "fit_temperature",
     "fpr95",
     "fpr95_openood",
+    "jackknife_standard_error",
+    "mean_corruption_error",
     "paired_bootstrap",
     "per_sample",
+    "ranking_metrics",
     "relative_change",
+    "relative_mean_corruption_error",
     "relative_spurious_gap",
     "reliability_bins",
+    "resample_counts",
     "risk_at_coverage",
     "share_improved",
     "standard_error_of_mean",

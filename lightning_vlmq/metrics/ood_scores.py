@@ -73,6 +73,10 @@ Parameters beyond the inputs have the published defaults.
 """
 
 
+PAIR_SCORES = frozenset({"knn", "mahalanobis"})
+"""Scores that compare with features of calibration images."""
+
+
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.element_size() >= 4 else values.float()
 

@@ -61,7 +61,8 @@ def bootstrap_indices(n: int, n_resamples: int, generator: torch.Generator) -> T
     return torch.randint(n, (n_resamples, n), generator=generator)
 
 
-def _generator(seed: int, stream: int = 0) -> torch.Generator:
+def seeded_generator(seed: int, stream: int = 0) -> torch.Generator:
+    """A CPU generator for a seed (non-negative) and one of its independent streams."""
     # seeds that differ by little give related Mersenne Twister states; SeedSequence spreads them
     state = np.random.SeedSequence([seed, stream]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed((int(state[0]) << 31) ^ int(state[1]))
@@ -107,7 +108,7 @@ def bootstrap_replicates(
             resample dimension.
     """
     groups, sizes = _sizes_by_group(columns, groups)
-    generators = {group: _generator(seed, stream) for stream, group in enumerate(sizes)}
+    generators = {group: seeded_generator(seed, stream) for stream, group in enumerate(sizes)}
     chunk = max(1, _CHUNK_ELEMENTS // max(sizes.values()))
     values = []
     for start in range(0, n_resamples, chunk):
@@ -151,7 +152,7 @@ def bootstrap_means(columns: Tensor, n_resamples: int = 10_000, seed: int = 0) -
     values = columns.to("cpu", torch.float64)
     n = values.shape[0]
     broken = values.isnan().any(0)
-    means = [weights.to(torch.float64) @ values / n for weights in _weights(n, n_resamples, _generator(seed))]
+    means = [weights.to(torch.float64) @ values / n for weights in _weights(n, n_resamples, seeded_generator(seed))]
     result = torch.cat(means) if means else torch.empty(0, values.shape[1], dtype=torch.float64)
     result[:, broken] = torch.nan  # 0 * NaN is NaN already; said, not left to the matrix product
     return result

@@ -7,6 +7,7 @@ linears would silently skip a quarter of the model. Likewise ``visual.proj`` and
 from __future__ import annotations
 
 import torch
+from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,6 +91,20 @@ class ExplicitAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(batch, length, -1)), None
 
 
+class ExplicitVisionTransformer(VisionTransformer):
+    """open_clip's vision transformer that calls its projection as the layer it now is.
+
+    open_clip writes ``x @ projection``, which torch.compile cannot trace for a module; text towers ask what it is first.
+    """
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Map preprocessed images to pooled features, with the tokens where the model wants them too."""
+        pooled, tokens = self._pool(self.transformer(self._embeds(x)))
+        if self.proj is not None:
+            pooled = self.proj(pooled)
+        return (pooled, tokens) if self.output_tokens else pooled
+
+
 def make_layers_explicit(model: nn.Module) -> None:
     """Replace, in place, every packed attention and raw projection parameter of an open_clip model by linear layers.
 
@@ -107,6 +122,8 @@ def make_layers_explicit(model: nn.Module) -> None:
                 layer = Projection(matrix.shape[0], matrix.shape[1], bias=False)
                 layer.weight = nn.Parameter(matrix.detach().T.contiguous())
                 setattr(module, name, layer)
+        if type(module) is VisionTransformer:
+            module.__class__ = ExplicitVisionTransformer
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

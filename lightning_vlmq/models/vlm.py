@@ -56,24 +56,67 @@ class VLM(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """Embed images.
+    def preprocess(self, pixels: Tensor) -> Tensor:
+        """What the open_clip model takes for images.
 
         Args:
             pixels: ``[batch, 3, height, width]``, uint8 in 0..255 or float in 0..1. Images of another size than the model's are
                 resized to it (bicubic, antialiased, as in open_clip's own preprocessing).
 
         Returns:
-            Unit-norm features, float32 ``[batch, dim]``.
+            Pixels less the model's mean, over its standard deviation, float32 ``[batch, 3, image_size, image_size]``.
         """
         x = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         if x.shape[-2:] != (self.image_size, self.image_size):
             x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 1)
-        return F.normalize(self.model.encode_image((x - self.mean) / self.std), dim=-1)
+        return (x - self.mean) / self.std
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Embed images.
+
+        Args:
+            pixels: as :meth:`preprocess` takes them.
+
+        Returns:
+            Unit-norm features, float32 ``[batch, dim]``.
+        """
+        return F.normalize(self.model.encode_image(self.preprocess(pixels)), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """Embed token ids, int64 ``[batch, length]``, as unit-norm features, float32 ``[batch, dim]``."""
         return F.normalize(self.model.encode_text(tokens), dim=-1)
+
+    @property
+    def has_decoder(self) -> bool:
+        """Whether the model also writes captions: CoCa's text decoder, part of the text tower that :meth:`encode_text` does not run."""
+        return isinstance(self.model, open_clip.CoCa)
+
+    def image_tokens(self, pixels: Tensor) -> Tensor:
+        """What a decoder reads of images.
+
+        Args:
+            pixels: as :meth:`preprocess` takes them.
+
+        Returns:
+            Pooled tokens, float32 ``[batch, n, width]``; only a model with a decoder has them.
+        """
+        image: dict[str, Tensor] = self.model(self.preprocess(pixels))
+        return image["image_embs"]
+
+    def caption_logits(self, image_tokens: Tensor, tokens: Tensor) -> Tensor:
+        """The decoder's prediction of each caption's next token; runs the text encoder on the way.
+
+        Args:
+            image_tokens: from :meth:`image_tokens`, ``[batch, n, width]``.
+            tokens: ids, int64 ``[batch, length]``.
+
+        Returns:
+            Logits, float32 ``[batch, length, vocabulary]``; those at position ``i`` are of token ``i + 1``.
+        """
+        outputs: dict[str, Tensor] = self.model(
+            None, tokens, image_latent=image_tokens, image_embs=image_tokens, output_labels=False
+        )  # the latent is only handed through
+        return outputs["logits"]
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids of a list of texts, int64 ``[n, context_length]``, on the CPU."""
@@ -87,6 +130,11 @@ class VLM(nn.Module):
         """The additive bias of sigmoid-trained models (SigLIP), scalar tensor; zero where the model has none."""
         bias = getattr(self.model, "logit_bias", None)
         return torch.zeros_like(self.model.logit_scale) if bias is None else bias
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether the model was trained with SigLIP's pairwise sigmoid loss, which a bias tells."""
+        return getattr(self.model, "logit_bias", None) is not None
 
     def zero_shot_logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """Logits ``[batch, classes]`` = scale * cosine + bias, from unit-norm features ``[batch, dim]`` and ``[classes, dim]``."""
@@ -113,6 +161,10 @@ class VLM(nn.Module):
         if head != "model" or not first or first in ("logit_scale", "logit_bias"):
             return None
         return "vision" if first == "visual" else "text"
+
+    def in_decoder(self, qualified_name: str) -> bool:
+        """Whether a module or parameter, named relative to this object, belongs to the text decoder (see :attr:`has_decoder`)."""
+        return qualified_name.startswith("model.text_decoder.")
 
 
 def load_vlm(name: str, pretrained: str | None = None) -> VLM:
@@ -141,6 +193,16 @@ def require_finite(vlm: nn.Module) -> None:
             raise VLMQError(
                 f"weight '{name}' holds non-finite values; the checkpoint is damaged or training diverged, use another"
             )
+
+
+def draw_missing_weights(model: nn.Module) -> None:
+    """Initialise, in place, the one matrix of a fresh ``open_clip.CoCa`` that open_clip leaves as uninitialised memory.
+
+    ``text_decoder.text_projection``, as open_clip draws its other text projections: normal, standard deviation ``width ** -0.5``.
+    """
+    if isinstance(model, open_clip.CoCa):
+        projection = model.text_decoder.text_projection
+        nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
 
 
 def _load_open_clip(name: str, pretrained: str | None) -> VLM:
@@ -172,11 +234,8 @@ def _load_open_clip(name: str, pretrained: str | None) -> VLM:
         raise VLMQError(f"cannot load model '{name}' ({source or 'random weights'}): {_first_line(error)}") from error
     finally:
         logging.getLogger().disabled = was
-    decoder = getattr(model, "text_decoder", None)
-    if (
-        source is None and not has_schema and decoder is not None
-    ):  # open_clip leaves this one matrix of CoCa as uninitialised memory
-        nn.init.normal_(decoder.text_projection, std=decoder.text_projection.shape[0] ** -0.5)
+    if source is None and not has_schema:
+        draw_missing_weights(model)
     config: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
     return VLM(model, tokenize, name, source or "none", config["mean"], config["std"])
 

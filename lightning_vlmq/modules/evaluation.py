@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -14,12 +15,27 @@ from torch import Tensor
 
 from lightning_vlmq.data.datamodule import EvalSet, ReliabilityDataModule
 from lightning_vlmq.errors import VLMQError, unknown
-from lightning_vlmq.metrics import OOD_SCORES, RECORD_COLUMNS, SampleRecords, ScoreInputs, per_sample
+from lightning_vlmq.metrics import (
+    OOD_SCORES,
+    PAIR_SCORES,
+    RECORD_COLUMNS,
+    ClasswiseJackknife,
+    LogitScale,
+    SampleRecords,
+    ScoreInputs,
+    per_sample,
+)
 from lightning_vlmq.models import VLM, load_vlm
-from lightning_vlmq.modules.evaluators import Evaluator, Row, default_evaluators, headline
-from lightning_vlmq.modules.features import FeatureCache, tower_digest
+from lightning_vlmq.models.vlm import TOWERS
+from lightning_vlmq.modules.classifiers import zero_shot_classifiers
+from lightning_vlmq.modules.evaluators import classwise_rows, default_evaluators, headline
+from lightning_vlmq.modules.features import FeatureCache, SetFeatures, tower_digest
+from lightning_vlmq.modules.rows import Evaluator, Row
+from lightning_vlmq.modules.tuning import PairFeatures, encode_pairs, own_logit_scale, tuned_logit_scale
 from lightning_vlmq.quant import METHODS, CoverageReport, QuantScheme, load_quantized, quantize
 from lightning_vlmq.store import FULL_PRECISION, RunKey
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,13 +66,15 @@ class Quantization(QuantScheme):
 
 
 AS_IT_IS = Quantization()
+CLASSWISE_ROLES = ("id", "shift", "spurious")
+"""Roles with class-wise errors: a state of bins times classes a set is too much for hundreds of corrupted sets."""
 
 
 class EvaluationModule(LightningModule):
-    """Validates a VLM beside its full-precision reference.
+    """Validates a VLM beside its full-precision reference, and beside itself with its logit scale tuned (LST).
 
-    ``validate`` and ``test`` gather per-sample records of both models (``records``, ``reference_records``: data set name to columns) and
-    turn them into result rows (``rows``), logged as ``<data set>/<score>/<metric>``, and into
+    ``validate`` and ``test`` gather per-sample records of all of them (``records``, ``reference_records``, ``tuned_records``: data set
+    name to columns) and turn them into result rows (``rows``, ``tuned_rows``), logged as ``<data set>/<score>/<metric>``, and into
     headline numbers (``<role>/<metric>``, for other callbacks to monitor); ``predict`` returns the columns of each batch.
 
     Args:
@@ -65,6 +83,7 @@ class EvaluationModule(LightningModule):
         quant: method and scheme; calibration runs in ``setup`` on the data module's caption pairs.
         checkpoint: folder of a saved quantized model, taken instead of quantizing afresh; ``quant`` is then read from it.
         scores: OOD scores to record.
+        lst: whether to also judge the model with its logit scale fitted on the data module's caption pairs, all else as it is.
         evaluators: what to make of the records; all dimensions by default.
         cache: folder for image features, shared by runs; ``None`` keeps none.
 
@@ -78,7 +97,8 @@ class EvaluationModule(LightningModule):
         pretrained: str | None = None,
         quant: Quantization = AS_IT_IS,
         checkpoint: str | None = None,
-        scores: Sequence[str] = ("mcm", "energy"),
+        scores: Sequence[str] = ("mcm", "msp", "maxlogit", "energy", "entropy"),
+        lst: bool = False,
         evaluators: list[Evaluator] | None = None,
         cache: str | None = None,
     ) -> None:
@@ -87,6 +107,7 @@ class EvaluationModule(LightningModule):
         self.quant = quant
         self.scheme = self.quant.scheme()
         self.scores = {name: OOD_SCORES[name] for name in scores}
+        self.lst = lst
         self.evaluators = default_evaluators() if evaluators is None else evaluators
         self.cache = FeatureCache(cache)
         self.checkpoint = checkpoint
@@ -95,8 +116,10 @@ class EvaluationModule(LightningModule):
         self.coverage: CoverageReport | None = None
         self._prepared = False
         self.rows: list[Row] = []
+        self.tuned_rows: list[Row] = []
         self.records: dict[str, dict[str, Tensor]] = {}
         self.reference_records: dict[str, dict[str, Tensor]] | None = None
+        self.tuned_records: dict[str, dict[str, Tensor]] | None = None
 
     @property
     def run_key(self) -> RunKey:
@@ -113,6 +136,7 @@ class EvaluationModule(LightningModule):
             scheme.weight_bits,
             scheme.act_bits,
             seed,
+            scheme.variant,
         )
 
     @property
@@ -154,55 +178,84 @@ class EvaluationModule(LightningModule):
     # validation, test and prediction -------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Build both zero-shot classifiers and see which features are known already."""
+        """Build the models' zero-shot classifiers, tune the logit scale, and see which features are known already."""
         self._models = {"model": self.vlm} | ({} if self.reference is None else {"reference": self.reference})
-        columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
-        columns |= dict.fromkeys(self.scores, torch.float32)
-        self._classifiers: dict[str, Tensor] = {}
-        self._digests: dict[str, str] = {}
-        self._known: dict[tuple[str, str], Tensor | None] = {}
-        self._fresh: dict[tuple[str, str], list[Tensor]] = {}
-        self._collected: dict[tuple[str, str], SampleRecords] = {}
+        self._classifiers: dict[str, dict[str, Tensor]] = {}
+        self._features: dict[tuple[str, str], SetFeatures] = {}
+        self._pairs: dict[str, PairFeatures] = {}
+        # Logit scales by model: each scale, by its name, is a model of its own to the evaluators.
+        self._scales: dict[str, dict[str, LogitScale]] = {}
+        tunes = self.lst and not (self.trainer.sanity_checking or self.trainer.predicting)
         for which, vlm in self._models.items():
             vlm.eval()
+            quantized = which == "model" and self.scheme is not None
+            how = (self.scheme, self.quant.method) if quantized else (None, FULL_PRECISION)
+            towers = {tower: tower_digest(vlm, *how, tower) for tower in TOWERS}
             with torch.no_grad():
-                self._classifiers[which] = vlm.class_features(self.data.class_names, self.data.templates)
-            scheme, method = (
-                (self.scheme, self.quant.method) if which == "model" and self.scheme else (None, FULL_PRECISION)
-            )
-            self._digests[which] = tower_digest(vlm, scheme, method)
+                self._classifiers[which] = zero_shot_classifiers(vlm, self.data, self.cache, towers["text"])
             for s in self.eval_sets:
-                key = which, s.name
-                self._known[key] = self.cache.get(self._digests[which], s.digest)
-                self._fresh[key] = []
+                self._features[which, s.name] = SetFeatures(self.cache, towers["vision"], s)
+            self._scales[which] = {which: own_logit_scale(vlm)}
+            if (tunes and which == "model") or not PAIR_SCORES.isdisjoint(self.scores):
+                self._pairs[which] = encode_pairs(vlm, self.data, self.cache, towers)
+        if tunes:
+            self._scales["model"]["tuned"] = tuned_logit_scale(self.vlm, self._pairs["model"])
+        columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
+        columns |= dict.fromkeys(self.scores, torch.float32)
+        self._collected: dict[tuple[str, str], SampleRecords] = {}
+        self._classwise: dict[tuple[str, str], ClasswiseJackknife] = {}
+        for which, scales in self._scales.items():
+            for key in ((name, s.name) for name in scales for s in self.eval_sets):
                 self._collected[key] = SampleRecords(columns).to(self.device)
+            for s in self.eval_sets:
+                if s.role in CLASSWISE_ROLES:
+                    n_classes = len(self._classifiers[which][s.name])
+                    self._classwise |= {
+                        (name, s.name): ClasswiseJackknife(n_classes).to(self.device) for name in scales
+                    }
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Record one batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]`` for both models."""
-        name = self.eval_sets[dataloader_idx].name
-        for which in self._models:
-            columns = self._columns(which, name, batch)
-            self._collected[which, name].update(index=batch["index"], **columns)
+        """Record one batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]`` for every model."""
+        s = self.eval_sets[dataloader_idx]
+        for which, scales in self._scales.items():
+            inputs = self._score_inputs(which, s.name, batch)
+            for name, scale in scales.items():
+                own = inputs if name == which else replace(inputs, logits=scale.logits(inputs.cosine))
+                self._collected[name, s.name].update(index=batch["index"], **self._columns(own, batch["target"]))
+                if (name, s.name) in self._classwise:
+                    self._classwise[name, s.name].update(batch["index"], own.logits, batch["target"])
 
     def on_validation_epoch_end(self) -> None:
         """Gather the records of all processes, evaluate them, log the rows."""
-        records: dict[str, dict[str, dict[str, Tensor]]] = {which: {} for which in self._models}
+        records: dict[str, dict[str, dict[str, Tensor]]] = {}
+        for (name, dataset), collected in self._collected.items():
+            columns = {key: column.cpu() for key, column in collected.compute().items()}
+            records.setdefault(name, {})[dataset] = columns
+        classwise: dict[str, dict[str, Tensor]] = {name: {} for name in records}
+        for (name, dataset), metric in self._classwise.items():
+            classwise[name][dataset] = metric.compute().cpu()
         for s in self.eval_sets:
-            for which in self._models:
-                columns = self._collected[which, s.name].compute()
-                records[which][s.name] = {name: column.cpu() for name, column in columns.items()}
             self._check_complete(s, records["model"][s.name])
         self.records, self.reference_records = records["model"], records.get("reference")
+        self.tuned_records = records.get("tuned")
         if self.trainer.sanity_checking:
             return
-        self._keep_features()
-        self.rows = [
-            row for e in self.evaluators for row in e.rows(self.eval_sets, self.records, self.reference_records)
-        ] + self._coverage_rows()
+        if self.trainer.world_size == 1:  # under DDP each process has only its share, which is not worth filing
+            for features in self._features.values():
+                features.keep()
+        rows: dict[str, list[Row]] = {}
+        for name, scale in self._scales["model"].items():
+            rows[name] = classwise_rows(self.eval_sets, classwise[name], classwise.get("reference"))
+            rows[name] += [
+                row for e in self.evaluators for row in e.rows(self.eval_sets, records[name], self.reference_records)
+            ]
+            rows[name] += self._model_rows({"logit_scale": scale.scale, "logit_bias": scale.bias})
+        self.rows, self.tuned_rows = rows["model"] + self._coverage_rows(), rows.get("tuned", [])
         everything = {"/".join(filter(None, (row.dataset, row.score, row.metric))): row.value for row in self.rows}
         for logger in self.loggers:
             logger.log_metrics(everything, self.global_step)
         self.log_dict(headline(self.rows), sync_dist=True)
+        self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -211,44 +264,48 @@ class EvaluationModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The record columns of one batch, ``index`` included, each ``[b]``."""
-        return {"index": batch["index"], **self._columns("model", self.eval_sets[dataloader_idx].name, batch)}
+        inputs = self._score_inputs("model", self.eval_sets[dataloader_idx].name, batch)
+        return {"index": batch["index"], **self._columns(inputs, batch["target"])}
 
-    def _columns(self, which: str, name: str, batch: dict[str, Any]) -> dict[str, Tensor]:
-        vlm, known = self._models[which], self._known[which, name]
-        if known is not None:
-            features = known[batch["index"].cpu()].to(self.device)
+    def _score_inputs(self, which: str, name: str, batch: dict[str, Any]) -> ScoreInputs:
+        vlm, classifier = self._models[which], self._classifiers[which][name]
+        if len(batch["index"]) == 0:  # none of the batch's images could be read
+            features = classifier[:0]
         else:
-            features = vlm.encode_image(batch["image"])
-            self._fresh[which, name].append(features.cpu())
-        cosine = features @ self._classifiers[which].T
-        logits = vlm.logit_scale() * cosine + vlm.logit_bias()
-        inputs = ScoreInputs(cosine, logits, features)
-        columns = {"target": batch["target"], **per_sample(logits, batch["target"])}
+            features = self._features[which, name].of(batch["index"], lambda: vlm.encode_image(batch["image"]))
+        cosine = features @ classifier.T
+        pairs = self._pairs[which].images.to(cosine) if which in self._pairs else None
+        return ScoreInputs(cosine, self._scales[which][which].logits(cosine), features, calibration_features=pairs)
+
+    def _columns(self, inputs: ScoreInputs, target: Tensor) -> dict[str, Tensor]:
+        columns = {"target": target, **per_sample(inputs.logits, target)}
         return columns | {score: fn(inputs) for score, fn in self.scores.items()}
 
     def _check_complete(self, s: EvalSet, records: dict[str, Tensor]) -> None:
         limits = (self.trainer.limit_val_batches, self.trainer.limit_test_batches)
-        if len(records["index"]) != len(s.images) and limits == (1.0, 1.0) and not self.trainer.sanity_checking:
+        missing = len(s.images) - len(records["index"])
+        if missing == 0 or limits != (1.0, 1.0) or self.trainer.sanity_checking:
+            return
+        if getattr(s.images, "on_bad_image", "error") == "skip" and missing > 0:
+            if missing == len(s.images):
+                raise VLMQError(f"none of the {missing} images of data set '{s.name}' can be read; repair the files")
+            log.warning("%d of %d images of '%s' cannot be read and are left out", missing, len(s.images), s.name)
+        else:
             raise VLMQError(
                 f"data set '{s.name}' has {len(s.images)} samples, {len(records['index'])} were evaluated; "
                 "leave sharding to the data module (trainer.use_distributed_sampler: false)"
             )
 
-    def _keep_features(self) -> None:
-        """File features of this process if it saw whole sets; under DDP each process has only its share, which is not worth filing."""
-        if self.trainer.world_size > 1:
-            return
-        for (which, name), batches in self._fresh.items():
-            s = next(s for s in self.eval_sets if s.name == name)
-            if sum(map(len, batches)) == len(s.images):
-                self.cache.put(self._digests[which], s.digest, torch.cat(batches))
-
     def _coverage_rows(self) -> list[Row]:
         if self.coverage is None or self.scheme is None:
             return []
-        inside = next(s for s in self.eval_sets if s.role == "id")
         shares = {
             "coverage_weights": self.coverage.weight_share(self.scheme.towers),
             "coverage_macs": self.coverage.mac_share(self.scheme.towers),
         }
-        return [Row(inside.name, "id", metric, value, 0.0, 0) for metric, value in shares.items()]
+        return self._model_rows(shares)
+
+    def _model_rows(self, values: Mapping[str, float | None]) -> list[Row]:
+        """Numbers about the model alone, filed with the in-distribution set."""
+        inside = next(s for s in self.eval_sets if s.role == "id")
+        return [Row(inside.name, "id", name, value, 0.0, 0) for name, value in values.items() if value is not None]

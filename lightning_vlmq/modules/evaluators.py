@@ -6,11 +6,10 @@ full-precision reference on the same samples in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from statistics import fmean
-from typing import Any, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,79 +17,16 @@ from torch import Tensor
 from lightning_vlmq import metrics
 from lightning_vlmq.data.datamodule import OOD_ROLES, EvalSet
 from lightning_vlmq.errors import VLMQError
-
-Records = Mapping[str, Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One result: a metric of one model on one data set, with its standard error and number of samples."""
-
-    dataset: str
-    role: str
-    metric: str
-    value: float
-    stderr: float
-    n: int
-    corruption: str = ""
-    severity: int = 0
-    score: str = ""
-
-
-class Evaluator(Protocol):
-    """Turns records into rows; ``reference`` is ``None`` when the model under test is itself full precision."""
-
-    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """Evaluate every set that this evaluator is about."""
-        ...
-
-
-class Resampled:
-    """A metric's value, its standard error, and the same for its relative change against a reference.
-
-    Standard errors are bootstrap standard deviations (Efron & Tibshirani 1993, chapter 6); both models see the same resamples.
-
-    Args:
-        n_resamples: number of bootstrap resamples.
-        seed: seed of the resamples.
-    """
-
-    def __init__(self, n_resamples: int, seed: int = 0) -> None:
-        if n_resamples < 2:
-            raise VLMQError(f"n_resamples must be at least 2, got {n_resamples}")
-        self.n_resamples = n_resamples
-        self.seed = seed
-
-    def rows(
-        self,
-        make: Callable[..., Row],
-        metric: str,
-        fn: Callable[..., Tensor],
-        columns: Sequence[Tensor],
-        reference: Sequence[Tensor] | None,
-        groups: Sequence[int] | None = None,
-        change: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
-    ) -> list[Row]:
-        """The metric's row, and the row of its change where there is a reference.
-
-        Args:
-            make: builds a row from ``metric``, ``value`` and ``stderr``.
-            metric: the metric's name.
-            fn: the metric, columns ``[..., n]`` to ``[...]``.
-            columns: the model's columns.
-            reference: the reference's columns, or ``None``.
-            groups: which columns are resampled together.
-            change: name and formula ``(reference value, value)`` of the change; relative change if not given.
-        """
-        replicates = partial(metrics.bootstrap_replicates, n_resamples=self.n_resamples, seed=self.seed, groups=groups)
-        value, spread = fn(*columns), replicates(fn, *columns)
-        rows = [make(metric=metric, value=float(value), stderr=_deviation(spread))]
-        if reference is not None:
-            name, formula = change or (f"delta_{metric}", metrics.relative_change)
-            changed = formula(replicates(fn, *reference), spread)
-            point = formula(fn(*reference).double(), value.double())
-            rows.append(make(metric=name, value=float(point), stderr=_deviation(changed)))
-        return rows
+from lightning_vlmq.modules.rows import (
+    Evaluator,
+    Records,
+    Resampled,
+    Row,
+    deviation,
+    jackknife,
+    quantity_rows,
+    row_maker,
+)
 
 
 class ClassificationEvaluator:
@@ -98,38 +34,42 @@ class ClassificationEvaluator:
 
     Args:
         n_bins: bins of the calibration errors.
+        risk: error rate at which coverage is reported; its percentage is part of the metric's name.
         n_resamples: bootstrap resamples behind the standard errors.
     """
 
-    def __init__(self, n_bins: int = 15, n_resamples: int = 100) -> None:
+    def __init__(self, n_bins: int = 15, risk: float = 0.05, n_resamples: int = 100) -> None:
+        if n_bins < 1 or not 0 <= risk <= 1:
+            raise VLMQError(f"need n_bins of at least 1 and a risk in [0, 1], got {n_bins} and {risk}")
         self.n_bins = n_bins
+        self.risk = risk
         self.resampled = Resampled(n_resamples)
 
     def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """``top1``, ``top5``, ``nll``, ``brier``, ``ece``, ``adaptive_ece``; against a reference also ``agreement`` and ``delta_*``."""
-        ece = partial(metrics.calibration_error, n_bins=self.n_bins)
-        table: list[tuple[str, Callable[..., Tensor], tuple[str, ...]]] = [
-            ("top1", _mean, ("correct",)),
-            ("top5", _mean, ("correct_top5",)),
-            ("nll", _mean, ("nll",)),
-            ("brier", _mean, ("brier",)),
-            ("ece", ece, ("confidence", "correct")),
-            ("adaptive_ece", partial(ece, binning="mass"), ("confidence", "correct")),
-        ]
+        """``top1``, ``top5``, ``nll``, ``brier``, ``ece``, ``mce``, ``adaptive_ece``, ``aurc``, ``coverage_at_risk_5``.
+
+        Against a reference also the ``delta_*`` of each, ``agreement``, ``flips`` (all changed predictions), ``flips_broken``
+        (right to wrong) and ``flips_repaired`` (wrong to right).
+        """
         rows: list[Row] = []
         for s in sets:
             if s.role in OOD_ROLES:
                 continue
-            mine, theirs = records[s.name], None if reference is None else reference[s.name]
-            make = _maker(s, len(mine["index"]))
-            for metric, fn, names in table:
-                base = None if theirs is None else [theirs[c] for c in names]
-                rows += self.resampled.rows(make, metric, fn, [mine[c] for c in names], base)
-            if theirs is not None:
-                kept = (mine["prediction"] == theirs["prediction"]) & (mine["prediction"] >= 0)
-                stderr = float(metrics.standard_error_of_mean(kept))
-                rows.append(make(metric="agreement", value=float(_mean(kept)), stderr=stderr))
+            mine, make = self._quantities(records[s.name]), row_maker(s, len(records[s.name]["index"]))
+            theirs = {} if reference is None else self._quantities(reference[s.name])
+            for metric, quantity in mine.items():
+                rows += quantity_rows(make, metric, quantity, theirs.get(metric))
+            if reference is not None:
+                changed = self.resampled.means(_changes(records[s.name], reference[s.name]))
+                rows += [row for metric, quantity in changed.items() for row in quantity_rows(make, metric, quantity)]
         return rows
+
+    def _quantities(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        names = {"top1": "correct", "top5": "correct_top5", "nll": "nll", "brier": "brier"}
+        found = self.resampled.means({metric: columns[name] for metric, name in names.items()})
+        found |= self.resampled.confidences(columns["confidence"], columns["correct"], self.n_bins, self.risk)
+        found[f"coverage_at_risk_{100 * self.risk:g}"] = found.pop("coverage_at_risk")
+        return found
 
 
 class OODEvaluator:
@@ -138,29 +78,32 @@ class OODEvaluator:
     Conventions are in the metrics' names: ``fpr95`` and ``aupr_in`` take ID as positive, ``fpr95_openood`` and ``aupr_out`` OOD.
 
     Args:
-        scores: names of the score columns to evaluate.
+        scores: names of the score columns to evaluate; all that were recorded if not given.
         n_resamples: bootstrap resamples behind the standard errors; ID and OOD samples are resampled independently.
     """
 
-    METRICS = ("auroc", "aupr_in", "aupr_out", "fpr95", "fpr95_openood")
-
-    def __init__(self, scores: Sequence[str] = ("mcm", "energy"), n_resamples: int = 100) -> None:
-        self.scores = tuple(scores)
+    def __init__(self, scores: Sequence[str] | None = None, n_resamples: int = 100) -> None:
+        self.scores = None if scores is None else tuple(scores)
         self.resampled = Resampled(n_resamples)
 
     def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
         """``auroc``, ``aupr_in``, ``aupr_out``, ``fpr95``, ``fpr95_openood`` and their ``delta_*``."""
         inside = next(s.name for s in sets if s.role == "id")
+        scores = self.scores or tuple(name for name in records[inside] if name in metrics.OOD_SCORES)
         rows: list[Row] = []
         for s in sets:
             if s.role not in OOD_ROLES:
                 continue
-            for score in self.scores:
-                make = _maker(s, len(records[s.name]["index"]), score=score)
-                columns = [records[name][score] for name in (inside, s.name)]
-                base = None if reference is None else [reference[name][score] for name in (inside, s.name)]
-                for metric in self.METRICS:
-                    rows += self.resampled.rows(make, metric, getattr(metrics, metric), columns, base, groups=(0, 1))
+            for score in scores:
+                make = row_maker(s, len(records[s.name]["index"]), score=score)
+                mine = self.resampled.rankings(records[inside][score], records[s.name][score])
+                theirs = (
+                    {}
+                    if reference is None
+                    else self.resampled.rankings(reference[inside][score], reference[s.name][score])
+                )
+                for metric, quantity in mine.items():
+                    rows += quantity_rows(make, metric, quantity, theirs.get(metric))
         return rows
 
 
@@ -181,36 +124,120 @@ class SpuriousEvaluator:
         rows: list[Row] = []
         for pair in _pairs(sets):
             names = (f"{pair}_common", f"{pair}_counter")
-            n = sum(len(records[name]["index"]) for name in names)
-            make = partial(Row, dataset=pair, role="spurious", n=n)
-            columns = [records[name]["correct"] for name in names]
-            base = None if reference is None else [reference[name]["correct"] for name in names]
-            rows += self.resampled.rows(
-                make, "rsg", _spurious_gap, columns, base, groups=(0, 1), change=("delta_rsg", metrics.difference)
-            )
-            if base is not None:
-                result = metrics.bootstrap(
-                    _added_vulnerability,
-                    *base,
-                    *columns,
-                    groups=(0, 1, 0, 1),
-                    n_resamples=self.resampled.n_resamples,
-                    seed=self.resampled.seed,
-                )
-                rows.append(make(metric="vuln_add", value=result.estimate, stderr=result.stderr))
+            make = partial(Row, dataset=pair, role="spurious", n=sum(len(records[name]["index"]) for name in names))
+            common, counter = self._accuracies(records, names)
+            gap = metrics.relative_spurious_gap(common, counter)
+            if reference is None:
+                rows += quantity_rows(make, "rsg", gap)
+                continue
+            common_f, counter_f = self._accuracies(reference, names)
+            gap_f = metrics.relative_spurious_gap(common_f, counter_f)
+            rows += quantity_rows(make, "rsg", gap, gap_f, change=("delta_rsg", metrics.difference))
+            changes = metrics.relative_change(counter_f, counter), metrics.relative_change(common_f, common)
+            rows += quantity_rows(make, "vuln_add", metrics.added_vulnerability(*changes))
         return rows
+
+    def _accuracies(self, records: Records, names: Sequence[str]) -> list[Tensor]:
+        return [
+            self.resampled.means({"top1": records[name]["correct"]}, stream)["top1"]
+            for stream, name in enumerate(names)
+        ]
+
+
+class CorruptionEvaluator:
+    """Mean corruption error, dimension 4 (Hendrycks & Dietterich 2019), of each suite of corrupted sets.
+
+    A suite is the sets called ``<suite>_<corruption>_<severity>``; those without a suite's name are called ``corruptions``. A severity
+    counts if every corruption of the suite has it. Not to be taken for the maximum calibration error, MCE.
+
+    Args:
+        baseline: whose errors the model's are divided by: the full-precision ``reference``'s (no rows without one), or ``alexnet``'s
+            published ones on ImageNet-C, as in published tables; the metrics' names then end in ``_alexnet``.
+        n_resamples: bootstrap resamples behind the standard errors; sets of the same size see the same ones.
+        seed: seed of the resamples.
+    """
+
+    def __init__(
+        self, baseline: Literal["reference", "alexnet"] = "reference", n_resamples: int = 100, seed: int = 0
+    ) -> None:
+        self.baseline = baseline
+        self.resampled = Resampled(n_resamples, seed)
+
+    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
+        """``mean_corruption_error`` and ``relative_mean_corruption_error`` (beyond the id set's error) of each suite, as ratios."""
+        published = self.baseline == "alexnet"
+        inside = next((s.name for s in sets if s.role == "id"), None)
+        if inside is None or (reference is None and not published):
+            return []
+        rows: list[Row] = []
+        for suite, names in _suites(sets).items():
+            corruptions = [
+                c for c in dict.fromkeys(c for c, _ in names) if c in metrics.ALEXNET_ERRORS or not published
+            ]
+            severities = [s for s in range(1, 6) if all((c, s) in names for c in corruptions)]
+            if not corruptions or not severities:
+                continue
+            chosen, shape = [names[c, s] for c in corruptions for s in severities], (len(corruptions), len(severities))
+            errors, clean = self._errors(records, chosen, inside, shape)
+            if published:
+                base = torch.tensor([metrics.ALEXNET_ERRORS[c] for c in corruptions]).unsqueeze(1).expand(shape)
+                base_clean = torch.tensor(metrics.ALEXNET_CLEAN_ERROR)
+            else:
+                assert reference is not None
+                base, base_clean = self._errors(reference, chosen, inside, shape)
+            found = {
+                "mean_corruption_error": metrics.mean_corruption_error(errors, base),
+                "relative_mean_corruption_error": metrics.relative_mean_corruption_error(
+                    errors, base, clean, base_clean
+                ),
+            }
+            n = sum(len(records[name]["index"]) for name in chosen)
+            for metric, values in found.items():
+                name = f"{metric}_alexnet" if published else metric
+                rows.append(Row(suite, "corruption", name, float(values[0]), deviation(values[1:]), n))
+        return rows
+
+    def _errors(self, records: Records, names: list[str], inside: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Top-1 errors ``[1 + R, corruptions, severities]`` and clean ones ``[1 + R]``: as they are, then on every resample."""
+        wrong = [~records[name]["correct"].bool() for name in (*names, inside)]
+        errors = torch.empty(1 + self.resampled.n_resamples, len(wrong), dtype=torch.float64)
+        for n in {len(column) for column in wrong}:
+            at = [k for k, column in enumerate(wrong) if len(column) == n]
+            columns = torch.stack([wrong[k] for k in at], 1).double()
+            replicates = metrics.bootstrap_means(columns, self.resampled.n_resamples, self.resampled.seed)
+            errors[:, at] = torch.cat([columns.mean(0, keepdim=True), replicates])
+        return errors[:, :-1].unflatten(1, shape), errors[:, -1]
 
 
 def default_evaluators() -> list[Evaluator]:
     """All dimensions with their default settings."""
-    return [ClassificationEvaluator(), OODEvaluator(), SpuriousEvaluator()]
+    return [ClassificationEvaluator(), OODEvaluator(), CorruptionEvaluator(), SpuriousEvaluator()]
+
+
+def classwise_rows(
+    sets: Iterable[EvalSet], errors: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None
+) -> list[Row]:
+    """``classwise_ece`` and its change; jackknife standard errors, as its bins do not follow from per-sample records.
+
+    Args:
+        sets: the evaluation sets.
+        errors: by data set, what :class:`~lightning_vlmq.metrics.ClasswiseJackknife` computes; sets that are not there have no row.
+        reference: the same of full precision, or ``None``.
+    """
+    rows: list[Row] = []
+    for s in sets:
+        if s.name in errors:
+            theirs = None if reference is None else reference[s.name]
+            make = row_maker(s, len(s.images))
+            rows += quantity_rows(make, "classwise_ece", errors[s.name], theirs, spread=jackknife)
+    return rows
 
 
 HEADLINES = {
     "id": ("top1", "ece", "nll", "agreement"),
     "near_ood": ("auroc", "fpr95"),
     "far_ood": ("auroc", "fpr95"),
-    "corruption": ("top1", "ece"),
+    "corruption": ("top1", "ece", "mean_corruption_error"),
     "shift": ("top1", "ece"),
     "spurious": ("rsg", "delta_rsg", "vuln_add"),
 }
@@ -238,23 +265,17 @@ def _pairs(sets: Iterable[EvalSet]) -> list[str]:
     return pairs
 
 
-def _maker(s: EvalSet, n: int, **fixed: Any) -> Callable[..., Row]:
-    return partial(Row, dataset=s.name, role=s.role, corruption=s.corruption, severity=s.severity, n=n, **fixed)
+def _suites(sets: Iterable[EvalSet]) -> dict[str, dict[tuple[str, int], str]]:
+    """Names of the corrupted sets by suite, then by corruption and severity."""
+    suites: dict[str, dict[tuple[str, int], str]] = {}
+    for s in sets:
+        if s.role == "corruption" and s.severity:
+            suite = s.name.removesuffix(f"{s.corruption}_{s.severity}").strip("_") or "corruptions"
+            suites.setdefault(suite, {})[s.corruption, s.severity] = s.name
+    return suites
 
 
-def _mean(column: Tensor) -> Tensor:
-    return column.double().mean(-1)
-
-
-def _spurious_gap(common: Tensor, counter: Tensor) -> Tensor:
-    return metrics.relative_spurious_gap(_mean(common), _mean(counter))
-
-
-def _added_vulnerability(common_f: Tensor, counter_f: Tensor, common_q: Tensor, counter_q: Tensor) -> Tensor:
-    counter = metrics.relative_change(_mean(counter_f), _mean(counter_q))
-    return metrics.added_vulnerability(counter, metrics.relative_change(_mean(common_f), _mean(common_q)))
-
-
-def _deviation(replicates: Tensor) -> float:
-    defined = replicates[~replicates.isnan()]
-    return float(defined.std(correction=1)) if defined.numel() > 1 else torch.nan
+def _changes(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    same = (mine["prediction"] == theirs["prediction"]) & (mine["prediction"] >= 0)
+    broken, repaired = theirs["correct"] & ~mine["correct"], mine["correct"] & ~theirs["correct"]
+    return {"agreement": same, "flips": ~same, "flips_broken": broken, "flips_repaired": repaired}

@@ -1,11 +1,13 @@
-"""Image features, kept by content: the same tower on the same images is never run twice."""
+"""Features, kept by content: the same tower on the same images or texts is never run twice."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import os
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lightning_vlmq
+from lightning_vlmq.data.datamodule import EvalSet
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant.scheme import QuantScheme
+from lightning_vlmq.store import FULL_PRECISION
 
 
 class FeatureCache:
-    """Image features on disk, one safetensors file per vision tower and data set.
+    """Features on disk, one safetensors file per tower and data set or list of texts.
 
     Args:
         folder: where the files lie; ``None`` keeps nothing.
@@ -48,19 +52,65 @@ class FeatureCache:
         save_file({"features": features.detach().cpu().contiguous()}, partial)
         os.replace(partial, path)
 
+    def of(self, tower: str, dataset: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Features ``[n, dim]`` that are kept (on the CPU), or computed and then kept."""
+        known = self.get(tower, dataset)
+        if known is None:
+            known = compute()
+            self.put(tower, dataset, known)
+        return known
+
     def _path(self, tower: str, dataset: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{tower}_{dataset}.safetensors"
 
 
-def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str) -> str:
-    """What decides a vision tower's outputs, as a hash: its tensors, its structure, how it is quantized, and the code's version.
+class SetFeatures:
+    """Image features of one evaluation set, batch by batch: known ones looked up, new ones collected and filed at the end.
 
-    The scope does not count: a vision tower is the same whether the text tower is quantized too or not.
+    Args:
+        cache: where they are looked up and filed.
+        tower: the vision tower's digest.
+        s: the evaluation set.
     """
-    tower = vlm.get_submodule("model.visual")
-    described = None if scheme is None else dataclasses.replace(scheme, scope="vision")
-    state = hashlib.sha256(f"{lightning_vlmq.__version__} {torch.__version__} {method} {described} {tower}".encode())
-    for name, tensor in sorted(tower.state_dict().items()):
+
+    def __init__(self, cache: FeatureCache, tower: str, s: EvalSet) -> None:
+        self.cache, self.tower, self.set = cache, tower, s
+        self._known = cache.get(tower, s.digest)
+        self._fresh: list[Tensor] = []
+
+    def of(self, index: Tensor, encode: Callable[[], Tensor]) -> Tensor:
+        """Features ``[b, dim]`` of the samples at ``index`` int64 ``[b]``; ``encode`` runs the model on this batch."""
+        if self._known is not None:
+            return self._known[index.cpu()].to(index.device)
+        features = encode()
+        self._fresh.append(features.cpu())
+        return features
+
+    def keep(self) -> None:
+        """File what was new, if it is the whole set."""
+        if sum(map(len, self._fresh)) == len(self.set.images):
+            self.cache.put(self.tower, self.set.digest, torch.cat(self._fresh))
+
+
+def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str, tower: str = "vision") -> str:
+    """What decides a tower's outputs, as a hash: its tensors, its structure, how it is quantized, and the code's version.
+
+    The scope counts only as far as it holds the tower: a vision tower is the same whether the text tower is quantized too or not.
+
+    Args:
+        vlm: the model.
+        scheme: how it is quantized, ``None`` for full precision.
+        method: by which method.
+        tower: ``"vision"`` or ``"text"``.
+    """
+    if scheme is not None and tower in scheme.towers:
+        described = f"{method} {dataclasses.replace(scheme, scope='vision')}"
+    else:
+        described = f"{FULL_PRECISION} None"
+    own = {name: tensor for name, tensor in vlm.state_dict().items() if vlm.tower_of(name) == tower}
+    modules = [module for name, module in vlm.model.named_children() if vlm.tower_of(f"model.{name}") == tower]
+    state = hashlib.sha256(f"{lightning_vlmq.__version__} {torch.__version__} {described} {modules}".encode())
+    for name, tensor in sorted(own.items()):
         state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         state.update(
             tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
@@ -68,3 +118,8 @@ def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str) -> str:
             else str(float(tensor)).encode()
         )
     return state.hexdigest()[:20]
+
+
+def text_digest(texts: Sequence[str], *more: Sequence[str]) -> str:
+    """A hash of lists of texts, to keep their features under."""
+    return f"texts_{hashlib.sha256(json.dumps([list(texts), *map(list, more)]).encode()).hexdigest()[:16]}"

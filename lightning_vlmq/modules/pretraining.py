@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from open_clip.loss import ClipLoss
-from torch import Tensor
+from open_clip import CoCa
+from open_clip.loss import ClipLoss, CoCaLoss, SigLipLoss
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -18,10 +19,11 @@ from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models import zoo
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: the scale is clipped at 100
+CAPTION_WEIGHT = 2.0  # as Yu et al. 2022 and open_clip train CoCa: captioning counts twice as much as contrast
 
 
 class PretrainingModule(LightningModule):
-    """Trains a zoo model from scratch with CLIP's symmetric contrastive loss (Radford et al. 2021, figure 3).
+    """Trains a zoo model from scratch with the loss of its family, see :func:`family_loss`.
 
     Logs ``train/loss`` and, an epoch, ``val/<data set>/top1`` for every labelled evaluation set.
 
@@ -41,13 +43,14 @@ class PretrainingModule(LightningModule):
         if not 0 < warmup < 1:
             raise VLMQError(f"warmup is a share of all steps and must lie between 0 and 1, got {warmup}")
         self.vlm = zoo.build(vlm)
+        self.vlm.model.output_dict = True  # features by name, as open_clip's losses take them
         self.reference = None
         self.lr, self.weight_decay, self.warmup, self.flip = lr, weight_decay, warmup, flip
 
     def setup(self, stage: str) -> None:
         """Create the loss, which gathers features across processes, and one accuracy an evaluation set."""
         data = self.data
-        self.loss = ClipLoss(gather_with_grad=True, rank=self.global_rank, world_size=self.trainer.world_size)
+        self.loss = family_loss(self.vlm.model, self.global_rank, self.trainer.world_size)
         n_classes = len(data.class_names)
         self.accuracy = {s.name: MulticlassAccuracy(n_classes, average="micro").to(self.device) for s in data.eval_sets}
 
@@ -57,12 +60,13 @@ class PretrainingModule(LightningModule):
         return self.trainer.datamodule  # type: ignore[attr-defined]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """One contrastive step on a batch of ``image`` uint8 ``[b, 3, h, w]`` and ``caption`` (``b`` strings); returns the scalar loss."""
+        """One step on a batch of ``image`` uint8 ``[b, 3, h, w]`` and ``caption`` (``b`` strings); returns the scalar loss."""
         images = batch["image"]
         mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < self.flip
         images = torch.where(mirrored, images.flip(-1), images)
         tokens = self.vlm.tokenize(batch["caption"]).to(self.device)
-        loss = self.loss(self.vlm.encode_image(images), self.vlm.encode_text(tokens), self.vlm.logit_scale())
+        parts = self.loss(**self.vlm.model(self.vlm.preprocess(images), tokens), output_dict=True)
+        loss = torch.stack(list(parts.values())).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
         return loss
 
@@ -102,3 +106,24 @@ class PretrainingModule(LightningModule):
             return min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(step - warm, 0) / max(total - warm, 1))))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def family_loss(model: nn.Module, rank: int = 0, world_size: int = 1) -> nn.Module:
+    """The loss that a model's family is trained with, over the features of all processes.
+
+    CoCa: contrast and captioning (Yu et al. 2022, equation 4). A model with a bias on its logits: SigLIP's sigmoid loss of every
+    pair (Zhai et al. 2023, section 3.2). Others: CLIP's symmetric cross-entropy (Radford et al. 2021, figure 3).
+
+    Args:
+        model: an open_clip model.
+        rank: this process.
+        world_size: number of processes.
+
+    Returns:
+        A module that takes the model's outputs by name and, with ``output_dict=True``, gives the scalar parts of the loss by name.
+    """
+    if isinstance(model, CoCa):
+        return CoCaLoss(CAPTION_WEIGHT, 1.0, gather_with_grad=True, rank=rank, world_size=world_size)
+    if getattr(model, "logit_bias", None) is not None:
+        return SigLipLoss(rank=rank, world_size=world_size)
+    return ClipLoss(gather_with_grad=True, rank=rank, world_size=world_size)

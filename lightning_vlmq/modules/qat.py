@@ -22,12 +22,15 @@ class QATModule(EvaluationModule):
     sees the features of all processes. Logs ``train/loss``.
 
     Args:
-        lr: peak learning rate of Adam on weights; step sizes learn at this rate relative to their size. Cosine decay to zero.
+        lr: peak learning rate of Adam on weights; cosine decay to zero, as for the steps.
         weight_decay: decoupled, on matrix weights only.
+        step_lr: peak learning rate of quantization steps and offsets, relative to the steps' size.
         kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
     """
 
-    def __init__(self, *args: Any, lr: float = 3e-4, weight_decay: float = 0.0, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, lr: float = 3e-5, weight_decay: float = 0.0, step_lr: float = 0.01, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.save_hyperparameters(ignore=["evaluators"])
         if self.scheme is None or not METHODS[self.quant.method].needs_training:
@@ -38,7 +41,7 @@ class QATModule(EvaluationModule):
         method = METHODS[self.quant.method]()
         assert isinstance(method, QATMethod)
         self.method = method
-        self.lr, self.weight_decay = lr, weight_decay
+        self.lr, self.weight_decay, self.step_lr = lr, weight_decay, step_lr
 
     def on_fit_start(self) -> None:
         """Run the teacher over all pairs: features ``[pairs, dim]`` of images and of captions, and the captions' tokens."""
@@ -73,8 +76,9 @@ class QATModule(EvaluationModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW (Loshchilov & Hutter 2019) with cosine decay, in the method's parameter groups."""
-        groups = self.method.parameter_groups(self.vlm, self.lr, self.weight_decay)
+        groups = self.method.parameter_groups(self.vlm, self.lr, self.weight_decay, self.step_lr)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        optimizer.register_step_post_hook(lambda *_: self.method.keep_steps_positive(self.vlm))
         total = max(int(self.trainer.estimated_stepping_batches), 1)
         scheduler = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

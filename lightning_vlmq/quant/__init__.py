@@ -7,13 +7,14 @@ from lightning_vlmq.quant.coverage import CoverageReport, CoverageRow, assert_co
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers, swap_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod, QATMethod
-from lightning_vlmq.quant.scheme import QuantScheme
+from lightning_vlmq.quant.scheme import LayerRule, QuantScheme
 
 __all__ = [
     "METHODS",
     "CoverageReport",
     "CoverageRow",
     "FakeQuantizer",
+    "LayerRule",
     "PTQMethod",
     "QATMethod",
     "QuantConv2d",

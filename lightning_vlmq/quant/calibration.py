@@ -32,7 +32,7 @@ class Observer(Protocol):
 
 
 class RangeObserver:
-    """Running minimum, maximum and mean magnitude of a layer's whole input (accumulated in float64).
+    """Running minimum and maximum of a layer's whole input.
 
     Attributes:
         minimum: smallest value seen, ``[1]``.
@@ -44,20 +44,13 @@ class RangeObserver:
         self.minimum = torch.tensor([torch.inf])
         self.maximum = torch.tensor([-torch.inf])
         self.seen = 0
-        self._magnitude = 0.0
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of inputs, any shape."""
         low, high = torch.aminmax(x)
         self.minimum = torch.minimum(self.minimum.to(low.device), low.float())
         self.maximum = torch.maximum(self.maximum.to(high.device), high.float())
-        self._magnitude += x.abs().sum(dtype=torch.float64).item()
         self.seen += x.numel()
-
-    @property
-    def mean_magnitude(self) -> float:
-        """Mean of ``|x|``."""
-        return self._magnitude / max(self.seen, 1)
 
 
 def calibrate(
@@ -65,12 +58,12 @@ def calibrate(
 ) -> None:
     """Run the model's encoders over the batches while each observer watches one layer's input.
 
-    Quantizers are switched off meanwhile, so that every layer sees full-precision inputs; a layer's ``input_transform``
-    is applied before its observer looks.
+    Where text is in scope, a text decoder (CoCa's) runs too. Quantizers are switched off meanwhile, so that every layer
+    sees full-precision inputs; a layer's ``input_transform`` is applied before its observer looks.
 
     Args:
         vlm: a model with quantized layers.
-        scheme: its scope says whether the text encoder runs too.
+        scheme: its scope says whether the text tower runs too.
         batches: ``{"image": uint8 [B, 3, H, W], "tokens": int64 [B, L]}``; ``tokens`` only where text is in scope.
         observers: by layer name.
         what: the word for the watched quantity in messages.
@@ -86,8 +79,13 @@ def calibrate(
     try:
         with torch.no_grad(), full_precision(vlm):
             for batch in batches:
-                vlm.encode_image(_column(batch, "image").to(device))
-                if "text" in scheme.towers:
+                image = _column(batch, "image").to(device)
+                if "text" not in scheme.towers:
+                    vlm.encode_image(image)
+                elif vlm.has_decoder:  # runs both encoders on the way
+                    vlm.caption_logits(vlm.image_tokens(image), _column(batch, "tokens").to(device))
+                else:
+                    vlm.encode_image(image)
                     vlm.encode_text(_column(batch, "tokens").to(device))
                 count += 1
     finally:
@@ -126,7 +124,8 @@ def _watch(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, QuantizedLayer)
         x = module.input_transform(args[0])
-        if not bool(torch.isfinite(x).all()):
+        # the ends of the range, NaN if anything is: torch.isfinite(x) would go over the input six times
+        if not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):
             raise VLMQError(
                 f"layer '{name}' got a non-finite input while calibrating; check the weights and the images"
             )

@@ -18,6 +18,7 @@ from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
+from lightning_vlmq.quant.rotation import restore_rotation, rotated_towers
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.transforms import TRANSFORMS
 
@@ -75,6 +76,7 @@ def save_quantized(
         "pretrained": vlm.pretrained,
         "method": method,
         "scheme": asdict(scheme),
+        "rotated_streams": rotated_towers(vlm),
         "layers": {name: _layer_state(layer) for name, layer in quantized_layers(vlm).items()},
         "coverage": coverage.to_dict(),
         "extra": extra or {},
@@ -105,8 +107,33 @@ def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
         VLMQError: a file is missing, damaged or of another format, or the model is of another architecture.
     """
     folder = Path(path_dir)
-    description = _read_description(folder / DESCRIPTION)
-    tensors = _read_tensors(folder / WEIGHTS)
+    description = read_description(folder / DESCRIPTION, FORMAT)
+    tensors = read_tensors(folder / WEIGHTS)
+    checkpoint = restore_structure(vlm, description, tensors, folder)
+    try:
+        vlm.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise VLMQError(
+            f"checkpoint '{folder}' does not fit model '{vlm.name}': {str(error).splitlines()[-1].strip()}"
+        ) from error
+    vlm.eval()
+    return checkpoint
+
+
+def restore_structure(
+    vlm: VLM, description: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+) -> QuantizedCheckpoint:
+    """Give a full-precision model the modules of a saved quantized one, in place; their values are still to be loaded.
+
+    Args:
+        vlm: full-precision model of the same architecture.
+        description: the content of ``quant.json``.
+        tensors: the saved tensors; of these only the input transforms' are read, for their shapes.
+        folder: where both come from, for messages.
+
+    Raises:
+        VLMQError: the description lacks something, or the model is of another architecture.
+    """
     try:
         checkpoint = QuantizedCheckpoint(
             description["model"],
@@ -116,11 +143,13 @@ def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
             CoverageReport.from_dict(description["coverage"]),
             description["extra"],
         )
+        rotated = [str(tower) for tower in description["rotated_streams"]]
         states: dict[str, dict[str, Any]] = dict(description["layers"])
     except (KeyError, TypeError, ValueError) as error:
         raise VLMQError(
             f"'{folder / DESCRIPTION}' is not a quantized model's description ({error}); save it again"
         ) from error
+    restore_rotation(vlm, rotated)
     swap_layers(vlm, checkpoint.scheme)
     layers = quantized_layers(vlm)
     if set(layers) != set(states):
@@ -132,13 +161,6 @@ def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
         _restore_layer_state(name, layer, states[name], tensors)
         if owners[id(layer.weight)] > 1:  # a method may have given tied layers weights of their own
             layer.set_weight(layer.weight)
-    try:
-        vlm.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise VLMQError(
-            f"checkpoint '{folder}' does not fit model '{vlm.name}': {str(error).splitlines()[-1].strip()}"
-        ) from error
-    vlm.eval()
     return checkpoint
 
 
@@ -168,7 +190,8 @@ def _restore_layer_state(
         layer.input_transform = TRANSFORMS[state["input_transform"]](**own).to(layer.weight.device)
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path, form: int) -> dict[str, Any]:
+    """The content of a saved model's JSON description, whose ``format`` must be ``form``; a bad one is a ``VLMQError``."""
     try:
         description = json.loads(path.read_text())
     except OSError as error:
@@ -177,12 +200,13 @@ def _read_description(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise VLMQError(f"'{path}' is damaged ({error}); save the quantized model again") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise VLMQError(f"'{path}' is not of checkpoint format {FORMAT}; save the quantized model again")
+    if not isinstance(description, dict) or description.get("format") != form:
+        raise VLMQError(f"'{path}' is not of checkpoint format {form}; save the quantized model again")
     return description
 
 
-def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A saved model's tensors by name; a missing or damaged file is a ``VLMQError``."""
     try:
         return load_file(path)
     except FileNotFoundError as error:

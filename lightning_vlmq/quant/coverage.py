@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import TOWERS, VLM
+from lightning_vlmq.quant.folds import StreamExit
 from lightning_vlmq.quant.layers import QuantizedLayer
+from lightning_vlmq.quant.rotation import rotation_kinds
 from lightning_vlmq.quant.scheme import SCOPES
+from lightning_vlmq.quant.transforms import HeadRotation, Rotation
 
 TABLE_NAME = re.compile(
     r"(^|_)(pos|positional|class|cls|reg|mask|dist)_?(embed\w*|token|emb)s?$|^(query|probe|latent)$|bias_table$"
 )
 """Last name parts of parameters that are looked up or added, not multiplied with activations."""
+
+RUN_TIME_ROTATIONS = (Rotation, HeadRotation, StreamExit)
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,9 @@ class CoverageRow:
 
     Attributes:
         tower: ``vision`` or ``text``.
-        layer_type: ``linear``, ``conv2d``, ``depthwise_conv2d``, ``other`` (matrix parameters outside such layers) or
-            ``activation_product`` (products of two activations, as in attention; they have no weights).
+        layer_type: ``linear``, ``conv2d``, ``depthwise_conv2d``, ``other`` (matrix parameters outside such layers),
+            ``activation_product`` (products of two activations, as in attention; they have no weights) or ``rotation``
+            (fixed rotations at run time, in full precision).
         weights: matrix weights.
         weights_quantized: of these, in quantized layers.
         macs: multiply-accumulates for one image or one text.
@@ -59,11 +67,13 @@ class CoverageReport:
         excluded: tables and vectors with two or more axes that no activation is multiplied with, by name, with their
             sizes.
         unquantized: matrix weights left in full precision, by name, with their sizes.
+        rotations: where a tower is rotated, by tower: ``residual stream``, or ``inside the blocks`` with the reason.
     """
 
     rows: tuple[CoverageRow, ...]
     excluded: dict[str, int]
     unquantized: dict[str, int]
+    rotations: dict[str, str] = field(default_factory=dict)
 
     def weight_share(self, towers: tuple[str, ...] = TOWERS) -> float:
         """Share (0 to 1) of the towers' matrix weights that is in quantized layers; 0 where they have none."""
@@ -81,19 +91,24 @@ class CoverageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain JSON types; :meth:`from_dict` takes it back."""
-        return {"rows": self.to_rows(), "excluded": self.excluded, "unquantized": self.unquantized}
+        return {
+            "rows": self.to_rows(),
+            "excluded": self.excluded,
+            "unquantized": self.unquantized,
+            "rotations": self.rotations,
+        }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> CoverageReport:
         """Rebuild a report that :meth:`to_dict` made."""
-        return cls(
-            tuple(CoverageRow(**r) for r in content["rows"]), dict(content["excluded"]), dict(content["unquantized"])
-        )
+        rows = tuple(CoverageRow(**r) for r in content["rows"])
+        return cls(rows, dict(content["excluded"]), dict(content["unquantized"]), dict(content["rotations"]))
 
     def table(self) -> Table:
-        """A table for ``rich.print``; exclusions are named in its caption."""
+        """A table for ``rich.print``; exclusions and rotations are named in its caption."""
         listed = ", ".join(f"{name} ({size:,})" for name, size in self.excluded.items()) or "none"
-        table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}")
+        rotated = "".join(f"\nRotated, {tower}: {kind}" for tower, kind in self.rotations.items())
+        table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}{rotated}")
         for column in ("tower", "layer type", "weights", "quantized", "MACs", "quantized "):
             table.add_column(column, justify="left" if column in ("tower", "layer type") else "right")
         for r in self.rows:
@@ -104,6 +119,8 @@ class CoverageReport:
 
 def measure_coverage(vlm: VLM) -> CoverageReport:
     """Count what is quantized, with one blank image and one short text run through the encoders.
+
+    A text decoder (CoCa's) runs too and counts as part of the text tower.
 
     Multiply-accumulates come from torch's flop counter (half its count), with attention decomposed into matrix
     products so that these are counted on every device; each layer's own from the number of its outputs.
@@ -137,7 +154,7 @@ def measure_coverage(vlm: VLM) -> CoverageReport:
         macs[tower, "activation_product"][0] += rest
     keys = sorted({*weights, *macs}, key=lambda key: (TOWERS.index(key[0]), key[1]))
     rows = tuple(CoverageRow(*key, *weights[key], *macs[key]) for key in keys if any(weights[key]) or any(macs[key]))
-    return CoverageReport(rows, excluded, unquantized)
+    return CoverageReport(rows, excluded, unquantized, rotation_kinds(vlm))
 
 
 def assert_covered(report: CoverageReport, scope: str, minimum: float = 0.95) -> None:
@@ -155,7 +172,8 @@ def assert_covered(report: CoverageReport, scope: str, minimum: float = 0.95) ->
     left = sorted(report.unquantized.items(), key=lambda item: -item[1])
     named = ", ".join(f"{n} ({s:,})" for n, s in left[:3]) or "the scope has no matrix weights"
     raise VLMQError(
-        f"only {share:.1%} of the {scope} matrix weights are quantized, {minimum:.0%} wanted; left out: {named}"
+        f"only {share:.1%} of the {scope} matrix weights are quantized, {minimum:.0%} wanted; left out: {named}; "
+        "if that is meant, lower minimum_coverage"
     )
 
 
@@ -166,6 +184,9 @@ def _count_macs(vlm: VLM) -> tuple[dict[tuple[str, nn.Module], int], dict[str, i
     running = ""
 
     def count(module: nn.Module, _: object, output: Tensor) -> None:
+        if isinstance(module, RUN_TIME_ROTATIONS):
+            per_layer[running, module] += output.numel() * module.macs_per_value
+            return
         weight = module.weight
         assert isinstance(weight, Tensor)
         outputs = (
@@ -173,23 +194,29 @@ def _count_macs(vlm: VLM) -> tuple[dict[tuple[str, nn.Module], int], dict[str, i
         )
         per_layer[running, module] += outputs * weight.numel()
 
-    hooks = [m.register_forward_hook(count) for m in vlm.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     device = next(vlm.parameters()).device
     image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, dtype=torch.uint8, device=device)
-    training = vlm.training
-    vlm.eval()
+    tokens = vlm.tokenize(["a photo"]).to(device)
+    run_text: Callable[[Tensor], Tensor] = vlm.encode_text
+    training, learnable = vlm.training, [p for p in vlm.parameters() if p.requires_grad]
+    # the counter trips over a learnable parameter that is a layer's input, as SigLIP's latent is
+    vlm.eval().requires_grad_(False)
+    if vlm.has_decoder:  # shown an image that is encoded here, out of the count, as the text tower does not pay for it
+        with torch.no_grad():
+            run_text = partial(vlm.caption_logits, vlm.image_tokens(image))
+    counted = (nn.Linear, nn.Conv2d, *RUN_TIME_ROTATIONS)
+    hooks = [m.register_forward_hook(count) for m in vlm.modules() if isinstance(m, counted)]
     try:
-        for running, encode, dummy in (
-            ("vision", vlm.encode_image, image),
-            ("text", vlm.encode_text, vlm.tokenize(["a photo"]).to(device)),
-        ):
+        for running, run, dummy in (("vision", vlm.encode_image, image), ("text", run_text, tokens)):
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                encode(dummy)
+                run(dummy)
             totals[running] = counter.get_total_flops() // 2
     finally:
         for hook in hooks:
             hook.remove()
         vlm.train(training)
+        for parameter in learnable:
+            parameter.requires_grad_(True)
     return dict(per_layer), totals
 
 
@@ -206,6 +233,8 @@ def _quantizes(module: nn.Module) -> bool:
 def _layer_type(module: nn.Module) -> str:
     if isinstance(module, nn.Conv2d):
         return "depthwise_conv2d" if module.groups == module.in_channels > 1 else "conv2d"
+    if isinstance(module, RUN_TIME_ROTATIONS):
+        return "rotation"
     return "linear" if isinstance(module, nn.Linear) else "other"
 
 

@@ -7,7 +7,7 @@ One formula serves every method::
 
 A round-to-nearest quantizer has an integer zero point and no offset; LSQ learns ``scale``; LSQ+ learns ``scale`` and
 ``offset``; HQQ's real-valued zero is an offset. torchao's ``IntxFakeQuantizer(range_learning=True)`` is not used: it
-has neither LSQ's gradient scale nor per-tensor, static or convolution support. torch's fused
+has no gradient scale, no per-tensor steps and no convolutions. torch's fused
 ``fake_quantize_per_tensor_affine`` is not used either: it is several times slower than these in-place operations on a
 CPU (it also writes a mask), and it turns NaN into a finite level where this leaves it to be seen.
 """
@@ -134,13 +134,14 @@ class LearnedStep(torch.autograd.Function):
         offset = rest.pop(0) if ctx.has_offset else None
         lo, hi = rest if ctx.bounds is None else ctx.bounds
         v = (x if offset is None else x - offset) * scale.clamp_min(STEP_FLOOR).reciprocal()
-        inside = (v >= lo - ctx.margin) & (v <= hi + ctx.margin)
+        nearest = v.clamp_min(lo - ctx.margin).clamp_max_(hi + ctx.margin)
+        inside = v.eq_(nearest)  # 1.0 or 0.0: a mask of bool, and torch.where, take several times longer on a CPU
         grad_x = grad * inside
         grad_scale = grad_offset = None
         if ctx.needs_input_grad[1]:
-            level = v.round().clamp_(lo, hi)
-            per_value = torch.where(inside, level - v, level)
-            grad_scale = (grad * per_value).sum_to_size(scale.shape) * ctx.grad_scale
+            level = nearest.round().clamp_min_(lo).clamp_max_(hi) if ctx.margin else nearest.round()
+            per_value = level.sub_(nearest.mul_(inside))  # round(v) - v inside, the level itself elsewhere
+            grad_scale = per_value.mul_(grad).sum_to_size(scale.shape) * ctx.grad_scale
         if offset is not None and ctx.needs_input_grad[2]:
             grad_offset = (grad - grad_x).sum_to_size(offset.shape) * ctx.grad_scale
         return grad_x if ctx.needs_input_grad[0] else None, grad_scale, grad_offset, None, None, None, None
@@ -158,7 +159,8 @@ def quantize_dequantize(x: Tensor, scale: Tensor, offset: Tensor | None, lo: Ten
     """
     scale = scale.clamp_min(STEP_FLOOR)
     level = (x if offset is None else x - offset) * scale.reciprocal()
-    level = level.round_().clamp_(lo, hi).mul_(scale)  # type: ignore[arg-type]
+    # in two steps, as clamp_ with both bounds is slow where they are tensors to be broadcast
+    level = level.round_().clamp_min_(lo).clamp_max_(hi).mul_(scale)
     return level if offset is None else level.add_(offset)
 
 
@@ -269,14 +271,7 @@ class FakeQuantizer(nn.Module):
         if not self.enabled:
             return x
         blocks = to_blocks(x, self.granularity)
-        scale, zero_point = self._grid(blocks)
-        column = (-1,) if isinstance(self.granularity, PerTensor) else (-1, 1)
-        offset = None if self.offset is None or self.dynamic else self.offset.view(column)
-        lo: Tensor | int = self.qmin
-        hi: Tensor | int = self.qmax
-        if not self.symmetric and offset is None:
-            lo, hi = (self.qmin - zero_point).view(column), (self.qmax - zero_point).view(column)
-        scale = scale.view(column)
+        scale, offset, lo, hi = self.grid(blocks)
         if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
             # a fixed min-max grid must not lose its extreme values' gradients to the rounding of its step or zero point
             margin = 0.0 if scale.requires_grad else 0.5
@@ -284,6 +279,47 @@ class FakeQuantizer(nn.Module):
         else:
             out = quantize_dequantize(blocks, scale, offset, lo, hi)
         return out.view(x.shape).to(x.dtype)
+
+    def grid(self, blocks: Tensor) -> tuple[Tensor, Tensor | None, Tensor | int, Tensor | int]:
+        """The grid that ``blocks``, from :func:`to_blocks`, is rounded onto.
+
+        Returns:
+            ``(scale, offset, lo, hi)`` as :func:`quantize_dequantize` takes them, broadcastable to ``blocks``.
+
+        Raises:
+            VLMQError: when a static quantizer has not been calibrated.
+        """
+        scale, zero_point = self._grid(blocks)
+        column = (-1,) if isinstance(self.granularity, PerTensor) else (-1, 1)
+        offset = None if self.offset is None or self.dynamic else self.offset.view(column)
+        lo: Tensor | int = self.qmin
+        hi: Tensor | int = self.qmax
+        if not self.symmetric and offset is None:
+            lo, hi = (self.qmin - zero_point).view(column), (self.qmax - zero_point).view(column)
+        return scale.view(column), offset, lo, hi
+
+    @torch.no_grad()
+    def integers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The whole numbers behind what :meth:`forward` makes of a weight.
+
+        ``(levels - zero_point) * scale`` (plus ``offset``) is that result to the last bit. An unsigned grid is moved
+        down by ``2^(bits-1)``, to fit signed integers.
+
+        Args:
+            x: the weight, for a quantizer of 2 to 8 bits.
+
+        Returns:
+            ``(levels, scale, zero_point, offset)``: int8 in the shape of ``x``; float, int8 and float or None, ``[blocks]``.
+        """
+        blocks = to_blocks(x, self.granularity)
+        scale, offset, lo, hi = self.grid(blocks)
+        scale = scale.clamp_min(STEP_FLOOR)
+        levels = ((blocks if offset is None else blocks - offset) * scale.reciprocal()).round()
+        lowest = -(2 ** (self.bits - 1))
+        zero_point = torch.as_tensor(lowest - lo, dtype=torch.int8, device=x.device).expand_as(scale)
+        stored = (levels.clamp_(lo, hi) + (lowest - lo)).to(torch.int8).view(x.shape)  # type: ignore[arg-type]
+        steps = scale.flatten().clone(), zero_point.flatten().clone()
+        return stored, *steps, None if offset is None else offset.flatten().clone()
 
     def _grid(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Stored step and zero point, or those of this very input when dynamic."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from timm.layers import Conv2dSame, pad_same
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor, PerToken
@@ -12,6 +13,7 @@ from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, Per
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
+from lightning_vlmq.quant.rules import layer_schemes
 from lightning_vlmq.quant.scheme import QuantScheme
 
 
@@ -23,6 +25,8 @@ class QuantizedLayer(nn.Module):
         act_fake_quant: quantizer of the input.
         input_transform: module applied to the input before it is quantized, whose inverse the weight already holds
             (SmoothQuant's and AWQ's channel scales, QuaRot's rotation); the identity otherwise.
+        folds: what was folded into the weight from the layer's neighbours, where something was; see
+            :mod:`~lightning_vlmq.quant.rotation`.
     """
 
     weight: Tensor
@@ -47,6 +51,8 @@ class QuantizedLayer(nn.Module):
             scheme.act_bits, scheme.act_symmetric, act_granularity, dynamic=scheme.act_dynamic
         )
         self.input_transform = nn.Identity()
+        if hasattr(source, "folds"):
+            self.folds = source.folds
         # in a tuple, as a module would file a bare parameter (a 16-bit side returns the weight itself) among its
         # parameters
         self._weight_cache: tuple[tuple[Any, ...], Tensor] | None = None
@@ -62,9 +68,10 @@ class QuantizedLayer(nn.Module):
 
         In evaluation without gradients it is computed once and kept until a parameter changes, the layer is moved or
         ``train()`` is called. (Writing through ``.data`` in evaluation mode goes unseen by torch's version counters: do
-        that in training mode.)
+        that in training mode.) A compiled model computes it in its graph, which cannot ask for versions.
         """
-        if self.training or torch.is_grad_enabled() or self.weight.is_inference():
+        kept = not (torch.compiler.is_compiling() or self.training or torch.is_grad_enabled())
+        if not kept or self.weight.is_inference():
             return self.weight_fake_quant(self.weight)
         quantizer = self.weight_fake_quant
         state = [self.weight, quantizer.scale, quantizer.zero_point, quantizer.offset]
@@ -77,7 +84,9 @@ class QuantizedLayer(nn.Module):
         """Put a new weight of the same shape in a parameter of its own (a tied partner keeps the old one)."""
         if not bool(torch.isfinite(weight).all()):
             raise VLMQError("a quantization method produced a weight that is not finite; check the calibration data")
-        self.weight = nn.Parameter(weight.detach().clone(), requires_grad=self.weight.requires_grad)
+        # in the usual layout, which a loaded checkpoint has: another one takes another kernel, which rounds otherwise
+        own = weight.detach().clone(memory_format=torch.contiguous_format)
+        self.weight = nn.Parameter(own, requires_grad=self.weight.requires_grad)
 
     def train(self, mode: bool = True) -> QuantizedLayer:
         """As :meth:`torch.nn.Module.train`; training mode also drops the cached weight."""
@@ -119,7 +128,8 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """A 2-D convolution with fake-quantized weight and input, made from a float one whose parameters it shares.
 
     Args:
-        source: the float layer; depth-wise, grouped, strided and dilated ones included.
+        source: the float layer; depth-wise, grouped, strided and dilated ones included, and timm's ``Conv2dSame``, which
+            pads as TensorFlow does.
         scheme: bits and granularities; ``per_token`` gives each image its own activation step.
     """
 
@@ -137,11 +147,23 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
             padding_mode=source.padding_mode,
             device="meta",
         )
+        self._pads_same = isinstance(source, Conv2dSame)
         self._attach(source, scheme, PerAxis(0) if scheme.act_granularity == "per_token" else PerTensor())
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[batch, in_channels, height, width]`` to ``[batch, out_channels, height', width']``."""
         return self._conv_forward(self.quantized_input(x), self.effective_weight(), self.bias)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The input with the layer's padding around it, ``[batch, in_channels, height + ..., width + ...]``."""
+        if self._pads_same:
+            return pad_same(x, self.kernel_size, self.stride, self.dilation)  # type: ignore[arg-type]
+        if not any(pad := self._reversed_padding_repeated_twice):
+            return x
+        return F.pad(x, pad, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(self.padded(x) if self._pads_same else x, weight, bias)
 
 
 def weight_granularity(layer: nn.Linear | nn.Conv2d, scheme: QuantScheme) -> Granularity:
@@ -168,50 +190,53 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer)}
 
 
-def swap_layers(vlm: VLM, scheme: QuantScheme) -> list[str]:
-    """Replace, in place, every linear and convolution layer of the scope's towers by a quantized one.
+def weight_quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Those of :func:`quantized_layers` whose weight is quantized (not left at 16 bits)."""
+    return {name: layer for name, layer in quantized_layers(model).items() if layer.weight_fake_quant.quantizes}
 
-    A layer object that sits in several places is replaced by one quantized object in all of them.
+
+def act_quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Those of :func:`quantized_layers` whose input is quantized (not left at 16 bits)."""
+    return {name: layer for name, layer in quantized_layers(model).items() if layer.act_fake_quant.quantizes}
+
+
+def static_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Those of :func:`act_quantized_layers` whose input has a range from calibration."""
+    return {name: layer for name, layer in act_quantized_layers(model).items() if not layer.act_fake_quant.dynamic}
+
+
+def swap_layers(vlm: VLM, scheme: QuantScheme) -> list[str]:
+    """Replace, in place, the linear and convolution layers of the scope's towers by quantized ones.
+
+    Each is made with the scheme that :func:`~lightning_vlmq.quant.rules.layer_schemes` gives it; a layer that this
+    leaves in full precision stays what it is. A layer object that sits in several places is replaced by one quantized
+    object in all of them.
 
     Args:
         vlm: the full-precision model.
-        scheme: bits, granularities and scope.
+        scheme: bits, granularities, scope and rules.
 
     Returns:
         The first qualified name of each replaced layer, in the model's order.
 
     Raises:
-        VLMQError: the model is quantized already; a layer is shared with a tower outside the scope, is of a class with
-            a forward of its own, has non-finite weights, or does not take the group size; or no layer is in scope.
+        VLMQError: the model is quantized already; a layer is of a class with a forward of its own, has non-finite
+            weights, or does not take the group size; or what :func:`~lightning_vlmq.quant.rules.layer_schemes` refuses.
     """
     if quantized_layers(vlm):
         raise VLMQError("the model is quantized already; quantize a fresh full-precision copy")
-    names: dict[nn.Module, list[str]] = {}
-    for name, module in vlm.named_modules(remove_duplicate=False):
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            names.setdefault(module, []).append(name)
-    replacement: dict[nn.Module, QuantizedLayer] = {}
-    for module, places in names.items():
-        inside = [vlm.tower_of(place) in scheme.towers for place in places]
-        if not any(inside):
-            continue
-        if not all(inside):
-            raise VLMQError(
-                f"layer '{places[0]}' is shared with a tower outside scope '{scheme.scope}'; use vision_text"
-            )
-        replacement[module] = _quantized(places[0], module, scheme)
-    if not replacement:
-        raise VLMQError(f"scope '{scheme.scope}' holds no linear or convolution layer to quantize; check the model")
+    planned = {module: (name, own) for module, (name, own) in layer_schemes(vlm, scheme).items() if own is not None}
+    replacement = {module: _quantized(name, module, own) for module, (name, own) in planned.items()}
     for parent in list(vlm.modules()):
         for child_name, child in parent._modules.items():
             if child in replacement:
                 parent._modules[child_name] = replacement[child]
-    return [names[module][0] for module in replacement]
+    return [name for name, _ in planned.values()]
 
 
 def _quantized(name: str, module: nn.Module, scheme: QuantScheme) -> QuantizedLayer:
     """The quantized counterpart of one float layer; errors name the layer."""
-    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward):
+    if type(module).forward not in (nn.Linear.forward, nn.Conv2d.forward, Conv2dSame.forward):
         raise VLMQError(
             f"layer '{name}' is a {type(module).__name__} with a forward of its own, which cannot be quantized"
         )

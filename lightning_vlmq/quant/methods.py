@@ -6,6 +6,7 @@ A method overrides the steps it is about and inherits round-to-nearest with min-
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,14 @@ from torch.nn import functional as F
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
-from lightning_vlmq.quant.fake_quant import block_range, to_blocks
-from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
+from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, block_range, to_blocks
+from lightning_vlmq.quant.layers import (
+    QuantizedLayer,
+    quantized_layers,
+    static_layers,
+    swap_layers,
+    weight_quantized_layers,
+)
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.registry import Registry
 
@@ -24,7 +31,7 @@ METHODS: Registry[type[PTQMethod]] = Registry("method")
 
 
 class PTQMethod:
-    """Post-training quantization: swap layers, then fit transforms, activation ranges and weights, in that order."""
+    """Post-training quantization: transform the model, swap layers, fit transforms, activation ranges, weights."""
 
     needs_training = False
 
@@ -43,21 +50,24 @@ class PTQMethod:
         Raises:
             VLMQError: what :func:`swap_layers` and :func:`calibrate` refuse.
         """
+        self.transform_model(vlm, scheme)
         swap_layers(vlm, scheme)
         with torch.no_grad():
             self.fit_transforms(vlm, scheme, calibration)
-            if scheme.quantizes_acts and not scheme.act_dynamic:
+            if static_layers(vlm):
                 self.fit_activations(vlm, scheme, calibration)
-            if scheme.quantizes_weights:
-                self.fit_weights(vlm, scheme, calibration)
+            self.fit_weights(vlm, scheme, calibration)
         return vlm
+
+    def transform_model(self, vlm: VLM, scheme: QuantScheme) -> None:
+        """Change the full-precision model into an equivalent one that is easier to quantize; nothing by default."""
 
     def fit_transforms(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Move difficulty between a layer's input and weight before ranges are taken; nothing by default."""
 
     def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
-        """Fix the static activation grids; the smallest and largest calibration values by default."""
-        layers = quantized_layers(vlm)
+        """Fix the static activation grids, of which there is at least one; the extreme values by default."""
+        layers = static_layers(vlm)
         observers = {name: RangeObserver() for name in layers}
         calibrate(vlm, scheme, calibration, observers)
         for name, observer in observers.items():
@@ -65,7 +75,7 @@ class PTQMethod:
 
     def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Fix the weight grids (and the weights, where a method rounds them itself); layer by layer by default."""
-        for layer in quantized_layers(vlm).values():
+        for layer in weight_quantized_layers(vlm).values():
             self.fit_weight(layer)
 
     def fit_weight(self, layer: QuantizedLayer) -> None:
@@ -91,12 +101,16 @@ class QATMethod(PTQMethod, ABC):
         """Set the quantizers' starting point, from a model with min-max grids, and mark what they learn."""
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
-        """As :meth:`PTQMethod.prepare`, then set the starting point and freeze all outside the scope's towers."""
+        """As :meth:`PTQMethod.prepare`, then set the starting point and freeze what is not trained.
+
+        That is all outside the scope's towers, and a text decoder (CoCa's): no loss here runs it, so its quantized
+        layers, their steps and offsets stay where the method starts.
+        """
         super().prepare(vlm, scheme, calibration)
-        for name, parameter in vlm.named_parameters():
-            if vlm.tower_of(name) not in scheme.towers:
-                parameter.requires_grad_(False)
         self.init_training(vlm, scheme, calibration)
+        for name, parameter in vlm.named_parameters():
+            if vlm.tower_of(name) not in scheme.towers or vlm.in_decoder(name):
+                parameter.requires_grad_(False)
         return vlm
 
     def loss(
@@ -132,9 +146,10 @@ class QATMethod(PTQMethod, ABC):
 
         Weights and embeddings (two or more axes) decay, biases and norms do not, and neither do steps and offsets. Adam
         moves a parameter by about ``lr`` per update whatever the gradient's size, and a step can be a thousand times
-        smaller than a weight's range; so weight steps and activation steps are groups of their own, whose
-        learning rate is ``step_lr`` times their median: about the relative change per update. Offsets move by that
-        share of the median range.
+        smaller than a weight's range; so weight steps and activation steps are groups of their own (one for each
+        bit-width, which decides a step's size), whose learning rate is ``step_lr`` times their median: about the
+        relative change per update. Offsets move by that share of the median range. Call :meth:`keep_steps_positive`
+        after every update.
 
         Args:
             vlm: a model that :meth:`prepare` returned.
@@ -143,23 +158,22 @@ class QATMethod(PTQMethod, ABC):
             step_lr: learning rate of steps, relative to their size.
 
         Returns:
-            Up to six groups with a ``name``: ``matrices``, ``vectors``, ``weight_steps``, ``weight_offsets``,
-            ``activation_steps``, ``activation_offsets``; those without parameters are left out.
+            Groups with a ``name``: ``matrices``, ``vectors``, and for each bit-width in use, say 4 and 8,
+            ``weight4_steps``, ``weight4_offsets``, ``activation8_steps``, ``activation8_offsets``; those without
+            parameters are left out.
         """
-        layers = quantized_layers(vlm).values()
+        alike: defaultdict[str, list[FakeQuantizer]] = defaultdict(list)
+        for layer in quantized_layers(vlm).values():
+            for kind, quantizer in (("weight", layer.weight_fake_quant), ("activation", layer.act_fake_quant)):
+                if quantizer.scale.requires_grad:
+                    alike[f"{kind}{quantizer.bits}"].append(quantizer)
         groups: list[dict[str, Any]] = []
-        for kind, quantizers in (
-            ("weight", [layer.weight_fake_quant for layer in layers]),
-            ("activation", [layer.act_fake_quant for layer in layers]),
-        ):
-            learned = [q for q in quantizers if q.scale.requires_grad]
-            offsets = [q.offset for q in learned if q.offset is not None and q.offset.requires_grad]
-            if not learned:
-                continue
+        for name, learned in sorted(alike.items()):
             step = torch.cat([q.scale.detach() for q in learned]).median().item()
             span = step * (learned[0].qmax - learned[0].qmin)
-            groups.append({"name": f"{kind}_steps", "params": [q.scale for q in learned], "lr": step_lr * step})
-            groups.append({"name": f"{kind}_offsets", "params": offsets, "lr": step_lr * span})
+            offsets = [q.offset for q in learned if q.offset is not None and q.offset.requires_grad]
+            groups.append({"name": f"{name}_steps", "params": [q.scale for q in learned], "lr": step_lr * step})
+            groups.append({"name": f"{name}_offsets", "params": offsets, "lr": step_lr * span})
         own = {id(parameter) for group in groups for parameter in group["params"]}
         rest = [p for p in vlm.parameters() if p.requires_grad and id(p) not in own]
         matrices, vectors = [p for p in rest if p.ndim > 1], [p for p in rest if p.ndim < 2]
@@ -167,6 +181,18 @@ class QATMethod(PTQMethod, ABC):
         groups.insert(0, {"name": "matrices", "params": matrices, "lr": lr})
         decay = {"matrices": weight_decay}
         return [{**group, "weight_decay": decay.get(group["name"], 0.0)} for group in groups if group["params"]]
+
+    def keep_steps_positive(self, vlm: VLM) -> None:
+        """Raise the learned steps that an update took below :data:`STEP_FLOOR` to it.
+
+        Using a step clamps it, so a negative one would only mean zeros; but its gradient would go on pushing it down,
+        and the layer would stay dead until as many updates had brought it back.
+        """
+        with torch.no_grad():
+            for layer in quantized_layers(vlm).values():
+                for quantizer in (layer.weight_fake_quant, layer.act_fake_quant):
+                    if quantizer.scale.requires_grad:
+                        quantizer.scale.clamp_(min=STEP_FLOOR)
 
 
 def contrastive_distillation(

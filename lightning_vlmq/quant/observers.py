@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
-from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
+from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, static_layers, weight_quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
 
 BINS = 4096
@@ -56,32 +56,58 @@ class HistogramObserver:
 
 
 class ChannelObserver:
-    """Largest and mean magnitude of each input channel of a layer.
+    """Smallest and largest value of each input channel of a layer, float32 ``[channels]``.
 
     Attributes:
-        absolute_maximum: ``max |x_j|``, ``[channels]``.
+        minimum: ``min x_j``.
+        maximum: ``max x_j``.
         seen: number of values.
     """
 
     def __init__(self, layer: nn.Module) -> None:
         self._is_conv = isinstance(layer, nn.Conv2d)
-        self.absolute_maximum: Tensor | float = 0.0
-        self._sum: Tensor | float = 0.0
-        self._rows = 0
+        self.minimum: Tensor = torch.tensor(torch.inf)
+        self.maximum: Tensor = torch.tensor(-torch.inf)
         self.seen = 0
 
     def observe(self, x: Tensor) -> None:
         """Take in ``[..., channels]`` of a linear layer, ``[batch, channels, height, width]`` of a convolution."""
-        rows = (x.movedim(1, -1) if self._is_conv else x).reshape(-1, x.shape[1 if self._is_conv else -1]).abs().float()
-        self.absolute_maximum = torch.maximum(rows.amax(0), torch.as_tensor(self.absolute_maximum).to(rows))
-        self._sum = self._sum + rows.sum(0, dtype=torch.float64)
-        self._rows += len(rows)
+        others = self._other_axes(x)
+        self.minimum = torch.minimum(x.amin(others).float(), self.minimum.to(x.device))
+        self.maximum = torch.maximum(x.amax(others).float(), self.maximum.to(x.device))
         self.seen += x.numel()
+
+    @property
+    def absolute_maximum(self) -> Tensor:
+        """``max |x_j|``, float32 ``[channels]``."""
+        return torch.maximum(-self.minimum, self.maximum)
+
+    def scaled_range(self, factor: Tensor | float) -> tuple[Tensor, Tensor]:
+        """Minimum and maximum, ``[1]`` each, of the whole input once each channel is divided by its ``factor`` (positive)."""
+        return (self.minimum / factor).amin().view(1), (self.maximum / factor).amax().view(1)
+
+    def _other_axes(self, x: Tensor) -> list[int]:
+        channels = 1 if self._is_conv else x.ndim - 1
+        return [axis for axis in range(x.ndim) if axis != channels]
+
+
+class MagnitudeObserver(ChannelObserver):
+    """A :class:`ChannelObserver` that knows each channel's mean magnitude too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
+        self._sum: Tensor | float = 0.0
+
+    def observe(self, x: Tensor) -> None:
+        """As :meth:`ChannelObserver.observe`."""
+        super().observe(x)
+        self._sum = self._sum + x.abs().sum(self._other_axes(x), dtype=torch.float32).double()
 
     @property
     def mean_magnitude(self) -> Tensor:
         """``mean |x_j|``, float32 ``[channels]``."""
-        return (torch.as_tensor(self._sum) / max(self._rows, 1)).float()
+        channels = self.minimum.numel()
+        return (torch.as_tensor(self._sum) / max(self.seen // channels, 1)).float()
 
 
 class SecondMomentObserver:
@@ -97,30 +123,30 @@ class SecondMomentObserver:
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer = layer
-        self._sum: Tensor | float = 0.0
+        self._sum: Tensor | None = None
         self.seen = 0
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of the layer's inputs."""
         for vectors in _vectors(self._layer, x):
-            self._sum = self._sum + vectors.transpose(1, 2) @ vectors
+            if self._sum is None:
+                self._sum = vectors.new_zeros(len(vectors), vectors.shape[2], vectors.shape[2])
+            self._sum.baddbmm_(vectors.transpose(1, 2), vectors)
             self.seen += vectors.shape[1]
 
     @property
     def moment(self) -> Tensor:
         """See the class."""
-        return torch.as_tensor(self._sum) / max(self.seen, 1)
+        assert self._sum is not None, "nothing has been observed"
+        return self._sum / self.seen
 
 
 def _vectors(layer: nn.Module, x: Tensor) -> Iterator[Tensor]:
     """The vectors behind a layer's products, ``[groups, vectors, values per output]``, image by image for a convolution."""
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, QuantConv2d):
         yield x.reshape(1, -1, x.shape[-1]).float()
         return
-    pad = layer._reversed_padding_repeated_twice
-    if any(pad):
-        x = F.pad(x, pad, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
-    for image in x.float().split(1):  # patches of one image at a time: they are k*k times its size
+    for image in layer.padded(x).float().split(1):  # patches of one image at a time: they are k*k times its size
         patches = F.unfold(image, layer.kernel_size, layer.dilation, 0, layer.stride)  # type: ignore[arg-type]
         yield patches[0].reshape(layer.groups, -1, patches.shape[-1]).transpose(1, 2)
 
@@ -138,8 +164,8 @@ def output_error(layer: nn.Module, weight: Tensor, moment: Tensor) -> Tensor:
 
 
 def observe_histograms(vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]) -> dict[str, HistogramObserver]:
-    """Two calibration passes: ranges, then histograms between them; by layer name."""
-    ranges = {name: RangeObserver() for name in quantized_layers(vlm)}
+    """Of each layer with a static input grid: two calibration passes, ranges, then histograms between them; by name."""
+    ranges = {name: RangeObserver() for name in static_layers(vlm)}
     calibrate(vlm, scheme, batches, ranges)
     histograms = {n: HistogramObserver(r.minimum.item(), r.maximum.item()) for n, r in ranges.items()}
     calibrate(vlm, scheme, batches, histograms)
@@ -149,13 +175,13 @@ def observe_histograms(vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]) 
 def second_moments(
     vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]
 ) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
-    """Yield each layer with its name and second moment, in as many calibration passes as memory asks for.
+    """Yield each layer with a quantized weight, its name and second moment, in as many passes as memory asks for.
 
     The layers must not be changed between yields, or later passes would see it.
     """
     pending: dict[str, QuantizedLayer] = {}
     entries = 0
-    for name, layer in quantized_layers(vlm).items():
+    for name, layer in weight_quantized_layers(vlm).items():
         rows = grouped_rows(layer, layer.weight)
         size = rows.shape[0] * rows.shape[2] ** 2
         if pending and entries + size > MOMENT_BUDGET:
@@ -163,7 +189,8 @@ def second_moments(
             pending, entries = {}, 0
         pending[name] = layer
         entries += size
-    yield from _moments_of(vlm, scheme, batches, pending)
+    if pending:
+        yield from _moments_of(vlm, scheme, batches, pending)
 
 
 def _moments_of(

@@ -1,7 +1,8 @@
 """Invertible maps of a layer's input whose inverse is folded into its weight: ``W x = (W T^-1) (T x)``.
 
 They stand in the layer itself instead of in the layer before it, so that every linear and convolution can take one,
-whatever precedes it; the price is one element-wise product (or small matrix product) per layer at inference.
+whatever precedes it; the price is one element-wise product (or small matrix product) per layer at inference. What can be
+folded into the layer before as well is in :mod:`~lightning_vlmq.quant.rotation`.
 """
 
 from __future__ import annotations
@@ -83,6 +84,40 @@ class Rotation(nn.Module):
         blocks = signed.reshape(*signed.shape[:-1], len(self.left), len(self.right))
         out = (self.left @ (blocks @ self.right.T)).reshape(signed.shape)
         return out.movedim(-1, 1) if is_conv else out
+
+    @property
+    def macs_per_value(self) -> int:
+        """Multiply-accumulates for each value that is rotated."""
+        return len(self.left) + len(self.right)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """Undo a linear layer's rotation: ``R^T x``, channels last."""
+        blocks = x.reshape(*x.shape[:-1], len(self.left), len(self.right))
+        return (self.left.T @ (blocks @ self.right)).reshape(x.shape) * self.signs
+
+
+@TRANSFORMS.register("head_rotation")
+class HeadRotation(nn.Module):
+    """Rotate across attention heads, ``R ⊗ I``: the same for every channel of a head.
+
+    Args:
+        matrix: orthogonal R, ``[heads, heads]``.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.detach().clone())
+
+    @property
+    def macs_per_value(self) -> int:
+        """Multiply-accumulates for each value that is rotated."""
+        return len(self.matrix)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the rotated input (or weight), ``[..., heads * channels per head]``, one head after the other."""
+        return (self.matrix @ x.unflatten(-1, (len(self.matrix), -1))).flatten(-2)
 
 
 def randomized_hadamard(channels: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,9 @@ def matrix_weights(model: nn.Module) -> dict[str, Tensor]:
         model: any module. Layers with an ``effective_weight()`` method (quantized ones) give that, with their
             ``input_transform`` folded back in where they have one: scales and rotations that a method has moved between
             weight and input then cancel, and what differs from full precision is the quantization. Other
-            ``nn.Linear`` and ``nn.Conv2d`` (and subclasses) give their ``weight``.
+            ``nn.Linear`` and ``nn.Conv2d`` (and subclasses) give their ``weight``. From either, what a method has
+            folded in from the layer's neighbours (``folds``, each with an ``original(weight)``) is taken out again, last
+            first; channels that a gain of zero shuts out come back as zeros.
 
     Returns:
         float ``[out, in]`` or ``[out, in / groups, kh, kw]`` each, detached, on the model's device.
@@ -37,9 +40,14 @@ def matrix_weights(model: nn.Module) -> dict[str, Tensor]:
                 weight, transform = effective().detach(), getattr(module, "input_transform", None)
                 if transform is not None and not isinstance(transform, nn.Identity):
                     weight = _fold_input_transform(name, weight, transform, getattr(module, "groups", 1))
-                weights[name] = weight
             elif isinstance(module, (nn.Linear, nn.Conv2d)):
-                weights[name] = module.weight.detach()
+                weight = module.weight.detach()
+            else:
+                continue
+            folds: Any = getattr(module, "folds", nn.ModuleDict())
+            for fold in reversed(list(folds.values())):
+                weight = fold.original(weight)
+            weights[name] = weight
     return weights
 
 

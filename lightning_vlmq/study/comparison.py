@@ -12,10 +12,11 @@ import torch
 from scipy.stats import norm
 
 from lightning_vlmq.metrics import benjamini_hochberg, summarise
-from lightning_vlmq.metrics.functional import relative_change
+from lightning_vlmq.metrics.functional import TrajectoryBins, relative_change
 from lightning_vlmq.store import FULL_PRECISION
-from lightning_vlmq.study.diagnostics import Diagnostics, diagnose, merge
-from lightning_vlmq.study.measures import Array, Estimate, Measure, estimate_all
+from lightning_vlmq.study.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
+from lightning_vlmq.study.estimates import Array, Estimate, estimate_all, stored_estimates
+from lightning_vlmq.study.measures import Measure
 from lightning_vlmq.study.results import Setting, StudyResults, align, reference_of
 
 FULL = Setting(FULL_PRECISION, 32, 32, "none")
@@ -69,8 +70,11 @@ class StudyAnalysis:
 
     Attributes:
         results: what they were computed from.
-        comparisons: by VLM, setting (:data:`FULL` included) and measure.
+        comparisons: by VLM, setting (:data:`FULL` included) and measure; settings with a tuned logit scale have only those measures
+            that follow it.
         diagnostics: by VLM and setting.
+        trajectories: by VLM and setting, from full precision to the setting and on to its tuned one where there is one; of :data:`FULL`
+            only where it has a tuned one.
         unreferenced: VLMs without a full-precision run; nothing of theirs can be compared.
         score: the OOD score that stands for detection in summaries.
     """
@@ -78,6 +82,7 @@ class StudyAnalysis:
     results: StudyResults
     comparisons: dict[Key, Comparison]
     diagnostics: dict[tuple[str, Setting], Diagnostics]
+    trajectories: dict[tuple[str, Setting], TrajectoryBins]
     unreferenced: list[str]
     score: str
 
@@ -101,13 +106,23 @@ class StudyAnalysis:
         """Number of p-values that were corrected for each other."""
         return sum(not np.isnan(comparison.p_value) for comparison in self.comparisons.values())
 
-    def changes(self, measure: Measure, vlm: str | None = None, **setting: Any) -> list[Comparison]:
-        """Comparisons of a measure that have an effect: of all VLMs or one, of settings with the given fields."""
+    def changes(
+        self, measure: Measure, vlm: str | None = None, is_tuned: bool = False, **setting: Any
+    ) -> list[Comparison]:
+        """Comparisons of a measure that have an effect: of all VLMs or one, of settings with the given fields.
+
+        Args:
+            measure: what is compared.
+            vlm: one VLM, or ``None`` for all.
+            is_tuned: settings with a tuned logit scale in place of those without.
+            setting: fields of :class:`~lightning_vlmq.study.results.Setting` and their values.
+        """
         return [
             comparison
             for (name, which, what), comparison in self.comparisons.items()
             if what == measure
             and vlm in (None, name)
+            and which.is_tuned == is_tuned
             and comparison.effect is not None
             and not np.isnan(comparison.effect.estimate)
             and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
@@ -118,7 +133,8 @@ class StudyAnalysis:
         rows = []
         for (vlm, setting, measure), c in self.comparisons.items():
             row: dict[str, Any] = {"vlm": vlm, "method": setting.method, "weight_bits": setting.weight_bits}
-            row |= {"act_bits": setting.act_bits, "scope": setting.scope, "role": measure.role}
+            row |= {"act_bits": setting.act_bits, "scope": setting.scope, "variant": setting.variant}
+            row |= {"role": measure.role}
             row |= {"dataset": measure.dataset, "score": measure.score, "metric": measure.metric}
             row |= {"value": c.value, "stderr": c.stderr, "full_precision": c.reference, "n_seeds": c.n_seeds}
             for name, interval in (("change", c.change), ("effect", c.effect)):
@@ -153,6 +169,7 @@ def analyse(results: StudyResults, seed: int = 0) -> StudyAnalysis:
     """
     found: dict[Key, list[_Pair]] = defaultdict(list)
     diagnostics: dict[tuple[str, Setting], list[Diagnostics]] = defaultdict(list)
+    trajectories: dict[tuple[str, Setting], list[TrajectoryBins]] = defaultdict(list)
     unreferenced = []
     for vlm in results.vlms:
         references, quantized = results.runs_of(vlm)
@@ -162,20 +179,35 @@ def analyse(results: StudyResults, seed: int = 0) -> StudyAnalysis:
             runs = [reference, *(run for run in quantized if reference_of(run, references) is reference)]
             settings = [FULL, *(run.setting for run in runs[1:])]
             sets = align(runs)
-            for measure, estimate in estimate_all(sets, seed).items():
+            estimates = estimate_all(sets, seed) | stored_estimates(results.rows, [run.run_id for run in runs])
+            for measure, estimate in estimates.items():
                 for position, setting in enumerate(settings):
-                    found[vlm, setting, measure].append(_Pair(estimate, position))
-            for position, setting in enumerate(settings):
+                    if measure.follows_logit_scale or not setting.is_tuned:
+                        found[vlm, setting, measure].append(_Pair(estimate, position))
+            tuned = {run.key: position for position, run in enumerate(runs)}
+            for position, (run, setting) in enumerate(zip(runs, settings)):
+                if setting.is_tuned:
+                    continue
                 if diagnosis := diagnose(sets, position):
                     diagnostics[vlm, setting].append(diagnosis)
+                stages = dict.fromkeys([0, position, tuned.get(run.key.tuned, position)])
+                if len(stages) > 1 and (followed := trajectory(sets, list(stages))):
+                    trajectories[vlm, setting].append(followed)
     comparisons = {key: _compare(key[1], key[2], pairs) for key, pairs in found.items()}
     return StudyAnalysis(
         results=results,
         comparisons=_corrected({key: c for key, c in comparisons.items() if not np.isnan(c.value)}),
         diagnostics={key: merge(seeds) for key, seeds in diagnostics.items()},
+        trajectories={key: merge_trajectories(_alike(seeds)) for key, seeds in trajectories.items()},
         unreferenced=unreferenced,
         score=next((measure.score for _, _, measure in comparisons if measure.score and not measure.dataset), ""),
     )
+
+
+def _alike(seeds: list[TrajectoryBins]) -> list[TrajectoryBins]:
+    """Those of the seeds that have all stages: a seed may lack the tuned run."""
+    stages = max(len(bins.confidence) for bins in seeds)
+    return [bins for bins in seeds if len(bins.confidence) == stages]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,7 +237,7 @@ def _compare(setting: Setting, measure: Measure, pairs: list[_Pair]) -> Comparis
         if measure.info.is_relative:
             drawn_effect = relative_change(drawn_reference, drawn)
             effect = _interval(float(relative_change(reference, value)), drawn_effect)
-    p_value = _p_value(change)
+    p_value = p_value_of(change)
     return replace(bare, change=change, effect=effect, p_value=p_value, effects=drawn_effect.numpy())
 
 
@@ -227,7 +259,7 @@ def _compare_closed_form(
     effect = change
     if measure.info.is_relative:
         effect = Interval(*(float(part) for part in _relative(change, reference)))
-    return replace(bare, change=change, effect=effect, p_value=_p_value(change))
+    return replace(bare, change=change, effect=effect, p_value=p_value_of(change))
 
 
 def _relative(change: Interval, reference: float) -> Interval:
@@ -248,7 +280,8 @@ def _interval(estimate: float, replicates: torch.Tensor) -> Interval:
     return Interval(summary.estimate, summary.stderr, summary.low, summary.high)
 
 
-def _p_value(change: Interval) -> float:
+def p_value_of(change: Interval) -> float:
+    """Two-sided p-value of z = estimate / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
     if np.isnan(change.estimate) or np.isnan(change.stderr):
         return float("nan")
     if change.stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each

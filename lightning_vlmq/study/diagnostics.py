@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_vlmq.metrics.functional import BinSums, equal_width_bin_sums
+from lightning_vlmq.metrics.functional import BinSums, TrajectoryBins, equal_width_bin_sums, trajectory_bins
 from lightning_vlmq.study.measures import N_BINS
 from lightning_vlmq.study.results import Columns, SampleMatrix
 
@@ -67,6 +68,36 @@ def diagnose(sets: dict[str, list[SampleMatrix]], position: int) -> Diagnostics 
             for m in own.get("corruption", [])
         },
     )
+
+
+def trajectory(sets: dict[str, list[SampleMatrix]], positions: Sequence[int]) -> TrajectoryBins | None:
+    """Reliability of the in-distribution samples of each confidence bin of the first run, under each run.
+
+    Args:
+        sets: aligned samples by role.
+        positions: the runs' numbers, e.g. full precision, quantized, quantized with a tuned logit scale.
+
+    Returns:
+        The bins; ``None`` where a run lacks the data, or the first has an undefined confidence.
+    """
+    own = [matrix for matrix in sets.get("id", []) if all(position in matrix.tables for position in positions)]
+    if not own:
+        return None
+    columns = [_concatenated(own, position) for position in positions]
+    confidence, correct = (torch.from_numpy(np.stack([c[name] for c in columns])) for name in ("confidence", "correct"))
+    return None if bool(confidence[0].isnan().any()) else trajectory_bins(confidence, correct, N_BINS)
+
+
+def merge_trajectories(seeds: list[TrajectoryBins]) -> TrajectoryBins:
+    """Pool the runs of several seeds, each bin's means weighted by its samples."""
+    counts = torch.stack([bins.count for bins in seeds])
+    total = counts.sum(0)
+
+    def pooled(name: str) -> Tensor:
+        means = torch.stack([getattr(bins, name) for bins in seeds])
+        return torch.where(counts.unsqueeze(1) > 0, means * counts.unsqueeze(1), 0.0).sum(0) / total
+
+    return TrajectoryBins(seeds[0].edges, total, pooled("confidence"), pooled("accuracy"))
 
 
 def merge(seeds: list[Diagnostics]) -> Diagnostics:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import textwrap
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import SCOPES
-from lightning_vlmq.store import SAMPLE_SCHEMA, ResultsStore, RunKey
+from lightning_vlmq.store import SAMPLE_SCHEMA, TUNED, ResultsStore, RunKey
 
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
 
@@ -27,16 +28,28 @@ class Setting:
     """One way to quantize: a row of every table, a line of every figure.
 
     Attributes:
-        method: method's name, ``"fp32"`` for full precision.
+        method: method's name, ``"fp32"`` for full precision, followed by ``"+lst"`` with a tuned logit scale.
         weight_bits: bits per weight.
         act_bits: bits per activation.
         scope: which towers.
+        variant: what else sets the scheme apart, empty for the plain one; see :class:`~lightning_vlmq.store.RunKey`.
     """
 
     method: str
     weight_bits: int
     act_bits: int
     scope: str
+    variant: str = ""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the logit scale was tuned (LST)."""
+        return self.method.endswith(TUNED)
+
+    @property
+    def tuned(self) -> Setting:
+        """The same with the logit scale tuned."""
+        return replace(self, method=self.method + TUNED)
 
     @property
     def bits(self) -> str:
@@ -44,18 +57,24 @@ class Setting:
         return f"W{self.weight_bits}A{self.act_bits}"
 
     @property
-    def label(self) -> str:
-        """E.g. ``"minmax W4A8 vision"``."""
-        return f"{self.method} {self.bits} {self.scope}"
+    def details(self) -> str:
+        """Everything but the method, e.g. ``"W4A8 vision"``; a long variant is cut."""
+        return textwrap.shorten(f"{self.bits} {self.scope} {self.variant}", 70, placeholder=" …")
 
     @property
-    def sort_key(self) -> tuple[int, str, int, int, int]:
+    def label(self) -> str:
+        """E.g. ``"minmax W4A8 vision"``."""
+        return f"{self.method} {self.details}"
+
+    @property
+    def sort_key(self) -> tuple[int, str, int, int, str, int]:
         """Methods as the registry lists them, from many bits to few, small scopes first."""
         order = list(METHODS)
-        known = order.index(self.method) if self.method in order else len(order)
+        method = self.method.removesuffix(TUNED)
+        known = order.index(method) if method in order else len(order)
         scopes = list(SCOPES)
         scope = scopes.index(self.scope) if self.scope in scopes else len(scopes)
-        return known, self.method, -self.weight_bits, -self.act_bits, scope
+        return known, self.method, -self.weight_bits, -self.act_bits, self.variant, scope
 
 
 @dataclass(frozen=True)
@@ -85,10 +104,10 @@ class StoredRun:
     @property
     def setting(self) -> Setting:
         """The run's quantization, without model and seed."""
-        return Setting(self.key.method, self.key.weight_bits, self.key.act_bits, self.key.scope)
+        return Setting(self.key.method, self.key.weight_bits, self.key.act_bits, self.key.scope, self.key.variant)
 
     @property
-    def sort_key(self) -> tuple[bool, tuple[int, str, int, int, int], int]:
+    def sort_key(self) -> tuple[bool, tuple[int, str, int, int, str, int], int]:
         """Full precision first, then by setting and seed."""
         return not self.key.is_full_precision, self.setting.sort_key, self.key.seed
 
@@ -119,7 +138,7 @@ class StudyResults:
         root: the study's folder.
         runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
         rows: the results rows of these runs.
-        superseded: how many runs were left out.
+        superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
     """
 
     root: Path
@@ -148,8 +167,10 @@ class StudyResults:
         runs = sorted(
             newest.values(), key=lambda run: (not run.key.is_full_precision, run.setting.sort_key, run.key.seed)
         )
+        replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "method"].endswith(TUNED)}
+        replaced -= {run.run_id for run in runs}
         kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
-        return cls(Path(root), tuple(runs), kept, len(run_ids) - len(runs))
+        return cls(Path(root), tuple(runs), kept, len(replaced))
 
     @cached_property
     def vlms(self) -> list[str]:
@@ -168,14 +189,15 @@ class StudyResults:
         return f"{key.model}@{key.pretrained}" if key.model in self._ambiguous else key.model
 
     def runs_of(self, vlm: str) -> tuple[list[StoredRun], list[StoredRun]]:
-        """Full-precision runs and quantized runs of a VLM."""
+        """Full-precision runs of a VLM, and all others: quantized ones, and those with a tuned logit scale."""
         own = [run for run in self.runs if self.vlm_of(run) == vlm]
         return [r for r in own if r.key.is_full_precision], [r for r in own if not r.key.is_full_precision]
 
     @cached_property
     def settings(self) -> list[Setting]:
-        """Every quantized setting that some VLM was run with, in display order."""
-        return sorted({run.setting for run in self.runs if not run.key.is_full_precision}, key=lambda s: s.sort_key)
+        """Every quantized setting that some VLM was run with, in display order; without those that differ by the logit scale alone."""
+        found = {run.setting for run in self.runs if not run.key.is_full_precision and not run.setting.is_tuned}
+        return sorted(found, key=lambda s: s.sort_key)
 
 
 def reference_of(run: StoredRun, references: list[StoredRun]) -> StoredRun | None:

@@ -7,9 +7,11 @@ from html import escape
 
 import numpy as np
 import pandas as pd
+import torch
 
-from lightning_vlmq.study.comparison import FULL, Comparison, StudyAnalysis, average_effect
-from lightning_vlmq.study.dimensions import dimensions
+from lightning_vlmq.metrics import benjamini_hochberg
+from lightning_vlmq.study.comparison import FULL, Comparison, Interval, StudyAnalysis, average_effect, p_value_of
+from lightning_vlmq.study.dimensions import Dimension, dimensions
 from lightning_vlmq.study.measures import Measure
 from lightning_vlmq.study.notation import percent_interval, signed
 from lightning_vlmq.study.published import Claim
@@ -77,26 +79,62 @@ def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
 
 
 def average_table(analysis: StudyAnalysis) -> str:
-    """Effects averaged over VLMs, by setting and dimension."""
+    """Effects averaged over VLMs, by setting and dimension, with p-values corrected over the table."""
     shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
+    names = ("method", "weight_bits", "act_bits", "scope", "variant")
+    means: dict[tuple[Setting, Dimension], Interval] = {}
+    for setting in analysis.settings:
+        for dimension in shown:
+            if found := analysis.changes(dimension.measure, **{name: getattr(setting, name) for name in names}):
+                means[setting, dimension] = average_effect(found)
+    p_values = torch.tensor([p_value_of(mean) for mean in means.values()], dtype=torch.float64)
+    q_values = dict(zip(means, benjamini_hochberg(p_values).tolist()))
     body = []
     for setting in analysis.settings:
         cells = [escape(setting.label)]
         for dimension in shown:
-            where = {name: getattr(setting, name) for name in ("method", "weight_bits", "act_bits", "scope")}
-            found = analysis.changes(dimension.measure, **where)
-            if not found:
+            key = setting, dimension
+            if key not in means:
                 cells.append("–")
                 continue
-            mean = average_effect(found)
-            estimate, interval = percent_interval(mean.estimate, mean.low, mean.high)
-            significant = mean.low > 0 or mean.high < 0
-            worse = (mean.estimate > 0) == dimension.measure.worse_is_positive
-            kind = "" if not significant else " class='worse'" if worse else " class='better'"
-            cells.append(f"<td{kind}>{estimate}<br><i>{interval}</i></td>")
+            estimate, interval = percent_interval(means[key].estimate, means[key].low, means[key].high)
+            worse = (means[key].estimate > 0) == dimension.measure.worse_is_positive
+            kind = "" if not q_values[key] < 0.05 else " class='worse'" if worse else " class='better'"
+            cells.append(f"<td{kind}>{estimate}<sup>{stars(q_values[key])}</sup><br><i>{interval}</i></td>")
         body.append(cells)
     head = ["setting", *(f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)]
     return html_table([head], body)
+
+
+def dimension_table(analysis: StudyAnalysis) -> str:
+    """The number that stands for each dimension, of every VLM in every setting, with intervals."""
+    shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
+    body = []
+    for vlm in analysis.vlms:
+        for setting in [FULL, *analysis.settings]:
+            found = [analysis.comparisons.get((vlm, setting, d.measure)) for d in shown]
+            if any(found):
+                label = f"<small>{escape(setting.label)}</small>"
+                if setting == FULL:
+                    label = f"{escape(vlm)} <small>full precision</small>"
+                body.append([label, *(_interval_cell(d.measure, c) for d, c in zip(shown, found))])
+    titles = (f"{escape(d.title)}<br><small>{escape(d.measure.info.title)}, %</small>" for d in shown)
+    return html_table([["VLM and setting", *titles]], body)
+
+
+def _interval_cell(measure: Measure, comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "<td class='none'>–</td>"
+    value = f"{number(measure, comparison.value)} <i>±{number(measure, 1.96 * comparison.stderr)}</i>"
+    change = comparison.change
+    if change is None:
+        return f"<td>{value}</td>"
+    improved = (change.estimate > 0) == measure.info.higher_is_better
+    kind = "" if not comparison.q_value < 0.05 else " class='better'" if improved else " class='worse'"
+    estimate, interval = percent_interval(change.estimate, change.low, change.high)
+    half = percent_interval(0.5 * (change.high - change.low), change.low, change.high)[0].lstrip("+")
+    mark = f"{estimate} ±{half}<sup>{stars(comparison.q_value)}</sup>"
+    return f"<td{kind} title='{interval}'>{value}<br><span>{mark}</span></td>"
 
 
 def vlm_table(analysis: StudyAnalysis, vlm: str) -> str:

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_vlmq.callbacks import ReliabilityDiagrams
-from lightning_vlmq.callbacks.figures import ReliabilityPanel, reliability_diagram
+from lightning_vlmq.callbacks.figures import ReliabilityPanel, reliability_diagram, trajectory_diagram
 from lightning_vlmq.errors import VLMQError
-from lightning_vlmq.metrics import calibration_error, reliability_bins
+from lightning_vlmq.metrics import calibration_error, reliability_bins, trajectory_bins
 
 
 def sample_records(n=300, sharpness=1.5):
@@ -25,11 +25,12 @@ def sample_records(n=300, sharpness=1.5):
 
 
 class RecordingModule(LightningModule):
-    def __init__(self, records, reference_records, roles):
+    def __init__(self, records, reference_records, roles, tuned_records=None):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.eval_sets = [SimpleNamespace(name=name, role=role) for name, role in roles.items()]
         self.reference_records = reference_records
+        self.tuned_records = tuned_records
         self._made = records
         self.records = None
 
@@ -80,11 +81,12 @@ def test_one_figure_per_labelled_uncorrupted_set(tmp_path):
     module = RecordingModule(records, reference, ROLES)
     trainer(tmp_path, ReliabilityDiagrams()).validate(module, verbose=False)
     drawn = images(tmp_path)
-    assert set(drawn) == {"reliability/clean", "reliability/sketch", "reliability/counter"}
-    for (event,) in drawn.values():
+    names = ("clean", "sketch", "counter")
+    assert set(drawn) == {f"{kind}/{name}" for kind in ("reliability", "reliability_trajectory") for name in names}
+    for tag, (event,) in drawn.items():
         image = np.asarray(Image.open(io.BytesIO(event.encoded_image_string)))
         assert image.std() > 10
-        assert event.width > event.height  # two columns
+        assert (event.width > event.height) == tag.startswith("reliability/")  # two columns
 
 
 def test_one_column_without_reference_and_the_step_of_the_fit(tmp_path):
@@ -101,6 +103,32 @@ def test_a_test_run_draws_too(tmp_path):
     module = RecordingModule({"clean": sample_records()}, None, {"clean": "id"})
     trainer(tmp_path, ReliabilityDiagrams()).test(module, verbose=False)
     assert set(images(tmp_path)) == {"reliability/clean"}
+
+
+def test_a_tuned_model_has_a_column_of_its_own(tmp_path):
+    widths, heights = [], []
+    for number, tuned in enumerate((None, {"clean": sample_records()})):
+        module = RecordingModule({"clean": sample_records()}, {"clean": sample_records()}, {"clean": "id"}, tuned)
+        trainer(tmp_path / str(number), ReliabilityDiagrams()).validate(module, verbose=False)
+        (event,) = images(tmp_path / str(number))["reliability/clean"]
+        widths.append(event.width)
+        heights.append(event.height)
+    assert widths[1] > 1.3 * widths[0] and heights[0] == heights[1]
+
+
+def test_trajectories_follow_the_images_of_each_bin():
+    first, second, third = sample_records(400), sample_records(400), sample_records(400)
+    columns = (torch.stack([r[c] for r in (first, second, third)]) for c in ("confidence", "correct"))
+    axes = trajectory_diagram(trajectory_bins(*columns, 5), ["FP32", "quantized", "tuned"], "title").axes[0]
+    bins = np.digitize(first["confidence"].double(), np.linspace(0, 1, 6)) - 1
+    for marks, records in zip(axes.collections, (first, second, third), strict=True):
+        for number, (x, y) in enumerate(marks.get_offsets()):
+            own = bins == number
+            assert x == pytest.approx(records["confidence"].double()[own].mean().item())
+            assert y == pytest.approx(records["correct"].double()[own].mean().item())
+    _, *paths = axes.lines
+    assert len(paths) == 5
+    np.testing.assert_allclose(paths[2].get_xdata(), [marks.get_offsets()[2][0] for marks in axes.collections])
 
 
 def test_diagram_draws_what_scikit_learn_computes():

@@ -63,13 +63,14 @@ def make_cases() -> list[Case]:
     acc_n, acc_c = correct[common.numpy()].mean(), correct[~common.numpy()].mean()
     tm_error = partial(multiclass_calibration_error, probs.float(), target, num_classes=C)
 
+    index = torch.randperm(N, generator=generator)
+
     # their exactness has a test of its own; here it is about batches and processes
     binned = m.BinnedDetection(low=-4, high=4, n_bins=50)
     binned.update(score, is_id)
     binned_adaptive = m.BinnedAdaptiveCalibrationError(cells=100)
     binned_adaptive.update(logits, target)
 
-    index = torch.randperm(N, generator=generator)
     records = {
         "index": index,
         "target": target,
@@ -94,6 +95,15 @@ def make_cases() -> list[Case]:
             partial(m.ClasswiseCalibrationError, num_classes=C, n_bins=8),
             labelled,
             _numpy_classwise_ece(p, y, 8),
+        ),
+        Case(
+            "classwise_jackknife",
+            partial(m.ClasswiseJackknife, num_classes=C, n_bins=8, n_groups=3),
+            {"index": index, **labelled},
+            torch.tensor(
+                [_numpy_classwise_ece(p, y, 8)]
+                + [_numpy_classwise_ece(p[index % 3 != g], y[index % 3 != g], 8) for g in range(3)]
+            ),
         ),
         Case("aurc", m.AURC, labelled, _numpy_aurc(confidence, correct)),
         Case(

@@ -14,7 +14,9 @@ def test_value_splits_and_life_cycle(case):
     check_metric(case)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "records"], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name not in ("records", "classwise_jackknife")], ids=lambda case: case.name
+)
 def test_plot(case):
     check_plot(case.build(), case.columns)
 
@@ -34,10 +36,10 @@ def test_two_processes_agree_with_one(two_processes, case, split):
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
 @pytest.mark.parametrize("case", [c for c in CASES if not isinstance(c.expected, dict)], ids=lambda case: case.name)
 def test_no_samples_is_nan(case):
-    assert case.build().compute().isnan()
+    assert case.build().compute().isnan().all()
     metric = case.build()
     metric.update(**{name: values[:0] for name, values in case.columns.items()})
-    assert metric.compute().isnan()
+    assert metric.compute().isnan().all()
 
 
 @pytest.mark.parametrize(

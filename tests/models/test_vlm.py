@@ -1,5 +1,7 @@
 """The adapter and the zoo: names, checkpoints, features, and what goes wrong."""
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -60,6 +62,43 @@ def test_zero_shot_logits_and_class_features(vlm):
     assert torch.allclose(logits, vlm.model.logit_scale.exp() * image @ by_hand.T, atol=1e-4)
 
 
+def test_caption_logits_are_those_of_open_clip():
+    """CoCa's own forward drops the last token's prediction and encodes the image by itself."""
+    torch.manual_seed(0)
+    vlm = zoo.build("coca_clean").eval()
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    tokens = vlm.tokenize(["a photo of a coat", "a bag", "a"])
+    with torch.no_grad():
+        logits = vlm.caption_logits(vlm.image_tokens(pixels), tokens)
+        own = vlm.model(vlm.preprocess(pixels), tokens)
+    assert vlm.has_decoder and logits.shape == (3, 24, vlm.model.text.vocab_size)
+    assert torch.equal(logits[:, :-1], own["logits"]) and torch.equal(own["labels"], tokens[:, 1:])
+
+
+def test_only_coca_has_a_decoder():
+    assert [tower for tower in zoo.TOWERS if zoo.build(f"{tower}_clean").has_decoder] == ["coca"]
+
+
+def test_every_matrix_of_coca_is_drawn():
+    """open_clip leaves the decoder's projection as it finds the memory."""
+    projections = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        vlm = zoo.build("coca_clean")
+        projections.append(vlm.model.text_decoder.text_projection.weight.detach())
+    assert torch.equal(projections[0], projections[1]) and not torch.equal(projections[0], projections[2])
+    assert projections[0].std().item() == pytest.approx(64**-0.5, rel=0.05)
+
+
+def test_logit_bias_of_a_sigmoid_trained_model_is_added():
+    torch.manual_seed(0)
+    vlm = zoo.build("siglip_clean").eval()
+    image, text = torch.nn.functional.normalize(torch.randn(2, 4, 96), dim=-1)
+    with torch.no_grad():
+        logits = vlm.zero_shot_logits(image, text)
+    torch.testing.assert_close(logits, math.exp(2.303) * image @ text.T - 10)
+
+
 @pytest.mark.parametrize(
     ("name", "tower"),
     [
@@ -67,6 +106,8 @@ def test_zero_shot_logits_and_class_features(vlm):
         ("model.visual.proj.weight", "vision"),
         ("model.transformer.resblocks.1.attn.q_proj", "text"),
         ("model.token_embedding.weight", "text"),
+        ("model.text_decoder.resblocks.0.attn.q_proj", "text"),
+        ("model.logit_bias", None),
         ("model.logit_scale", None),
         ("model", None),
         ("mean", None),

@@ -9,6 +9,7 @@ from small_data import SMALL_DATA
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.models import load_vlm
 from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
 from lightning_vlmq.modules.features import FeatureCache, tower_digest
 from lightning_vlmq.store import ResultsStore
@@ -43,19 +44,23 @@ def values(module):
 
 def test_every_metric_of_every_role_has_value_and_stderr(quantized):
     rows = pd.DataFrame([vars(r) for r in quantized.rows])
-    labelled = {"top1", "top5", "ece", "adaptive_ece", "brier", "nll", "agreement"}
-    changes = {f"delta_{m}" for m in labelled - {"agreement"}}
+    means = {"top1", "top5", "ece", "mce", "adaptive_ece", "brier", "nll", "aurc", "coverage_at_risk_5"}
+    flips = {"agreement", "flips", "flips_broken", "flips_repaired"}
+    labelled = means | flips | {f"delta_{m}" for m in means}
+    whole = labelled | {"classwise_ece", "delta_classwise_ece"}
     detection = {"auroc", "aupr_in", "aupr_out", "fpr95", "fpr95_openood"}
     expected = {
-        "id": labelled | changes | {"coverage_weights", "coverage_macs"},
-        "corruption": labelled | changes,
-        "shift": labelled | changes,
+        "id": whole | {"coverage_weights", "coverage_macs", "logit_scale"},
+        "corruption": labelled | {"mean_corruption_error", "relative_mean_corruption_error"},
+        "shift": whole,
         "near_ood": detection | {f"delta_{m}" for m in detection},
         "far_ood": detection | {f"delta_{m}" for m in detection},
-        "spurious": labelled | changes | {"rsg", "delta_rsg", "vuln_add"},
+        "spurious": whole | {"rsg", "delta_rsg", "vuln_add"},
     }
     assert {role: set(group["metric"]) for role, group in rows.groupby("role")} == expected
     assert rows[~rows["metric"].str.startswith("delta_")]["value"].notna().all()
+    assert set(rows.loc[rows["role"] == "near_ood", "score"]) == {"mcm", "msp", "maxlogit", "energy", "entropy"}
+    assert not quantized.tuned_rows and quantized.tuned_records is None
     assert rows.query("metric == 'coverage_weights'")["value"].min() > 0.95
 
 
@@ -87,13 +92,15 @@ def test_same_seed_same_bits(quantized):
 def test_full_precision_has_no_changes():
     module = validate(EvaluationModule("convnext_clean"))
     assert module.reference_records is None and module.run_key.is_full_precision
-    assert not any(r.metric.startswith("delta") or r.metric in ("agreement", "vuln_add") for r in module.rows)
+    against = ("delta", "flips", "agreement", "vuln_add", "mean_corruption_error")
+    assert not any(r.metric.startswith(against) for r in module.rows)
 
 
 def test_cached_features_change_nothing_and_are_used(quantized, tmp_path, monkeypatch):
     settings = Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
     first = validate(EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path)))
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2 * len(first.records)
+    classifiers = 2  # one of each model: all sets have the same classes
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 * len(first.records) + classifiers
     second = EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path))
     monkeypatch.setattr(FeatureCache, "put", lambda *_: pytest.fail("a forward pass was run again"))
     assert values(validate(second)) == values(first) == values(quantized)
@@ -107,14 +114,16 @@ def test_damaged_cache_is_replaced(tmp_path):
 
 
 def test_digest_tells_towers_apart_but_not_scopes():
-    def digest(scope, bits, model="vit_clean"):
+    def digests(scope, bits, model="vit_clean"):
         module = validate(
             EvaluationModule(model, quant=Quantization(method="minmax", scope=scope, weight_bits=bits), evaluators=[])
         )
-        return tower_digest(module.vlm, module.scheme, "minmax")
+        return [tower_digest(module.vlm, module.scheme, "minmax", tower) for tower in ("vision", "text")]
 
-    assert digest("vision", 4) == digest("vision_text", 4)
-    assert len({digest("vision", 4), digest("vision", 8), digest("vision", 4, "vit_noisy")}) == 3
+    alone, both = digests("vision", 4), digests("vision_text", 4)
+    assert alone[0] == both[0] and alone[1] != both[1]
+    assert alone[1] == tower_digest(load_vlm("vit_clean"), None, "fp32", "text")  # as it came
+    assert len({alone[0], digests("vision", 8)[0], digests("vision", 4, "vit_noisy")[0]}) == 3
 
 
 def test_qat_lowers_its_loss_files_results_and_reloads(tmp_path):

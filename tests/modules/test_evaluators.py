@@ -1,21 +1,25 @@
 """Evaluators against torchmetrics and scikit-learn, on random logits from end to end."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from lightning_vlmq import metrics
 from lightning_vlmq.data import EvalSet, TensorImages
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs, per_sample
 from lightning_vlmq.modules.evaluators import (
     ClassificationEvaluator,
     OODEvaluator,
-    Resampled,
     SpuriousEvaluator,
+    classwise_rows,
     headline,
 )
+from lightning_vlmq.modules.rows import Resampled
 
 CLASSES = 7
 
@@ -58,6 +62,62 @@ def test_classification_rows_equal_torchmetrics():
     p = value["top1"]
     assert rows["a", "", "top1"].stderr == pytest.approx(np.sqrt(p * (1 - p) / 300), rel=0.35)
     assert rows["a", "", "top1"].n == 300
+
+
+def test_selective_and_flip_rows_are_their_definitions():
+    s = make_set("a", "id", 250)
+    mine, theirs = make_records(250)[0], make_records(250, shift=0.1)[0]
+    rows = by_metric(ClassificationEvaluator(risk=0.2).rows([s], {"a": mine}, {"a": theirs}))
+    value = {metric: row.value for (_, _, metric), row in rows.items()}
+    order = mine["confidence"].argsort(descending=True)
+    risk = 1 - mine["correct"][order].double().cumsum(0) / torch.arange(1, 251)
+    assert value["aurc"] == pytest.approx(float(risk.mean()))
+    assert value["coverage_at_risk_20"] == pytest.approx(max(k + 1 for k in range(250) if risk[k] <= 0.2) / 250)
+    bins = (mine["confidence"].double() * 15).floor()
+    gap = mine["correct"].double() - mine["confidence"].double()
+    assert value["mce"] == pytest.approx(max(abs(float(gap[bins == b].mean())) for b in bins.unique()), abs=1e-6)
+    was, now = theirs["correct"], mine["correct"]
+    assert value["flips"] == pytest.approx(1 - value["agreement"])
+    assert value["flips_broken"] == pytest.approx(float((was & ~now).double().mean()))
+    assert value["flips_repaired"] == pytest.approx(float((now & ~was).double().mean()))
+    assert value["top1"] - theirs["correct"].double().mean().item() == pytest.approx(
+        value["flips_repaired"] - value["flips_broken"]
+    )
+
+
+@pytest.mark.parametrize("metric", ["top1", "ece", "mce", "adaptive_ece", "aurc", "coverage_at_risk_5", "delta_ece"])
+def test_standard_errors_are_the_general_bootstrap_s(metric):
+    s = make_set("a", "id", 200)
+    mine, theirs = make_records(200)[0], make_records(200, shift=0.1)[0]
+    rows = by_metric(ClassificationEvaluator(n_resamples=600).rows([s], {"a": mine}, {"a": theirs}))
+    functions = {
+        "top1": lambda c, k: k.double().mean(-1),
+        "ece": metrics.calibration_error,
+        "mce": partial(metrics.calibration_error, norm="max"),
+        "adaptive_ece": partial(metrics.calibration_error, binning="mass"),
+        "aurc": metrics.aurc,
+        "coverage_at_risk_5": partial(metrics.coverage_at_risk, risk=0.05),
+        "delta_ece": metrics.calibration_error,
+    }
+    columns_q, columns_f = ([r["confidence"], r["correct"]] for r in (mine, theirs))
+    if metric == "delta_ece":
+        found = metrics.paired_bootstrap(
+            functions[metric], columns_f, columns_q, 600, seed=5, combine=metrics.relative_change
+        )
+    else:
+        found = metrics.bootstrap(functions[metric], *columns_q, n_resamples=600, seed=5)
+    assert rows["a", "", metric].value == pytest.approx(found.estimate)
+    assert rows["a", "", metric].stderr == pytest.approx(found.stderr, rel=0.2)
+
+
+def test_classwise_rows_are_errors_and_their_change():
+    sets = [make_set("a", "id", 90), make_set("b", "corruption", 90)]
+    mine, theirs = (torch.tensor(values, dtype=torch.float64) for values in ([0.2, 0.21, 0.19], [0.1, 0.11, 0.1]))
+    rows = by_metric(classwise_rows(sets, {"a": mine}, {"a": theirs}))
+    assert set(rows) == {("a", "", "classwise_ece"), ("a", "", "delta_classwise_ece")}
+    assert rows["a", "", "classwise_ece"].value == 0.2
+    assert rows["a", "", "classwise_ece"].stderr == pytest.approx(0.01)  # sqrt(1/2 * 2 * 0.01^2)
+    assert rows["a", "", "delta_classwise_ece"].value == pytest.approx(-1.0)
 
 
 def test_ood_rows_equal_scikit_learn():
@@ -140,3 +200,5 @@ def test_spurious_sets_need_a_partner():
         SpuriousEvaluator().rows([make_set("b_common", "spurious", 5)], {}, None)
     with pytest.raises(VLMQError, match="n_resamples"):
         Resampled(1)
+    with pytest.raises(VLMQError, match="risk"):
+        ClassificationEvaluator(risk=5)

@@ -26,6 +26,8 @@ def make_batches(vlm: VLM, sizes: tuple[int, ...] = (4, 4), seed: int = 1) -> li
     ]
 
 
+SEEDS = range(5)
+"""Fresh layers and inputs that a method's promise has to hold on, every one."""
 LAYER_KINDS = ("linear", "conv", "grouped", "depthwise")
 
 
@@ -37,10 +39,10 @@ def outlier_layer(kind: str, scheme: QuantScheme, seed: int = 0) -> tuple[Quanti
         x = torch.randn(256, 48) @ (torch.eye(48) + 0.3 * torch.randn(48, 48))
         x[:, [3, 17]] *= 25
         return layer.eval(), x
-    shape = {"conv": (8, 12, 3, 1), "grouped": (8, 12, 3, 2), "depthwise": (8, 8, 5, 8)}[kind]
+    shape = {"conv": (16, 24, 3, 1), "grouped": (16, 24, 3, 2), "depthwise": (16, 16, 5, 16)}[kind]
     conv = nn.Conv2d(shape[0], shape[1], shape[2], padding=1, groups=shape[3])
-    x = torch.randn(12, 8, 9, 9) + torch.randn(12, 8, 1, 1)
-    x[:, 5] *= 25
+    x = F.avg_pool2d(torch.randn(12, 16, 13, 13), 5, stride=1) * 5 + torch.randn(12, 16, 1, 1)  # neighbours are alike
+    x[:, 5] *= 4 if kind == "depthwise" else 25  # there, a channel is an output: one must not be all that counts
     return QuantConv2d(conv, scheme).eval(), x
 
 

@@ -3,7 +3,8 @@ import math
 
 import pytest
 import torch
-from quant_cases import make_batches
+from quant_cases import build, make_batches
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from lightning_vlmq.errors import VLMQError
@@ -29,10 +30,12 @@ def convolutions() -> list[nn.Conv2d]:
         nn.Conv2d(8, 4, 3, groups=2, bias=False),
         nn.Conv2d(8, 5, 3, dilation=2, padding=2, padding_mode="circular"),
         nn.Conv2d(8, 5, 3, padding="same"),
+        Conv2dSame(8, 6, 3, stride=2),
+        Conv2dSame(8, 8, (5, 2), stride=(3, 2), dilation=2, groups=8),
     ]
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(len(convolutions())))
 def test_a_convolution_at_sixteen_bit_weights_differs_by_its_input_only(index: int):
     conv = convolutions()[index]
     x = torch.randn(2, 8, 12, 12)
@@ -161,3 +164,22 @@ def test_non_finite_weights_are_named(vit: VLM, value: float):
         vit.model.visual.transformer.resblocks[1].attn.k_proj.weight[0, 0] = value
     with pytest.raises(VLMQError, match=r"resblocks\.1\.attn\.k_proj' holds non-finite"):
         quantize(vit, "minmax", QuantScheme(), make_batches(vit))
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("vit_clean", "lsqplus_contrastive"),
+        ("convnext_clean", "minmax"),
+        ("siglip_clean", "awq"),
+        ("coca_clean", "quarot"),
+    ],
+)
+def test_a_quantized_model_compiles_into_one_graph(name: str, method: str):
+    vlm = build(name)
+    batch = make_batches(vlm, (3,))[0]
+    quantize(vlm, method, QuantScheme(4, 8, scope="vision_text"), [batch])
+    with torch.no_grad():
+        for encode, x in ((vlm.encode_image, batch["image"]), (vlm.encode_text, batch["tokens"])):
+            compiled = torch.compile(encode, backend="eager", fullgraph=True)  # raises where a graph breaks
+            torch.testing.assert_close(compiled(x), encode(x), rtol=1e-5, atol=1e-6)

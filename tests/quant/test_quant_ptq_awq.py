@@ -1,18 +1,19 @@
 import pytest
 import torch
-from quant_cases import LAYER_KINDS, outlier_layer, second_moment, squared_output_error
+from quant_cases import LAYER_KINDS, SEEDS, outlier_layer, second_moment, squared_output_error
 
 from lightning_vlmq.quant import METHODS, QuantScheme
-from lightning_vlmq.quant.observers import ChannelObserver
+from lightning_vlmq.quant.observers import MagnitudeObserver
 from lightning_vlmq.quant.ptq.awq import GRID, minmax_rounded, search_scale
 from lightning_vlmq.quant.transforms import scale_input_channels
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_output_error_is_at_most_min_max_and_the_least_on_the_grid(kind: str, granularity: str):
-    layer, x = outlier_layer(kind, QuantScheme(4, 16, granularity, group_size=6))
-    channels = ChannelObserver(layer)
+def test_output_error_is_at_most_min_max_and_the_least_on_the_grid(kind: str, granularity: str, seed: int):
+    layer, x = outlier_layer(kind, QuantScheme(4, 16, granularity, group_size=6), seed)
+    channels = MagnitudeObserver(layer)
     channels.observe(x)
     with torch.no_grad():
         factor = search_scale(layer, channels.mean_magnitude, second_moment(layer, x))
@@ -35,7 +36,7 @@ def test_output_error_is_at_most_min_max_and_the_least_on_the_grid(kind: str, gr
 def test_a_silent_channel_does_not_upset_the_search():
     layer, x = outlier_layer("linear", QuantScheme(4, 16))
     x[:, 7] = 0
-    channels = ChannelObserver(layer)
+    channels = MagnitudeObserver(layer)
     channels.observe(x)
     with torch.no_grad():
         factor = search_scale(layer, channels.mean_magnitude, second_moment(layer, x))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from quant_cases import LAYER_KINDS, build, make_batches, outlier_layer, second_moment, squared_output_error
+from quant_cases import LAYER_KINDS, SEEDS, build, make_batches, outlier_layer, second_moment, squared_output_error
 from torch import Tensor, nn
 
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
@@ -48,17 +48,17 @@ def test_lazy_cholesky_rounding_is_optimal_brain_quantization(granularity: str, 
     assert errors[0] == pytest.approx(errors[1], rel=0.03)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
 @pytest.mark.parametrize("kind", LAYER_KINDS)
 @pytest.mark.parametrize("bits", [3, 4])
-def test_output_error_is_below_min_max(kind: str, granularity: str, bits: int):
-    layer, x = outlier_layer(kind, QuantScheme(bits, 16, granularity, group_size=6))
+def test_output_error_is_below_min_max(kind: str, granularity: str, bits: int, seed: int):
+    layer, x = outlier_layer(kind, QuantScheme(bits, 16, granularity, group_size=6), seed)
     METHODS["minmax"]().fit_weight(layer)
     with torch.no_grad():
         plain = squared_output_error(layer, x, layer.effective_weight(), layer.weight)
         rounded = round_columns(layer, second_moment(layer, x))
-        # how much there is to gain depends on how correlated the inputs are, which a linear layer's are most here
-        assert squared_output_error(layer, x, rounded, layer.weight) < (0.6 if kind == "linear" else 1.0) * plain
+        assert squared_output_error(layer, x, rounded, layer.weight) < 0.85 * plain  # the inputs are correlated
         layer.set_weight(rounded)
         torch.testing.assert_close(layer.effective_weight(), rounded, rtol=1e-6, atol=1e-8)  # it lies on the grid
 

@@ -1,20 +1,24 @@
 import pytest
 import torch
-from quant_cases import LAYER_KINDS, outlier_layer
+from quant_cases import LAYER_KINDS, SEEDS, outlier_layer
+from torch import nn
+from torchao.quantization.quant_primitives import optimize_weights_proximal_legacy
 
-from lightning_vlmq.quant import METHODS, QuantScheme
+from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme
 from lightning_vlmq.quant.fake_quant import to_blocks
+from lightning_vlmq.quant.ptq.hqq import fit_zero
 
 
 def heavy_tailed_error(difference: torch.Tensor) -> float:
     return difference.abs().pow(0.7).sum().item()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
 @pytest.mark.parametrize("kind", LAYER_KINDS)
-def test_the_fitted_zero_lowers_the_heavy_tailed_error(kind: str, granularity: str, symmetric: bool):
-    layer, _ = outlier_layer(kind, QuantScheme(3, 16, granularity, weight_symmetric=symmetric))
+def test_the_fitted_zero_lowers_the_heavy_tailed_error(kind: str, granularity: str, symmetric: bool, seed: int):
+    layer, _ = outlier_layer(kind, QuantScheme(3, 16, granularity, weight_symmetric=symmetric), seed)
     with torch.no_grad():
         layer.weight.pow_(3)
         METHODS["hqq"]().fit_weight(layer)
@@ -31,16 +35,57 @@ def test_the_fitted_zero_lowers_the_heavy_tailed_error(kind: str, granularity: s
         assert levels.round().unique().numel() <= 8
 
 
-def test_groups_are_fitted_as_if_each_were_alone():
-    """But for the solver's early stop, which looks at the error of all; so on one group here, and the others its copies."""
-    layer, _ = outlier_layer("linear", QuantScheme(3, 16, "per_group", group_size=12))
-    single, _ = outlier_layer("linear", QuantScheme(3, 16))
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_heavy_tailed_error_is_below_round_to_nearest_on_the_same_grid(
+    kind: str, granularity: str, bits: int, seed: int
+):
+    scheme = QuantScheme(bits, 16, granularity, group_size=12, weight_symmetric=False)
+    layer, _ = outlier_layer(kind, scheme, seed)
+    errors = {}
     with torch.no_grad():
-        layer.weight.copy_(layer.weight[:1, :12].repeat(24, 4))
-        METHODS["hqq"]().fit_weight(layer)
-        single.weight.copy_(layer.weight)
+        layer.weight.copy_(torch.randn_like(layer.weight) * layer.weight.exp())
+        layer.weight.flatten(1)[:, 1] *= 8  # what the scales of an outlier channel leave in the weights
+        for method in ("minmax", "hqq"):
+            METHODS[method]().fit_weight(layer)
+            errors[method] = heavy_tailed_error(layer.effective_weight() - layer.weight)
+    assert errors["hqq"] < errors["minmax"]
+
+
+def test_groups_are_fitted_as_if_each_were_alone():
+    layer, _ = outlier_layer("linear", QuantScheme(3, 16, "per_group", group_size=12))
+    METHODS["hqq"]().fit_weight(layer)
+    groups = layer.weight.detach().view(24, 4, 12)
+    for place in range(4):
+        single = QuantLinear(nn.Linear(12, 24), QuantScheme(3, 16))
+        single.set_weight(groups[:, place])
         METHODS["hqq"]().fit_weight(single)
-        torch.testing.assert_close(layer.effective_weight(), single.effective_weight())
+        together = layer.effective_weight().view(24, 4, 12)[:, place]
+        torch.testing.assert_close(together, single.effective_weight(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_best_of_the_iterates_of_torchaos_solver(seed: int):
+    rows = torch.randn(7, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+    start = -rows.amin(1)
+    zero, error = fit_zero(rows, torch.ones(7, dtype=torch.float64), start, 7)
+    settings = {"lp_norm": 0.7, "beta": 10.0, "kappa": 1.01, "early_stop": False}
+    tried = []
+    for iterations in range(21):
+        found = start[:, None]
+        if iterations:
+            chosen = {**settings, "iters": iterations}
+            _, _, found = optimize_weights_proximal_legacy(
+                rows, torch.ones(7, 1), found, [0, 7], 1, torch.float64, opt_params=chosen
+            )
+        level = (rows + found).round().clamp(0, 7)
+        tried.append(((level - found - rows).abs().pow(0.7).sum(1), found[:, 0]))
+    errors, zeros = (torch.stack(column) for column in zip(*tried))
+    least, which = errors.min(0)
+    torch.testing.assert_close(error, least)
+    torch.testing.assert_close(zero, zeros.gather(0, which[None])[0])
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3])

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from quant_cases import build, make_batches, outlier_layer
-from torch import Tensor
+from quant_cases import SEEDS, build, make_batches, outlier_layer
+from torch import Tensor, nn
 
-from lightning_vlmq.quant import METHODS, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
@@ -15,6 +15,31 @@ def test_weight_ranges_are_the_blocks_quantiles(granularity: str):
     low, high = np.quantile(rows, 0.0001, axis=1), np.quantile(rows, 0.9999, axis=1)
     expected = (np.maximum(high, 0) - np.minimum(low, 0)) / 15
     np.testing.assert_allclose(layer.weight_fake_quant.scale.detach().numpy(), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rare_outliers_are_clipped_and_all_other_weights_gain(symmetric: bool, seed: int):
+    """At most 0.01 % of a block at either end is clipped; what is not is rounded with a step as much smaller."""
+    torch.manual_seed(seed)
+    scheme = QuantScheme(4, 16, "per_tensor", weight_symmetric=symmetric)
+    layer = QuantLinear(nn.Linear(200, 250), scheme)
+    errors, steps = {}, {}
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(250, 200))
+        layer.weight.view(-1)[torch.randperm(50_000)[:6]] = torch.tensor([60.0, -50.0, 55.0, -70.0, 40.0, -45.0])
+        for method in ("minmax", "percentile"):
+            METHODS[method]().fit_weight(layer)
+            quantizer = layer.weight_fake_quant
+            steps[method] = quantizer.scale.item()
+            errors[method] = (layer.effective_weight() - layer.weight).abs()
+        lo, hi = ((end - quantizer.zero_point) * quantizer.scale for end in (quantizer.qmin, quantizer.qmax))
+        half = quantizer.scale / 2
+        clipped = (layer.weight < lo - half) | (layer.weight > hi + half)
+    assert clipped.sum() <= 2 * 1e-4 * layer.weight.numel() + 1 and clipped[layer.weight.abs() > 30].all()
+    assert steps["percentile"] < 0.15 * steps["minmax"]
+    assert errors["percentile"][~clipped].mean() < 0.25 * errors["minmax"][~clipped].mean()
+    assert errors["percentile"][~clipped].max() <= half * 1.001
 
 
 def test_activation_ranges_leave_the_rarest_values_out():

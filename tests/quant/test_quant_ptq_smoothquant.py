@@ -2,13 +2,14 @@ import copy
 
 import pytest
 import torch
-from quant_cases import LAYER_KINDS, add_outlier_channels, build, make_batches, outlier_layer
+from quant_cases import LAYER_KINDS, SEEDS, add_outlier_channels, build, float_output, make_batches, outlier_layer
 
 from lightning_vlmq.models import VLM
-from lightning_vlmq.quant import METHODS, QuantScheme, quantize, quantized_layers
-from lightning_vlmq.quant.calibration import full_precision
+from lightning_vlmq.quant import METHODS, LayerRule, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.calibration import RangeObserver, calibrate, full_precision
+from lightning_vlmq.quant.fake_quant import choose_qparams
 from lightning_vlmq.quant.observers import ChannelObserver
-from lightning_vlmq.quant.ptq.smoothquant import install_channel_scale, weight_channel_maximum
+from lightning_vlmq.quant.ptq.smoothquant import install_channel_scale, smoothing_factor, weight_channel_maximum
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
@@ -19,6 +20,26 @@ def test_a_channel_scale_changes_nothing_in_full_precision(kind: str):
         before = layer(x)
         install_channel_scale(layer, torch.rand(x.shape[1]) * 3 + 0.1)
         torch.testing.assert_close(layer(x), before, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", LAYER_KINDS)
+def test_activation_error_falls_where_there_are_outliers(kind: str, symmetric: bool, seed: int):
+    """At the layer's output, with float weights: the error that activation quantization alone makes."""
+    layer, x = outlier_layer(kind, QuantScheme(16, 8, act_symmetric=symmetric), seed)
+    errors = []
+    with torch.no_grad():
+        reference = float_output(layer, x, layer.weight)
+        for smooth in (False, True):
+            if smooth:
+                channels = ChannelObserver(layer)
+                channels.observe(x)
+                install_channel_scale(layer, smoothing_factor(layer, channels.absolute_maximum))
+            moved = layer.input_transform(x)
+            layer.act_fake_quant.set_range(moved.min().view(1), moved.max().view(1))
+            errors.append((layer(x) - reference).square().sum().item())
+    assert errors[1] < 0.8 * errors[0]
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)
@@ -53,6 +74,21 @@ def test_factors_are_equation_four(vit: VLM):
     expected = (observer.absolute_maximum / float_weights[name].abs().amax(0)).sqrt()
     torch.testing.assert_close(layer.input_transform.factor, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(layer.weight / layer.input_transform.factor, float_weights[name])
+
+
+@pytest.mark.parametrize("method", ["smoothquant", "awq"])
+def test_activation_ranges_are_those_of_the_scaled_inputs(vlm: VLM, method: str):
+    batches = make_batches(vlm)
+    scheme = QuantScheme(4, 8, scope="vision_text", overrides=[LayerRule("*.c_fc", weight_bits=16)])
+    quantize(vlm, method, scheme, batches)
+    observers = {name: RangeObserver() for name in quantized_layers(vlm)}
+    calibrate(vlm, scheme, batches, observers)
+    for name, layer in quantized_layers(vlm).items():
+        seen = observers[name]
+        quantizer = layer.act_fake_quant
+        scale, zero_point = choose_qparams(seen.minimum, seen.maximum, quantizer.qmin, quantizer.qmax, symmetric=False)
+        torch.testing.assert_close(quantizer.scale.detach(), scale, rtol=1e-4, atol=0)
+        torch.testing.assert_close(quantizer.zero_point, zero_point, rtol=0, atol=1)
 
 
 @pytest.mark.parametrize("method", ["smoothquant", "awq", "quarot", "rot_lsq_contrastive"])

@@ -37,8 +37,8 @@ def test_offsets_learn_at_a_pace_of_their_range():
     vlm = build("vit_clean")
     quantize(vlm, "lsqplus_contrastive", QuantScheme(act_bits=4), make_batches(vlm))
     groups = {g["name"]: g for g in METHODS["lsqplus_contrastive"]().parameter_groups(vlm, 1e-3)}  # type: ignore[attr-defined]
-    assert set(groups) == {"matrices", "vectors", "weight_steps", "activation_steps", "activation_offsets"}
-    assert groups["activation_offsets"]["lr"] == pytest.approx(15 * groups["activation_steps"]["lr"])
+    assert set(groups) == {"matrices", "vectors", "weight8_steps", "activation4_steps", "activation4_offsets"}
+    assert groups["activation4_offsets"]["lr"] == pytest.approx(15 * groups["activation4_steps"]["lr"])
     before = {n: p.detach().clone() for n, p in vlm.named_parameters() if n.endswith(".offset")}
     optimizer = torch.optim.Adam(list(groups.values()))
     vlm.encode_image(make_batches(vlm)[0]["image"])[:, 0].sum().backward()

@@ -35,7 +35,5 @@ def test_derived_values():
     assert scheme.weight_range == (-8, 7)
     assert scheme.act_range == (0, 255)
     assert scheme.towers == ("vision", "text")
-    assert scheme.label == "W4A8"
-    assert QuantScheme(weight_bits=3, weight_granularity="per_group", group_size=16, act_bits=16).label == "W3g16A16"
     assert QuantScheme(weight_symmetric=False, weight_bits=2).weight_range == (0, 3)
     assert QuantScheme().towers == ("vision",)

@@ -15,10 +15,11 @@ import torch
 
 from lightning_vlmq.metrics import functional
 from lightning_vlmq.metrics.ood_scores import OOD_SCORES, ScoreInputs
-from lightning_vlmq.store import ResultsStore, RunKey
+from lightning_vlmq.store import TUNED, ResultsStore, RunKey
 
 CLASSES = 8
 SCALE = 12.0
+TUNED_SCALE = 1.6  # what tuning multiplies the logits by
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "contrast")
 LAYERS = [
     *((f"model.visual.transformer.resblocks.{i}.attn.{p}_proj", "vision/attention") for i in range(3) for p in "qkv"),
@@ -34,19 +35,20 @@ def grid(
     bits: Sequence[tuple[int, int]] = ((8, 8), (4, 8)),
     scopes: Sequence[str] = ("vision", "vision_text"),
     seed: int = 0,
+    tuned: bool = False,
 ) -> list[RunKey]:
     keys = []
     for vlm in vlms:
         pretrained = vlm.rpartition("_")[2]
         keys.append(RunKey(vlm, pretrained, "none", "fp32", 32, 32, seed))
         keys += [RunKey(vlm, pretrained, s, m, w, a, seed) for m in methods for w, a in bits for s in scopes]
-    return keys
+    return keys + [key.tuned for key in keys if tuned]
 
 
 def write_study(root: Path, keys: Sequence[RunKey], size: float = 1.0, code_version: str = "0.1.0") -> ResultsStore:
     store = ResultsStore(root)
     for key in keys:
-        run_id = f"{key.model}-{key.method}-{key.bits}-{key.scope}-s{key.seed}"
+        run_id = f"{key.model}-{key.method}-{key.bits}-{key.scope}-s{key.seed}".replace("+", ".")
         store.write(run_id, *make_run(key, run_id, size, code_version))
     return store
 
@@ -58,13 +60,15 @@ def make_run(
         _evaluate(key, name, role, corruption, severity, n, size) for name, role, corruption, severity, n in _sets()
     ]
     table = pd.concat(samples, ignore_index=True)
-    rows = _rows(table) if len(table) else []
+    rows = _rows(key, table) if len(table) else []
     inside = {"dataset": "garments", "role": "id"}
-    if key.method != "fp32":
+    rows.append(_row("logit_scale", _scale(key), 0.0, **inside))
+    if "fp32" not in key.method:
         rows += [_row("coverage_weights", 0.985, 0.0, **inside), _row("coverage_macs", 0.97, 0.0, **inside)]
-    rows.append(_row("stable_rank", 5.2 + key.weight_bits / 10, 0.0, score="vision/mlp", **inside))
+    if not key.method.endswith(TUNED):
+        rows.append(_row("stable_rank", 5.2 + key.weight_bits / 10, 0.0, score="vision/mlp", **inside))
     frame = pd.DataFrame(rows).assign(**key.columns(), code_version=code_version, run_id=run_id)
-    return frame, table, _curves(key)
+    return frame, table, pd.DataFrame() if key.method.endswith(TUNED) else _curves(key)
 
 
 def _sets() -> list[tuple[str, str, str, int, int]]:
@@ -79,9 +83,13 @@ def _stream(*words: object) -> np.random.Generator:
     return np.random.default_rng(list("/".join(map(str, words)).encode()))
 
 
+def _scale(key: RunKey) -> float:
+    return (9 if "noisy" in key.model else SCALE) * (TUNED_SCALE if key.method.endswith(TUNED) else 1)
+
+
 def _strength(key: RunKey) -> float:
     """Noise of quantization, relative to that of the images."""
-    if key.method == "fp32":
+    if "fp32" in key.method:
         return 0.0
     base = {8: 0.06, 6: 0.15, 4: 0.55}[key.weight_bits] * (0.45 if "lsq" in key.method else 1.0)
     return base * (1.3 if key.scope == "vision_text" else 1.0)
@@ -91,7 +99,7 @@ def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int,
     n = max(int(n * size), 12)
     base = name.rsplit("_", 1)[0] if role == "corruption" else name
     images, model = _stream("images", base, role), _stream("model", key.model, name)
-    quantized = _stream("quantized", key.model, key.method, key.bits, key.scope, key.seed, name)
+    quantized = _stream("quantized", key.model, key.method.removesuffix(TUNED), key.bits, key.scope, key.seed, name)
     is_ood = role.endswith("ood")
     target = images.integers(0, CLASSES, n)
     signal = {"near_ood": 0.9, "far_ood": 0.35, "shift": 1.3}.get(role, 2.4) * images.gamma(4, 0.25, n)
@@ -105,7 +113,7 @@ def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int,
     noise = 0.8 * images.normal(size=(n, CLASSES)) + 0.4 * model.normal(size=(n, CLASSES))
     noise = noise + strength * quantized.normal(size=(n, CLASSES))
     cosine = (np.eye(CLASSES)[target] * (signal * (1 - 0.25 * strength))[:, None] + noise) / 10
-    logits = torch.from_numpy(cosine * (9 if "noisy" in key.model else SCALE)).float()
+    logits = torch.from_numpy(cosine * _scale(key)).float()
     records = functional.per_sample(logits, torch.from_numpy(np.where(is_ood, -1, target)))
     inputs = ScoreInputs(cosine=torch.from_numpy(cosine).float(), logits=logits)
     records |= {score: OOD_SCORES[score](inputs) for score in ("mcm", "energy")}
@@ -119,7 +127,7 @@ def _row(metric: str, value: float, stderr: float = np.nan, n: int = 0, score: s
     return {**empty, **where, "score": score, "metric": metric, "value": value, "stderr": stderr, "n": n}
 
 
-def _rows(samples: pd.DataFrame) -> list[dict]:
+def _rows(key: RunKey, samples: pd.DataFrame) -> list[dict]:
     rows = []
     for keys, group in samples.groupby(["dataset", "role", "corruption", "severity"], sort=False):
         where = dict(zip(("dataset", "role", "corruption", "severity"), keys))
@@ -138,6 +146,10 @@ def _rows(samples: pd.DataFrame) -> list[dict]:
             )
         )
         rows.append(_row("ece", ece, 0.01, len(group), **where))
+        if where["role"] == "id":
+            rows.append(_row("classwise_ece", ece / 4, 0.004, len(group), **where))
+            if key.method != "fp32":
+                rows.append(_row("delta_classwise_ece", 0.1, 0.02, len(group), **where))
     return rows
 
 

@@ -15,7 +15,8 @@ from lightning_vlmq.metrics import bootstrap_replicates, delong, paired_bootstra
 from lightning_vlmq.metrics.functional import calibration_error
 from lightning_vlmq.store import ResultsStore, RunKey
 from lightning_vlmq.study.comparison import FULL, StudyAnalysis, analyse, average_effect
-from lightning_vlmq.study.measures import N_RESAMPLES, Measure, calibration_gaps
+from lightning_vlmq.study.estimates import calibration_gaps
+from lightning_vlmq.study.measures import N_RESAMPLES, Measure
 from lightning_vlmq.study.results import Setting, StudyResults, align
 
 W4 = Setting("minmax", 4, 8, "vision")

@@ -86,6 +86,7 @@ class EmbeddedData(ReliabilityDataModule):
         """Build the evaluation sets and read the caption pairs; a second call in one process takes them from memory."""
         self.eval_sets = [s for name in self.datasets for s in build_sets(name, self.recipe)]
         self.pairs = read_pairs(self.recipe.path, self.recipe.on_bad_image)
+        self.require_disjoint_pairs()
 
 
 class EmbeddedPretraining(EmbeddedData):

@@ -20,14 +20,24 @@ from lightning_vlmq.metrics.functional.calibration import (
 )
 from lightning_vlmq.metrics.functional.change import added_vulnerability, relative_change, relative_spurious_gap
 from lightning_vlmq.metrics.functional.classification import agreement, confidence_and_correct, per_sample
+from lightning_vlmq.metrics.functional.corruption import (
+    ALEXNET_CLEAN_ERROR,
+    ALEXNET_ERRORS,
+    mean_corruption_error,
+    relative_mean_corruption_error,
+)
+from lightning_vlmq.metrics.functional.logit_scale import LogitScale, fit_logit_scale
 from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood
 from lightning_vlmq.metrics.functional.selective import aurc, coverage_at_risk, risk_at_coverage
 from lightning_vlmq.metrics.functional.temperature import fit_temperature, temperature_scaled_ece
 
 __all__ = [
+    "ALEXNET_CLEAN_ERROR",
+    "ALEXNET_ERRORS",
     "BinSums",
     "Bounded",
     "DetectionCounts",
+    "LogitScale",
     "ReliabilityBins",
     "TrajectoryBins",
     "adaptive_ece_from_cells",
@@ -44,11 +54,14 @@ __all__ = [
     "coverage_at_risk",
     "equal_mass_bin_sums",
     "equal_width_bin_sums",
+    "fit_logit_scale",
     "fit_temperature",
     "fpr95",
     "fpr95_openood",
+    "mean_corruption_error",
     "per_sample",
     "relative_change",
+    "relative_mean_corruption_error",
     "relative_spurious_gap",
     "reliability_bins",
     "risk_at_coverage",

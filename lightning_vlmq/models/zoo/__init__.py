@@ -8,38 +8,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import register_model
-from timm.models.convnext import ConvNeXt
 from torch import Tensor
 
 from lightning_vlmq.errors import VLMQError, unknown
-from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.models.vlm import VLM, draw_missing_weights
+from lightning_vlmq.models.zoo import towers  # noqa: F401 - registers the vision towers with timm
 
 FOLDER = Path(__file__).parent
 TOWERS = tuple(sorted(p.stem for p in FOLDER.glob("*.json") if "_" not in p.stem and p.stem != "vocabulary"))
 CAPTIONS = ("clean", "noisy")
 PIXEL_MEAN = (0.5, 0.5, 0.5)
 PIXEL_STD = (0.25, 0.25, 0.25)
-
-
-@register_model
-def convnext_embedded(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
-    """A ConvNeXt (Liu et al. 2022) for 32x32 images: stem of stride 2, four stages; 0.5 M parameters, found by timm under this name."""
-    own = {
-        key: value
-        for key, value in kwargs.items()
-        if key not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    }
-    model = ConvNeXt(patch_size=2, depths=(1, 1, 2, 1), dims=(32, 64, 96, 128), **own)
-    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, 32, 32)}  # type: ignore[assignment]
-    return model
 
 
 class CompactTokenizer:
@@ -78,8 +63,13 @@ def build(name: str) -> VLM:
     config = json.loads((FOLDER / f"{name.rsplit('_', 1)[0]}.json").read_text())
     tokenizer = CompactTokenizer(config["text_cfg"]["context_length"])
     config["text_cfg"]["vocab_size"] = tokenizer.vocab_size
-    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
-    return VLM(kind(**config), tokenizer, name, name.rsplit("_", 1)[1], PIXEL_MEAN, PIXEL_STD).train()
+    if "multimodal_cfg" in config:
+        kind = open_clip.CoCa
+    else:
+        kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    model = kind(**config)
+    draw_missing_weights(model)
+    return VLM(model, tokenizer, name, name.rsplit("_", 1)[1], PIXEL_MEAN, PIXEL_STD).train()
 
 
 def load(name: str, checkpoint: str | None = None) -> VLM:

@@ -10,10 +10,10 @@ from torch import Tensor
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch, calibrate
 from lightning_vlmq.quant.fake_quant import block_range, to_blocks
-from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
-from lightning_vlmq.quant.observers import ChannelObserver, output_error, second_moments
-from lightning_vlmq.quant.ptq.smoothquant import install_channel_scale
+from lightning_vlmq.quant.layers import QuantizedLayer, static_layers, weight_quantized_layers
+from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.quant.observers import MagnitudeObserver, output_error, second_moments
+from lightning_vlmq.quant.ptq.smoothquant import ChannelScaled, install_channel_scale
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.transforms import scale_input_channels
 
@@ -23,7 +23,7 @@ FLOOR = 1e-4
 
 
 @METHODS.register("awq")
-class AWQ(PTQMethod):
+class AWQ(ChannelScaled):
     """Scale up the weights that meet large activations before rounding, and the activations down.
 
     Lin et al. 2024 (arXiv 2306.00978): ``s = s_X^a`` with ``s_X`` each input channel's mean magnitude and ``a`` the
@@ -34,17 +34,19 @@ class AWQ(PTQMethod):
     """
 
     def fit_transforms(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
-        """Search and install each layer's scales."""
-        if not scheme.quantizes_weights:
+        """Search and install the scales of each layer with a quantized weight."""
+        observed = weight_quantized_layers(vlm) | static_layers(vlm)
+        if not observed:
             return
-        magnitudes = {name: ChannelObserver(layer) for name, layer in quantized_layers(vlm).items()}
-        calibrate(vlm, scheme, calibration, magnitudes)
+        inputs = {name: MagnitudeObserver(layer) for name, layer in observed.items()}
+        calibrate(vlm, scheme, calibration, inputs)
         factors = {
-            name: search_scale(layer, magnitudes[name].mean_magnitude, moment)
+            name: search_scale(layer, inputs[name].mean_magnitude, moment)
             for name, layer, moment in second_moments(vlm, scheme, calibration)
         }
-        for name, layer in quantized_layers(vlm).items():
-            install_channel_scale(layer, factors[name])
+        for name, factor in factors.items():
+            install_channel_scale(observed[name], factor)
+        self.inputs = inputs
 
 
 def search_scale(layer: QuantizedLayer, magnitude: Tensor, moment: Tensor) -> Tensor:

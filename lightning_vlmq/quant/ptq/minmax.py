@@ -10,4 +10,5 @@ class MinMax(PTQMethod):
     """Every range spans the smallest and largest value seen; nothing is clipped and everything rounds to nearest.
 
     Jacob et al. 2018 (arXiv 1712.05877), section 2.1 and 3.1: the baseline that the other methods are held against.
+    torchao makes the grids from the ranges; its observer keeps ranges alone, without the mean that LSQ starts from.
     """

@@ -11,7 +11,7 @@ from torchao.quantization.granularity import PerTensor
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
-from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
+from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod
 from lightning_vlmq.quant.observers import HistogramObserver, observe_histograms
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -31,7 +31,7 @@ class MSE(PTQMethod):
 
     def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Fix activation grids by search on each layer's histogram."""
-        layers = quantized_layers(vlm)
+        layers = static_layers(vlm)
         for name, histogram in observe_histograms(vlm, scheme, calibration).items():
             quantizer = layers[name].act_fake_quant
             quantizer.set_range(*search_histogram(histogram, quantizer))

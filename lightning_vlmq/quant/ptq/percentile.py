@@ -11,7 +11,7 @@ from torchao.quantization.granularity import PerTensor
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch
 from lightning_vlmq.quant.fake_quant import to_blocks
-from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
+from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod
 from lightning_vlmq.quant.observers import observe_histograms
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -25,12 +25,13 @@ class Percentile(PTQMethod):
 
     Activations and weights are clipped at their 0.01 % and 99.99 % quantiles, one of the shares that the paper
     compares; activations by a 4096-bin histogram over all calibration batches, weights exactly, block by block
-    with linear interpolation (so a block of a few hundred weights loses a little of its extreme value).
+    with linear interpolation (so a block of a few hundred weights loses a little of its extreme value). What the clipped
+    values lose, all others gain: their step is that much smaller. torchao has no such observer.
     """
 
     def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Fix activation grids between two quantiles of each layer's input."""
-        layers = quantized_layers(vlm)
+        layers = static_layers(vlm)
         for name, histogram in observe_histograms(vlm, scheme, calibration).items():
             ends = torch.tensor([[histogram.quantile(1 - SHARE)], [histogram.quantile(SHARE)]])
             layers[name].act_fake_quant.set_range(ends[0], ends[1])

@@ -9,14 +9,15 @@ import torch
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.calibration import Batch, calibrate
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, to_blocks
-from lightning_vlmq.quant.layers import quantized_layers
+from lightning_vlmq.quant.layers import QuantizedLayer, act_quantized_layers, weight_quantized_layers
 from lightning_vlmq.quant.methods import METHODS, QATMethod
+from lightning_vlmq.quant.observers import MagnitudeObserver
 from lightning_vlmq.quant.scheme import QuantScheme
 
 CLIP_KD_FEATURE_WEIGHT = 2000.0
-"""CLIP-KD's weight of the feature loss (Yang et al. 2024, section 4.1), a mean over features of unit-norm vectors."""
+"""CLIP-KD's weight of the feature loss, a mean over features of unit-norm vectors (Yang et al. 2024, the authors' scripts)."""
 
 
 @METHODS.register("lsq_contrastive")
@@ -25,7 +26,8 @@ class LSQContrastive(QATMethod):
 
     Steps start at ``2 <|v|> / sqrt(Qp)`` (section 2.1): a weight's from each of its blocks, an activation's from the
     calibration batches. Gradients are Eq. 3 and 5 with the gradient scale of section 2.2. An asymmetric grid keeps a
-    fixed integer zero point, chosen with the initial step so that the calibration minimum is its lowest level.
+    fixed integer zero point, chosen with the initial step so that the calibration minimum is its lowest level. torchao's
+    range learning is not used for want of the gradient scale; see :mod:`~lightning_vlmq.quant.fake_quant`.
 
     Raises (from :meth:`prepare`):
         VLMQError: for dynamic activation ranges, which leave no activation step to learn.
@@ -33,21 +35,18 @@ class LSQContrastive(QATMethod):
 
     def init_training(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Set and release the steps."""
-        if scheme.quantizes_acts and scheme.act_dynamic:
-            raise VLMQError("LSQ learns activation steps, which act_dynamic does not have; set act_dynamic to false")
-        layers = quantized_layers(vlm)
-        if scheme.quantizes_weights:
-            for layer in layers.values():
-                quantizer = layer.weight_fake_quant
-                blocks = to_blocks(layer.weight.detach(), quantizer.granularity)
-                magnitude = blocks.abs().mean().view(1) if quantizer.scale.numel() == 1 else blocks.abs().mean(1)
-                low = blocks.min().view(1) if quantizer.scale.numel() == 1 else blocks.amin(1)
-                start(quantizer, magnitude, low)
-        if scheme.quantizes_acts:
-            observers = {name: RangeObserver() for name in layers}
+        inputs = layers_with_learned_input(vlm)
+        for layer in weight_quantized_layers(vlm).values():
+            quantizer = layer.weight_fake_quant
+            blocks = to_blocks(layer.weight.detach(), quantizer.granularity).reshape(quantizer.scale.numel(), -1)
+            start(quantizer, blocks.abs().mean(1), blocks.amin(1))
+        if inputs:
+            observers = {name: MagnitudeObserver(layer) for name, layer in inputs.items()}
             calibrate(vlm, scheme, calibration, observers)
             for name, observer in observers.items():
-                start(layers[name].act_fake_quant, torch.tensor([observer.mean_magnitude]), observer.minimum)
+                start(
+                    inputs[name].act_fake_quant, observer.mean_magnitude.mean().view(1), observer.minimum.amin().view(1)
+                )
 
 
 @METHODS.register("lsq_feature")
@@ -55,6 +54,17 @@ class LSQFeature(LSQContrastive):
     """LSQ with contrastive distillation and the feature loss of CLIP-KD."""
 
     feature_weight = CLIP_KD_FEATURE_WEIGHT
+
+
+def layers_with_learned_input(vlm: VLM) -> dict[str, QuantizedLayer]:
+    """The layers whose input step a method is about to learn; raises :class:`VLMQError` where one has a dynamic range."""
+    layers = act_quantized_layers(vlm)
+    for name, layer in layers.items():
+        if layer.act_fake_quant.dynamic:
+            raise VLMQError(
+                f"activation steps are to be learned, but layer '{name}' has none with act_dynamic; set that to false"
+            )
+    return layers
 
 
 def start(quantizer: FakeQuantizer, magnitude: torch.Tensor, minimum: torch.Tensor) -> None:

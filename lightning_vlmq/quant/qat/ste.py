@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch
-from lightning_vlmq.quant.layers import quantized_layers
+from lightning_vlmq.quant.layers import weight_quantized_layers
 from lightning_vlmq.quant.methods import METHODS, QATMethod
 from lightning_vlmq.quant.qat.lsq import CLIP_KD_FEATURE_WEIGHT
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -18,17 +18,18 @@ class STEContrastive(QATMethod):
 
     The gradient passes unchanged inside the range and is zero outside (straight-through estimator, Bengio et al. 2013;
     Jacob et al. 2018, section 3). Weight ranges follow the weights at every forward; activation ranges stay those of
-    the calibration batches (or dynamic, if the scheme says so).
+    the calibration batches (or dynamic, if the scheme says so). torchao's ``QATConfig`` is not used: it covers linear
+    layers and embeddings alone, and takes no per-tensor steps.
     """
 
     def init_training(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Let weight ranges follow the weights."""
-        for layer in quantized_layers(vlm).values():
+        for layer in weight_quantized_layers(vlm).values():
             layer.weight_fake_quant.dynamic = True
 
 
 @METHODS.register("ste_feature")
 class STEFeature(STEContrastive):
-    """The same with CLIP-KD's feature loss added."""
+    """Min-max fake quantization trained with contrastive distillation and the feature loss of CLIP-KD."""
 
     feature_weight = CLIP_KD_FEATURE_WEIGHT

@@ -1,6 +1,6 @@
 """The report's figures: each a function of the analysis that returns a matplotlib figure, or ``None`` without data."""
 
-from lightning_vlmq.study.figures.calibration import reliability_diagrams
+from lightning_vlmq.study.figures.calibration import reliability_diagrams, reliability_trajectories
 from lightning_vlmq.study.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.figures.robustness import corruption_changes, corruption_curves, prediction_flips
 from lightning_vlmq.study.figures.spectra import singular_value_heatmaps, singular_value_ratios
@@ -14,6 +14,7 @@ __all__ = [
     "overview",
     "prediction_flips",
     "reliability_diagrams",
+    "reliability_trajectories",
     "singular_value_heatmaps",
     "singular_value_ratios",
     "spurious_gap_slopes",

@@ -15,6 +15,7 @@ from lightning_vlmq.study.figures.style import (
     GREY,
     LIGHT,
     in_percent,
+    label_last_line,
     method_colours,
     new_figure,
     scope_dashes,
@@ -91,7 +92,7 @@ def _panel(axis: Axes, analysis: StudyAnalysis, dimension: Dimension, rows: dict
 
 def _label_rows(axis: Axes, rows: dict[Setting, float], is_first: bool) -> None:
     axis.set_ylim(min(rows.values()) - 0.7, 0.9)
-    axis.set_yticks(list(rows.values()), [f"{s.bits} {s.scope}" for s in rows] if is_first else [])
+    axis.set_yticks(list(rows.values()), [s.details for s in rows] if is_first else [])
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
     for setting, y in rows.items():
@@ -154,6 +155,7 @@ def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
             axis.set_ylabel("relative spurious gap, %")
         for axis in grid.flat[len(vlms) :]:
             axis.axis("off")
+        label_last_line(grid)
         handles = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
         handles += [Line2D([], [], color=GREY, linestyle=dash, label=scope) for scope, dash in dashes.items()]
         handles += [

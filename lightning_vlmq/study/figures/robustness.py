@@ -17,8 +17,10 @@ from lightning_vlmq.study.figures.style import (
     GREY,
     VERMILION,
     in_percent,
+    label_last_line,
     method_colours,
     new_figure,
+    panel_grid,
     styled,
 )
 from lightning_vlmq.study.notation import signed
@@ -38,7 +40,7 @@ def _severities(diagnostics: Diagnostics) -> dict[int, Accuracy]:
 
 
 def corruption_curves(analysis: StudyAnalysis) -> Figure | None:
-    """Accuracy over severity, averaged over corruptions: one panel a VLM, one row a scope."""
+    """Accuracy over severity, averaged over corruptions: one panel a VLM and scope."""
     vlms = [vlm for vlm in analysis.vlms if getattr(analysis.diagnostics.get((vlm, FULL)), "corruption", None)]
     scopes = list(dict.fromkeys(setting.scope for setting in analysis.settings))
     if not vlms or not scopes:
@@ -46,33 +48,26 @@ def corruption_curves(analysis: StudyAnalysis) -> Figure | None:
     colours = method_colours(analysis.settings)
     bits = list(dict.fromkeys(setting.bits for setting in analysis.settings))
     with styled():
-        figure = new_figure(max(2.75 * len(vlms), 6) + 0.5, 2.4 * len(scopes) + 0.7)
-        grid = figure.subplots(len(scopes), len(vlms), squeeze=False, sharex=True, sharey=True)
-        for line, scope in enumerate(scopes):
-            for axis, vlm in zip(grid[line], vlms):
-                full = _severities(analysis.diagnostics[vlm, FULL])
-                low, high = ([a.value + sign * 1.96 * a.stderr for a in full.values()] for sign in (-1, 1))
-                axis.fill_between(list(full), low, high, color=BLACK, alpha=0.08, linewidth=0)
-                for setting in analysis.settings:
-                    found = analysis.diagnostics.get((vlm, setting))
-                    if setting.scope != scope or found is None or not found.corruption:
-                        continue
-                    curve = _severities(found)
-                    dash = DASHES[bits.index(setting.bits) % len(DASHES)]
-                    line_style = {"color": colours[setting.method], "linestyle": dash, "linewidth": 1.4}
-                    axis.plot(list(curve), [a.value for a in curve.values()], **line_style)
-                axis.plot(
-                    list(full), [a.value for a in full.values()], color=BLACK, linewidth=1.8, marker="o", markersize=3
-                )
-                axis.set_title(vlm if line == 0 else "")
-                in_percent(axis, "y")
-            grid[line, 0].set_ylabel(f"{scope}\ntop-1, %")
-        for axis in grid[-1]:
-            axis.set_xlabel("severity (0: clean)")
+        figure, panels = panel_grid(scopes, vlms, 1.95, "severity (0: clean)", "top-1, %")
+        for (scope, vlm), axis in panels.items():
+            full = _severities(analysis.diagnostics[vlm, FULL])
+            low, high = ([a.value + sign * 1.96 * a.stderr for a in full.values()] for sign in (-1, 1))
+            axis.fill_between(list(full), low, high, color=BLACK, alpha=0.08, linewidth=0)
+            for setting in analysis.settings:
+                found = analysis.diagnostics.get((vlm, setting))
+                if setting.scope != scope or found is None or not found.corruption:
+                    continue
+                curve = _severities(found)
+                dash = DASHES[bits.index(setting.bits) % len(DASHES)]
+                line_style = {"color": colours[setting.method], "linestyle": dash, "linewidth": 1.4}
+                axis.plot(list(curve), [a.value for a in curve.values()], **line_style)
+            values = [a.value for a in full.values()]
+            axis.plot(list(full), values, color=BLACK, linewidth=1.8, marker="o", markersize=3)
+            in_percent(axis, "y")
         handles = [Line2D([], [], color=BLACK, marker="o", markersize=3, linewidth=1.8, label="full precision")]
         handles += [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
         handles += [Line2D([], [], color=GREY, linestyle=DASHES[i % len(DASHES)], label=b) for i, b in enumerate(bits)]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
+        figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 8))
     return figure
 
 
@@ -148,10 +143,10 @@ def prediction_flips(analysis: StudyAnalysis) -> Figure | None:
             axis.grid(axis="y", visible=False)
             in_percent(axis, "x")
         grid[0, 0].invert_yaxis()  # shared: the first setting on top everywhere
-        for axis in grid[-1]:
-            axis.set_xlabel("changed predictions, %")
         for axis in grid.flat[len(vlms) :]:
             axis.axis("off")
+        label_last_line(grid)
+        figure.supxlabel("changed predictions, %", fontsize=9)
         handles = [Patch(color=colour, label=title) for title, colour in kinds.values()]
         figure.legend(handles=handles, loc="outside lower center", ncols=3)
     return figure

@@ -1,6 +1,7 @@
 """What the report's figures share: colours, markers, axes, and how they become SVG or PNG.
 
-Colours are Okabe & Ito's (2008), safe for the common kinds of colour blindness; marker or line style repeats what they say.
+Colours are Okabe & Ito's (2008) and, beyond them, Tol's (2021), safe for the common kinds of colour blindness; marker or line
+style repeats what they say.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from lightning_vlmq.study.results import Setting
 
 BLACK, GREY, LIGHT = "#1f2430", "#6b7280", "#d9dce3"
 BLUE, VERMILION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-PALETTE = (BLUE, VERMILION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8C6D31")
+PALETTE = (BLUE, VERMILION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8C6D31", "#332288", "#999933", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 DASHES: tuple[Any, ...] = ("-", (0, (4, 1.6)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 
@@ -75,6 +76,51 @@ def new_figure_with_margins(
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(left / width, bottom / height, 1 - right / width, 1 - top / height)
     return figure
+
+
+def panel_grid(
+    blocks: Sequence[str], vlms: Sequence[str], height: float, x_label: str, y_label: str
+) -> tuple[Figure, dict[tuple[str, str], Axes]]:
+    """Panels that share their axes: one a VLM for every block (a method, a scope), in lines of up to five.
+
+    Args:
+        blocks: what is written beside the lines.
+        vlms: what is written above the panels.
+        height: of a panel in inches, with its title.
+        x_label: what is below all panels.
+        y_label: what is beside every line, after the block.
+
+    Returns:
+        The figure, with room for a legend at the bottom, and the panels by block and VLM.
+    """
+    columns = min(len(vlms), 5)
+    lines_each = -(-len(vlms) // columns)
+    lines, panel_width = lines_each * len(blocks), max(2.14, 6 / columns)
+    width, margins = panel_width * columns + 0.85, {"left": 0.7, "right": 0.15, "top": 0.3, "bottom": 1.0}
+    figure = new_figure_with_margins(width, height * lines + 1.1, **margins)
+    grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
+    figure.subplots_adjust(wspace=0.16, hspace=0.34 / (height - 0.34))
+    panels = {}
+    for line, axes in enumerate(grid):
+        block, first = blocks[line // lines_each], line % lines_each * columns
+        own = vlms[first : first + columns]
+        axes[0].set_ylabel(f"{block}\n{y_label}")
+        for axis, vlm in zip(axes, own):
+            axis.set_title(vlm, fontsize=9)
+            panels[block, vlm] = axis
+        for axis in axes[len(own) :]:
+            axis.axis("off")
+    label_last_line(grid)
+    figure.supxlabel(x_label, y=0.45 / figure.get_figheight(), fontsize=9)
+    return figure, panels
+
+
+def label_last_line(grid: Any) -> None:
+    """Write the shared x axis' numbers below the last panel of each column of ``[lines, columns]`` axes, some of which are off."""
+    for column in grid.T:
+        used = [axis for axis in column if axis.axison]
+        for axis in used:
+            axis.tick_params(labelbottom=axis is used[-1])
 
 
 def as_svg(figure: Figure) -> str:

@@ -1,4 +1,4 @@
-"""Ranking metrics from resample counts equal the metrics of scikit-learn and of the package on resampled scores."""
+"""Metrics from resample counts equal the metrics of scikit-learn and of the package on resampled samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.metrics import functional
-from lightning_vlmq.study.ranking import RankingMetrics, ranking_metrics, resample_counts
+from lightning_vlmq.metrics.replicates import (
+    ConfidenceMetrics,
+    RankingMetrics,
+    confidence_metrics,
+    ranking_metrics,
+    resample_counts,
+)
 
 
 def draw(n_id: int, n_ood: int, digits: int | None, seed: int = 0):
@@ -58,7 +64,8 @@ def test_counts_are_resamples_and_repeat():
     counts = resample_counts(50, 30, seed=7)
     assert counts.shape == (50, 30) and (counts.sum(0) == 50).all() and (counts >= 0).all()
     assert (counts == resample_counts(50, 30, seed=7)).all()
-    assert not (counts == resample_counts(50, 30, seed=8)).all()
+    for other in (resample_counts(50, 30, seed=8), resample_counts(50, 30, seed=7, stream=1)):
+        assert not (counts == other).all()
     assert counts[:, 0].std() == pytest.approx(1, abs=0.4)  # multinomial: variance 1 - 1/n
 
 
@@ -76,3 +83,49 @@ def test_misfits_are_refused():
         ranking_metrics(id_scores, ood_scores, counts, counts)
     with pytest.raises(VLMQError, match="at least one"):
         ranking_metrics(id_scores, ood_scores[:0], counts, np.empty((0, 4), dtype=np.float32))
+
+
+def samples(n: int, digits: int | None, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    confidence = rng.beta(3, 1, n).astype(np.float32)
+    return (confidence if digits is None else confidence.round(digits)), rng.random(n) < 0.7 * confidence
+
+
+@pytest.mark.parametrize("digits", [None, 2, 1, 0])
+@pytest.mark.parametrize("n", [200, 31, 9, 1])
+def test_confidence_metrics_are_those_of_the_resampled_samples(n, digits):
+    confidence, correct = samples(n, digits, seed=n)
+    counts = resample_counts(n, 80, seed=3)  # more than one chunk
+    found = confidence_metrics(confidence, correct, counts, n_bins=15, risk=0.2)
+    functions = {
+        "ece": functional.calibration_error,
+        "mce": lambda c, k: functional.calibration_error(c, k, norm="max"),
+        "adaptive_ece": lambda c, k: functional.calibration_error(c, k, binning="mass"),
+        "aurc": functional.aurc,
+        "coverage_at_risk": lambda c, k: functional.coverage_at_risk(c, k, risk=0.2),
+    }
+    assert tuple(functions) == ConfidenceMetrics._fields
+    drawn = [torch.from_numpy(np.repeat(np.arange(n), counts[:, r].astype(int))) for r in range(80)]
+    for name, function in functions.items():
+        expected = [float(function(torch.from_numpy(confidence)[i], torch.from_numpy(correct)[i])) for i in drawn]
+        np.testing.assert_allclose(getattr(found, name), expected, atol=1e-9, err_msg=name)
+
+
+def test_confidences_on_the_edges_of_bins_stay_on_their_side():
+    confidence = torch.linspace(0, 1, 16)  # float32, as the metric's own edges
+    correct = np.arange(16) % 2 == 0
+    counts = np.ones((16, 1), dtype=np.float32)
+    found = confidence_metrics(confidence.numpy(), correct, counts, n_bins=15, risk=0.0)
+    assert found.ece[0] == pytest.approx(float(functional.calibration_error(confidence, torch.from_numpy(correct))))
+
+
+def test_undefined_confidences_and_misfits():
+    counts = resample_counts(5, 4, seed=0)
+    confidence, correct = samples(5, None, seed=0)
+    confidence[2] = np.nan
+    found = confidence_metrics(confidence, correct, counts, n_bins=15, risk=0.05)
+    assert all(np.isnan(values).all() and len(values) == 4 for values in found)
+    with pytest.raises(VLMQError, match="one correctness and one count each"):
+        confidence_metrics(confidence[:4], correct[:4], counts, n_bins=15, risk=0.05)
+    with pytest.raises(VLMQError, match="need samples"):
+        confidence_metrics(confidence[:0], correct[:0], counts[:0], n_bins=15, risk=0.05)

@@ -1,0 +1,50 @@
+"""``vlmq data check``: are the data sets of a config there, complete and readable?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonargparse
+from rich.console import Console
+
+from lightning_vlmq.commands import COMMANDS
+from lightning_vlmq.data import ReliabilityDataModule
+from lightning_vlmq.data.check import check, table
+from lightning_vlmq.errors import VLMQError, unknown
+
+
+@COMMANDS.register("data")
+def run(args: list[str]) -> None:
+    """Check the data that a config names, print a table.
+
+    Args:
+        args: the command line after ``vlmq data``.
+
+    Raises:
+        VLMQError: something is missing, incomplete or unreadable; or an unknown action.
+    """
+    if args[:1] not in (["check"], ["--help"], ["-h"]):
+        raise unknown("action of vlmq data", args[0] if args else "", ["check"])
+    made = parser()
+    given = made.parse_args(args[1:] if args[0] == "check" else args)
+    findings = check(made.instantiate(given).data, given.sample, given.full)
+    Console().print(table(findings))
+    bad = [finding for finding in findings if finding.problem]
+    if bad:
+        raise VLMQError(f"{len(bad)} of {len(findings)} checks failed; {bad[0].name}: {bad[0].problem}")
+
+
+def parser() -> jsonargparse.ArgumentParser:
+    """The parser of ``vlmq data check``."""
+    result = jsonargparse.ArgumentParser(
+        prog="vlmq data check", description="Say what of the data sets is there and readable.", exit_on_error=False
+    )
+    result.add_argument("-c", "--config", action=jsonargparse.ActionConfigFile, help="config files, as for validate")
+    result.add_subclass_arguments(ReliabilityDataModule, "data", required=True)
+    result.add_argument(
+        "--sample", type=jsonargparse.typing.NonNegativeInt, default=16, help="images of each set to decode"
+    )
+    result.add_argument("--full", action="store_true", help="decode every image")
+    for other in ("model", "trainer", "results", "seed_everything"):  # an experiment's config says more than this needs
+        result.add_argument(f"--{other}", type=Any, help=jsonargparse.SUPPRESS)
+    return result

@@ -1,0 +1,55 @@
+"""Vision towers of the embedded zoo that open_clip takes from timm, by name; each in its family's own class, sized for 32x32 images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import register_model
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.convnext import ConvNeXt
+from timm.models.efficientnet import EfficientNet
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+_STAGES = [
+    ["ds_r1_k3_s1_e1_c24_se0.25"],
+    ["ir_r2_k3_s2_e4_c40_se0.25"],
+    ["ir_r2_k3_s2_e4_c64_se0.25"],
+    ["ir_r1_k3_s2_e4_c96_se0.25"],
+]
+
+
+@register_model
+def convnext_embedded(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
+    """A ConvNeXt (Liu et al. 2022): stem of stride 2, four stages; 0.4 M parameters."""
+    return _sized(ConvNeXt(patch_size=2, depths=(1, 1, 2, 1), dims=(32, 64, 96, 128), **_of_model(kwargs)))
+
+
+@register_model
+def vit_siglip_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """SigLIP's vision transformer (Zhai et al. 2023): no class token, features pooled by attention ("map"); 0.5 M parameters."""
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, class_token=False, **_of_model(kwargs)
+    )
+
+
+@register_model
+def efficientnet_embedded(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
+    """An EfficientNet (Tan & Le 2019), as ALIGN's (Jia et al. 2021): inverted residuals with squeeze-excite and batch norm.
+
+    Stem of stride 2, four stages; 0.2 M parameters.
+    """
+    return _sized(
+        EfficientNet(decode_arch_def(_STAGES), stem_size=24, num_features=192, act_layer=nn.SiLU, **_of_model(kwargs))
+    )
+
+
+def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What timm hands to an entry point, without what is about pre-trained weights."""
+    return {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+
+
+def _sized(model: Any) -> Any:
+    """Tell open_clip's adapter the size of the tower's last feature map."""
+    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, 32, 32)}
+    return model

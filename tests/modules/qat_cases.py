@@ -1,0 +1,64 @@
+"""One update of quantization-aware training on a few pairs; run as a script, on two processes."""
+
+import sys
+
+import torch
+from lightning import Callback, Trainer, seed_everything
+
+from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.data.datamodule import TensorImages
+from lightning_vlmq.modules import QATModule, Quantization
+
+PAIRS = 24
+
+
+class FewPairs(EmbeddedData):
+    """The embedded data with its first pairs alone."""
+
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        assert self.pairs is not None
+        captions = self.pairs.columns["caption"][:PAIRS]
+        self.pairs = TensorImages(self.pairs.images[:PAIRS], caption=captions)
+
+
+class Gradients(Callback):
+    """Keeps every loss and the gradients of the latest update."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.losses, self.gradients = [], {}
+
+    def on_after_backward(self, trainer, pl_module):
+        self.gradients = {n: p.grad.clone() for n, p in pl_module.vlm.named_parameters() if p.grad is not None}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+def train(method: str, devices: int = 1, steps: int = 1, **settings) -> tuple[QATModule, Gradients]:
+    """Train on batches that hold all pairs between them, in double precision: rounding must not tell runs apart."""
+    seed_everything(0, verbose=False)
+    watcher = Gradients()
+    module = QATModule("vit_clean", quant=Quantization(method=method, scope="vision_text", weight_bits=4), **settings)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp" if devices > 1 else "auto",
+        precision="64-true",
+        max_steps=steps,
+        limit_val_batches=0,
+        logger=False,
+        use_distributed_sampler=False,
+        callbacks=[watcher],
+        **quiet,
+    )
+    trainer.fit(module, FewPairs(datasets=["garments"], per_class=1, train_batch_size=PAIRS // devices))
+    return module, watcher
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _, seen = train(sys.argv[1], devices=2)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"loss": seen.losses[0], "gradients": seen.gradients}, sys.argv[2])

@@ -1,0 +1,93 @@
+"""Pre-training of the zoo: the loss of each family, and a run of each in a real Trainer."""
+
+import math
+
+import pytest
+import torch
+from lightning import Trainer, seed_everything
+from small_data import SMALL_DATA
+from torch import nn
+
+from lightning_vlmq.callbacks import ZooExport
+from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.models import load_vlm, zoo
+from lightning_vlmq.modules import PretrainingModule, QATModule, Quantization
+from lightning_vlmq.modules.pretraining import family_loss
+
+CAPTIONS = ["a photo of a coat", "a bag on a red background", "for sale a dress", "a"]
+
+
+def outputs_and_loss(name, seed):
+    torch.manual_seed(seed)
+    vlm = zoo.build(name)
+    vlm.model.output_dict = True
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        outputs = vlm.model(vlm.preprocess(pixels), vlm.tokenize(CAPTIONS))
+        parts = family_loss(vlm.model)(**outputs, output_dict=True)
+    return outputs, {key: value.item() for key, value in parts.items()}
+
+
+def contrast(outputs):
+    """CLIP's loss, written out: the mean negative log-probability of the partner, over images and over captions."""
+    logits = (outputs["logit_scale"] * outputs["image_features"] @ outputs["text_features"].T).double()
+    return -sum((logits.log_softmax(axis).diagonal().mean() / 2).item() for axis in (0, 1))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+class TestFamilyLoss:
+    @pytest.mark.parametrize("name", ["vit_clean", "convnext_clean", "align_clean"])
+    def test_contrast(self, name, seed):
+        outputs, parts = outputs_and_loss(name, seed)
+        assert parts == {"contrastive_loss": pytest.approx(contrast(outputs), rel=1e-5)}
+
+    def test_captions_of_coca(self, seed):
+        outputs, parts = outputs_and_loss("coca_clean", seed)
+        log_probabilities = outputs["logits"].double().log_softmax(-1)
+        picked = [
+            -log_probabilities[i, j, outputs["labels"][i, j]].item()
+            for i, j in (outputs["labels"] != 0).nonzero().tolist()
+        ]
+        assert parts["contrastive_loss"] == pytest.approx(contrast(outputs), rel=1e-5)
+        assert parts["caption_loss"] == pytest.approx(2 * sum(picked) / len(picked), rel=1e-5)
+
+    def test_every_pair_of_siglip(self, seed):
+        outputs, parts = outputs_and_loss("siglip_clean", seed)
+        logits = outputs["logit_scale"] * outputs["image_features"] @ outputs["text_features"].T + outputs["logit_bias"]
+        each = [math.log1p(math.exp(-logits[i, j].item() * (1 if i == j else -1))) for i in range(4) for j in range(4)]
+        assert parts == {"contrastive_loss": pytest.approx(sum(each) / 4, rel=1e-4)}
+
+
+def run(module, **kwargs):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = Trainer(
+        accelerator="cpu", logger=False, use_distributed_sampler=False, num_sanity_val_steps=0, **quiet, **kwargs
+    )
+    trainer.fit(module, EmbeddedData(**SMALL_DATA))
+    return trainer
+
+
+@pytest.mark.parametrize("name", [f"{tower}_clean" for tower in zoo.TOWERS])
+def test_a_run_moves_every_parameter_and_its_export_is_loaded(name, tmp_path):
+    seed_everything(0, verbose=False)
+    module = PretrainingModule(name, lr=1e-3, warmup=0.5)
+    before = {key: value.detach().clone() for key, value in module.vlm.named_parameters()}
+    trainer = run(module, max_steps=2, callbacks=[ZooExport(str(tmp_path))], limit_val_batches=0)
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+    # one that does not move would fail in DDP; the bias of keys cancels in every softmax
+    still = {key for key, value in module.vlm.named_parameters() if torch.equal(value, before[key])}
+    assert not {key for key in still if not key.endswith("k_proj.bias")}
+    exported = load_vlm(name, str(tmp_path / f"{name}.safetensors"))
+    state = module.vlm.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in exported.state_dict().items())
+
+
+def test_quantization_aware_training_keeps_batch_statistics():
+    seed_everything(0, verbose=False)
+    module = QATModule("align_clean", quant=Quantization(method="ste_contrastive", scope="vision", weight_bits=4))
+    norms = [m for m in module.vlm.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(m.running_mean.clone(), m.running_var.clone(), m.weight.detach().clone()) for m in norms]
+    run(module, max_steps=2, limit_val_batches=0)
+    for norm, (mean, variance, weight) in zip(norms, before, strict=True):
+        assert torch.equal(norm.running_mean, mean) and torch.equal(norm.running_var, variance)
+        assert not torch.equal(norm.weight, weight)

@@ -1,0 +1,49 @@
+"""Quantization-aware training in a real Trainer: on two processes, and with steps that are driven too far."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from qat_cases import train
+
+from lightning_vlmq.quant import quantized_layers
+from lightning_vlmq.quant.fake_quant import STEP_FLOOR
+
+
+def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
+    """Each process sees half of the batch; the contrastive loss is still that of every image with every caption."""
+    script = Path(__file__).with_name("qat_cases.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), "lsqplus_feature", str(tmp_path / "two.pt")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    module, one = train("lsqplus_feature")
+    assert two["loss"] == pytest.approx(one.losses[0], rel=1e-9)
+    assert two["gradients"].keys() == one.gradients.keys()
+    assert len(one.gradients) == sum(p.requires_grad for p in module.vlm.parameters())
+    largest = max(float(gradient.abs().max()) for gradient in one.gradients.values())
+    for name, gradient in one.gradients.items():  # those of key biases are zero up to rounding
+        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-12 * largest)
+
+
+@pytest.mark.parametrize("method", ["lsq_contrastive", "lsqplus_feature"])
+def test_steps_stay_positive_at_a_reckless_rate(method):
+    module, watcher = train(method, steps=4, step_lr=3.0)  # an update moves a step by three times its size
+    steps = [
+        quantizer.scale.detach()
+        for layer in quantized_layers(module.vlm).values()
+        for quantizer in (layer.weight_fake_quant, layer.act_fake_quant)
+    ]
+    every = torch.cat(steps)
+    assert torch.isfinite(every).all() and (every >= STEP_FLOOR).all()
+    assert (every == STEP_FLOOR).any()  # some were stopped there
+    assert all(torch.isfinite(torch.tensor(watcher.losses)))
