@@ -246,7 +246,9 @@ class ResultsStore:
         """
         metadata = self._read("results", run_id).schema.metadata or {}
         if _SECONDS not in metadata:
-            raise VLMQError(f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again")
+            raise VLMQError(
+                f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again"
+            )
         return float(metadata[_SECONDS]), int(metadata[_CORES])
 
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.store import FULL_PRECISION, ResultsStore
 
+ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))
 METRICS = ("top1", "ece", "agreement", "coverage_weights")
 HEAD = """# The sixteen methods
 
@@ -65,7 +66,7 @@ def read_results(root: str | Path) -> pd.DataFrame:
 def page(table: pd.DataFrame) -> str:
     """The Markdown page of what :func:`read_results` gives."""
     lines = [HEAD.format(n=int(table["n"].max()), cores=int(table["cores"].max()))]
-    for name in METHODS:
+    for name in ORDER:
         summary = (inspect.getdoc(METHODS[name]) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
         lines.append(f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {summary} |\n")
     for model in table["model"].unique():
@@ -84,7 +85,7 @@ def model_section(model: str, runs: pd.DataFrame) -> str:
             f"Full precision: top-1 {run.top1:.1f} ± {run.top1_stderr:.1f}, ECE {run.ece:.1f} ± {run.ece_stderr:.1f}.\n\n"
         )
     lines.append(f"| method | {' | '.join(named)} | coverage |\n|---|{'---:|' * (len(named) + 1)}\n")
-    for method in (m for m in METHODS if m in set(runs["method"])):
+    for method in (m for m in ORDER if m in set(runs["method"])):
         own = runs[runs["method"] == method].set_index(["weight_bits", "act_bits"])
         cells = []
         for key in bits:

@@ -92,7 +92,7 @@ def test_test_and_predict(vlmq, tmp_path, small_data_args):
     done = vlmq("predict", "--config", "configs/eval.yaml", *small_data_args, *quiet(tmp_path), writer, folder)
     assert done.returncode == 0, done.stderr
     predictions = pd.read_parquet(tmp_path / "predictions" / "garments.parquet")
-    top1 = rows.query("dataset == 'garments' and metric == 'top1'")["value"].item()
+    top1 = rows.query("dataset == 'garments' and metric == 'top1' and method == 'fp32'")["value"].item()
     assert (predictions["prediction"] == predictions["target"]).mean() == pytest.approx(top1)
 
 

@@ -159,8 +159,8 @@ def grouped_rows(layer: nn.Module, weight: Tensor) -> Tensor:
 
 def output_error(layer: nn.Module, weight: Tensor, moment: Tensor) -> Tensor:
     """Mean squared error, summed over outputs, that ``weight`` makes in place of the layer's own; scalar float64."""
-    difference = grouped_rows(layer, weight - layer.weight).double()  # type: ignore[operator]
-    return ((difference @ moment.double()) * difference).sum()
+    difference = grouped_rows(layer, weight - layer.weight)  # type: ignore[operator]
+    return (difference @ moment).mul_(difference).sum(dtype=torch.float64)
 
 
 def observe_histograms(vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]) -> dict[str, HistogramObserver]:

@@ -188,7 +188,9 @@ class QuantScheme:
     def variant(self) -> str:
         """What sets the scheme apart from the plain one of its bits and scope, in words; empty for that one."""
         plain = {f.name: f.default for f in fields(QuantScheme) if f.name not in ("weight_bits", "act_bits", "scope")}
-        own = [f"{n}={getattr(self, n)}" for n, value in plain.items() if n != "overrides" and getattr(self, n) != value]
+        own = [
+            f"{n}={getattr(self, n)}" for n, value in plain.items() if n != "overrides" and getattr(self, n) != value
+        ]
         return ", ".join([*own, *map(str, self.overrides)])
 
 

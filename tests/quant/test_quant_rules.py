@@ -151,7 +151,9 @@ def test_contradictions_in_a_layer_name_it(vit: VLM):
     with pytest.raises(VLMQError, match="nothing would be quantized"):
         swap_layers(copy.deepcopy(vit), QuantScheme(overrides=[LayerRule(skip=True)]))
     with pytest.raises(VLMQError, match=r"layer 'model\.visual\.conv1' has none with act_dynamic"):
-        quantize(vit, "lsq_contrastive", QuantScheme(overrides=[LayerRule("*.conv1", act_dynamic=True)]), make_batches(vit))
+        quantize(
+            vit, "lsq_contrastive", QuantScheme(overrides=[LayerRule("*.conv1", act_dynamic=True)]), make_batches(vit)
+        )
 
 
 def test_a_rule_alone_can_say_what_is_quantized(vit: VLM):
@@ -190,8 +192,9 @@ def test_skipped_layers_count_as_not_quantized(vit: VLM):
     inside = sum(size for name, size in report.unquantized.items() if vit.tower_of(name) == "vision")
     assert inside == sum(p.numel() for p in vit.model.visual.transformer.resblocks[0].parameters() if p.ndim > 1)
     rows = [row for row in report.rows if row.tower == "vision"]
-    assert sum(row.weights - row.weights_quantized for row in rows) == inside and 0.7 < report.mac_share(("vision",)) < 0.8
-
+    assert (
+        sum(row.weights - row.weights_quantized for row in rows) == inside and 0.7 < report.mac_share(("vision",)) < 0.8
+    )
 
 
 @pytest.mark.parametrize("method", [*PTQ, *QAT])

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.stats import false_discovery_control
+from scipy.stats import false_discovery_control, norm
 from sklearn.metrics import roc_auc_score
 from study_synthetic import grid, make_run, write_study
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.metrics import bootstrap_replicates, delong, paired_bootstrap
-from lightning_vlmq.metrics.functional import calibration_error
+from lightning_vlmq.metrics.functional import aurc, calibration_error, coverage_at_risk
 from lightning_vlmq.store import ResultsStore, RunKey
 from lightning_vlmq.study.comparison import FULL, StudyAnalysis, analyse, average_effect
 from lightning_vlmq.study.estimates import calibration_gaps
@@ -35,7 +35,7 @@ def analysis(store) -> StudyAnalysis:
 
 def column(store: ResultsStore, method: str, role: str, name: str, vlm: str = "vit_clean") -> dict[str, np.ndarray]:
     """The samples' column by data set, read independently of the code under test."""
-    run_id = next(i for i in store.run_ids() if i.startswith(f"{vlm}-{method}"))
+    run_id = next(i for i in store.run_ids() if i.startswith(f"{vlm}-{method}-"))
     samples = store.samples(run_id).sort_values("index")
     samples = samples[samples["role"] == role]
     return {str(dataset): part[name].to_numpy() for dataset, part in samples.groupby("dataset", observed=True)}
@@ -168,6 +168,7 @@ def test_the_mean_effect_has_the_interval_of_shared_resamples(analysis):
 def test_a_run_that_changes_nothing_is_not_significant(tmp_path):
     full = RunKey("vit_clean", "clean", "none", "fp32", 32, 32, 0)
     rows, samples, curves = make_run(full, "full", size=0.05)
+    rows = rows[rows["metric"] != "classwise_ece"]  # whose change a run itself has to say
     store = ResultsStore(tmp_path)
     store.write("full", rows, samples, curves)
     same = {"run_id": "same", "method": "minmax", "scope": "vision", "weight_bits": 8, "act_bits": 8}
@@ -274,3 +275,64 @@ def test_align_keeps_runs_without_samples_undefined(tmp_path):
     store.write("bare", rows, pd.DataFrame(), curves)
     matrix = align(list(StudyResults.load(tmp_path).runs))["id"][0]
     assert np.isnan(matrix["correct"][:, 1]).all() and not np.isnan(matrix["correct"][:, 0]).any()
+
+
+@pytest.mark.parametrize("metric", ["mce", "aurc", "coverage_at_risk_5", "adaptive_ece"])
+def test_metrics_of_the_confidences_order(store, analysis, metric):
+    functions = {
+        "mce": lambda c, k: calibration_error(c, k, norm="max"),
+        "aurc": aurc,
+        "coverage_at_risk_5": lambda c, k: coverage_at_risk(c, k, risk=0.05),
+        "adaptive_ece": lambda c, k: calibration_error(c, k, binning="mass"),
+    }
+    columns = [
+        [torch.tensor(column(store, method, "id", name)["garments"]) for name in ("confidence", "correct")]
+        for method in ("fp32", "minmax")
+    ]
+    found = analysis.comparisons["vit_clean", W4, Measure(metric, "id")]
+    expected = paired_bootstrap(functions[metric], *columns, n_resamples=400, seed=3)
+    assert found.value == pytest.approx(float(functions[metric](*columns[1])))
+    assert found.change.estimate == pytest.approx(expected.estimate)
+    assert found.change.stderr == pytest.approx(expected.stderr, rel=0.25)
+
+
+def test_classwise_ece_comes_from_the_rows(store, analysis):
+    """Samples do not hold all probabilities: value and standard errors are the stored ones."""
+    found = analysis.comparisons["vit_clean", W4, Measure("classwise_ece", "id")]
+    rows = (
+        store.rows().query("model == 'vit_clean' and metric.str.contains('classwise')").set_index(["method", "metric"])
+    )
+    value, reference = rows.loc[("minmax", "classwise_ece"), "value"], rows.loc[("fp32", "classwise_ece"), "value"]
+    assert (found.value, found.reference) == (pytest.approx(value), pytest.approx(reference))
+    assert found.stderr == pytest.approx(0.004)
+    assert found.change.stderr == pytest.approx(0.02 * reference)  # that of the relative change, in points
+    assert found.p_value == pytest.approx(2 * norm.sf(abs(value - reference) / (0.02 * reference)))
+
+
+def test_tuned_runs_are_compared_with_full_precision_as_it_came(tmp_path):
+    store = write_study(tmp_path, grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"], tuned=True), size=0.2)
+    analysis = analyse(StudyResults.load(tmp_path))
+    assert analysis.settings == [W4] and StudyResults.load(tmp_path).superseded == 0
+    measures = {measure for _, setting, measure in analysis.comparisons if setting == W4.tuned}
+    assert not {m.metric for m in measures} & {"top1", "top5", "agreement", "rsg", "vuln_add"}
+    assert {m.score for m in measures} == {"", "energy"}  # a scale leaves mcm as it is
+    confidence, correct = (
+        torch.tensor(column(store, "minmax.lst", "id", name)["garments"]) for name in ("confidence", "correct")
+    )
+    found = analysis.comparisons["vit_clean", W4.tuned, Measure("ece", "id")]
+    assert found.value == pytest.approx(float(calibration_error(confidence, correct)), abs=1e-6)
+    full = analysis.comparisons["vit_clean", FULL, Measure("ece", "id")]
+    assert found.reference == full.value
+    assert analysis.changes(Measure("ece", "id")) == [analysis.comparisons["vit_clean", W4, Measure("ece", "id")]]
+    assert len(analysis.changes(Measure("ece", "id"), is_tuned=True)) == 2  # full precision's own too
+
+
+def test_trajectories_of_seeds_are_pooled(tmp_path):
+    keys = [key for seed in (0, 1) for key in grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"], seed, tuned=True)]
+    write_study(tmp_path, keys, size=0.1)
+    both = analyse(StudyResults.load(tmp_path)).trajectories["vit_clean", W4]
+    assert both.confidence.shape[0] == 3 and float(both.count.sum()) == 2 * 160
+    kept = both.count > 0
+    weights = both.count[kept] / both.count.sum()
+    accuracy = column(ResultsStore(tmp_path), "fp32", "id", "correct")["garments"].mean()  # the same for both seeds
+    assert float((both.accuracy[0, kept] * weights).sum()) == pytest.approx(accuracy)

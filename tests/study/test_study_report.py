@@ -15,13 +15,15 @@ from PIL import Image
 from study_synthetic import grid, make_run, write_study
 
 from lightning_vlmq.store import ResultsStore, RunKey
-from lightning_vlmq.study import figures
-from lightning_vlmq.study.comparison import analyse
+from lightning_vlmq.study import figures, improvement
+from lightning_vlmq.study.comparison import FULL, analyse
 from lightning_vlmq.study.figures.spectra import RANKS, read_spectra
+from lightning_vlmq.study.figures.style import vlm_styles
 from lightning_vlmq.study.measures import Measure
-from lightning_vlmq.study.published import compare_with_published
+from lightning_vlmq.study.published import ECE, compare_with_published
 from lightning_vlmq.study.report import build_report, main, write_report
 from lightning_vlmq.study.results import Setting, StudyResults
+from lightning_vlmq.study.tables import stars
 
 KEYS = grid(methods=["minmax", "lsq_contrastive"], bits=[(8, 8), (4, 8)], scopes=["vision_text"])
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -84,7 +86,7 @@ def test_every_section_is_there_and_linked(page):
 
 def test_figures_are_svg_with_a_description(page):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 6 + 2 * 2
+    assert len(images) == 6 + 2 * 2  # nothing is tuned here: no trajectories
     for image in images:
         assert len(image["alt"]) > 20
         svg = base64.b64decode(image["src"].removeprefix("data:image/svg+xml;base64,"))
@@ -219,3 +221,90 @@ def test_command_line(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         main([str(tmp_path / "nothing")])
     assert end.value.code == 2 and "vlmq-study: error: no results in" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    keys = grid(["vit_clean"], ["minmax"], [(8, 8), (4, 8)], ["vision", "vision_text"], tuned=True)
+    store = write_study(tmp_path_factory.mktemp("tuned"), [*keys, *grid(["vit_noisy"], ["minmax"])], size=0.1)
+    return analyse(StudyResults.load(store.root))
+
+
+def test_tuned_runs_are_no_settings_and_no_gaps(tuned):
+    page = Page(write_report(tuned).read_text())
+    assert not page.open and "cells of the grid" not in page.text and "run again later" not in page.text
+    assert [s.label for s in tuned.settings] == [
+        "minmax W8A8 vision",
+        "minmax W8A8 vision_text",
+        "minmax W4A8 vision",
+        "minmax W4A8 vision_text",
+    ]
+    assert re.search(r"10\s*runs", page.text.replace("runs", " runs")) and "5logit scales tuned" in page.text
+    assert sum(tag == "img" for tag, _ in page.tags) == 7 + 2 * 2
+
+
+def test_calibration_before_and_after_tuning_is_told(tuned):
+    text = Page(write_report(tuned).read_text()).text
+    setting = Setting("minmax", 8, 8, "vision_text")
+    cells = ""
+    for stage in (setting, setting.tuned):
+        found = tuned.comparisons["vit_clean", stage, Measure("ece", "id")]
+        sign = "−" if found.change.estimate < 0 else "+"
+        cells += f"{100 * found.value:.1f} ±{100 * found.stderr:.1f}{sign}{abs(100 * found.change.estimate):.1f}"
+        cells += stars(found.q_value)
+    assert f"minmax W8A8 vision_text12.0019.20{cells}" in text  # the synthetic scales, then ECE as it came and tuned
+    assert improvement.tuning_table(tuned, "vit_noisy") == ""  # not tuned
+
+
+def test_the_published_ece_of_tuned_models_stands_beside_the_own(tuned):
+    claims = {claim.claim: claim for claim in compare_with_published(tuned)}
+    claim = claims["ECE, fully quantized with tuned logit scale vs FP32"]
+    found = [tuned.comparisons["vit_clean", Setting("minmax+lst", w, 8, "vision_text"), ECE] for w in (8, 4)]
+    assert claim.published == "1.1 % vs 6.9 %"
+    after, before = 100 * np.mean([c.value for c in found]), 100 * found[0].reference
+    assert claim.own.startswith(f"{after:.1f} % vs {before:.1f} %, a relative change of ")
+    w8a8 = claims["share of W8A8 runs whose calibration improves"]
+    assert " of 4," in w8a8.basis  # untuned ones alone
+
+
+def test_shares_of_improved_runs(tuned):
+    rows = [line.split("</th>")[1] for line in improvement.improvement_table(tuned).split("<tr>")[2:]]
+    effects = tuned.changes(Measure("top1", "id"))
+    improved = sum(c.value > c.reference for c in effects)
+    worse = sum(c.q_value < 0.05 and c.value < c.reference for c in effects)
+    better = sum(c.q_value < 0.05 and c.value > c.reference for c in effects)
+    assert f"{improved} of {len(effects)}; significantly {better} better, {worse} worse" in rows[0]
+    own = tuned.changes(ECE, is_tuned=True)
+    assert len(own) == 5 and f"{sum(c.value < c.reference for c in own)} of 5;" in rows[2]
+
+
+def test_trajectories_follow_full_precision_s_bins(tuned):
+    setting = Setting("minmax", 4, 8, "vision_text")
+    bins = tuned.trajectories["vit_clean", setting]
+    store = tuned.results.runs[0].store
+    names = ("vit_clean-fp32-W32A32-none-s0", "vit_clean-minmax-W4A8-vision_text-s0")
+    tables = [
+        store.samples(run).query("role == 'id'").sort_values("index")
+        for run in (*names, names[1].replace("-W", ".lst-W"))
+    ]
+    which = np.minimum((tables[0]["confidence"].to_numpy() * 15).astype(int), 14)
+    for k in np.unique(which):
+        assert bins.count[k] == (which == k).sum()
+        for stage, table in enumerate(tables):
+            assert float(bins.accuracy[stage, k]) == pytest.approx(table["correct"].to_numpy()[which == k].mean())
+            assert float(bins.confidence[stage, k]) == pytest.approx(table["confidence"].to_numpy()[which == k].mean())
+    assert tuned.trajectories["vit_noisy", setting].confidence.shape[0] == 2
+    assert tuned.trajectories["vit_clean", FULL].confidence.shape[0] == 2  # to its tuned self
+    assert ("vit_noisy", FULL) not in tuned.trajectories
+
+
+def test_ten_vlms_fit_the_page(tmp_path):
+    vlms = [f"{tower}_{captions}" for tower in ("a", "b", "c", "d", "e") for captions in ("clean", "noisy")]
+    write_study(tmp_path, grid(vlms, ["minmax"], [(4, 8)], ["vision"]), size=0.01)
+    analysis = analyse(StudyResults.load(tmp_path))
+    for draw in (figures.reliability_diagrams, figures.corruption_curves, figures.spurious_gap_slopes):
+        figure = draw(analysis)
+        assert figure.get_figwidth() <= 11.8  # what the page shows without scrolling
+        assert {axis.get_title("left") for axis in figure.axes} >= set(vlms)
+    styles = vlm_styles(vlms)
+    assert len({colour for colour, _ in styles.values()}) == len({marker for _, marker in styles.values()}) == 10

@@ -119,7 +119,9 @@ def test_a_small_study_with_a_failing_vlm(tmp_path):
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert (tmp_path / "report.html").exists()
-    assert len(list((tmp_path / "results").glob("*.parquet"))) == 2
+    runs = {path.stem for path in (tmp_path / "results").glob("*.parquet")}
+    own = {run for run in runs if not run.endswith(".lst")}
+    assert len(own) == 2 and runs - own == {f"{run}.lst" for run in own}
     assert len(list((tmp_path / "failures").glob("*.txt"))) == 2
     assert (
         done.stdout.count("✓") == 2
