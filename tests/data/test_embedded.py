@@ -78,6 +78,15 @@ def test_pairs_are_a_thousand_and_share_no_garment_with_evaluation(data):
     assert not evaluated & {hashlib.sha256(i.numpy().tobytes()).digest() for i in data.pairs.images}
 
 
+def test_fewer_pairs_are_the_first_ones(data):
+    few = EmbeddedData(**SMALL, calibration_pairs=30, train_batch_size=20)
+    few.setup()
+    assert torch.equal(few.pairs.images, data.pairs.images[:30])
+    batches = few.calibration_batches()
+    assert [len(b["image"]) for b in batches] == [20, 10]
+    assert batches[1]["caption"] == data.pairs.columns["caption"][20:30]
+
+
 def test_counter_backgrounds_differ_from_common_ones_only_in_colour(data):
     sets = {s.name: s.images for s in data.eval_sets}
     common, counter = sets["backgrounds_common"], sets["backgrounds_counter"]
@@ -126,6 +135,11 @@ class TestBadInput:
             module.val_dataloader()
         assert "\n" not in str(caught.value)
         return str(caught.value)
+
+    def test_more_pairs_than_there_are(self):
+        message = self.build(calibration_pairs=1001)
+        assert "holds 1000 image-caption pairs, 1001 are asked for" in message
+        assert "at least 1" in self.build(calibration_pairs=0)
 
     def copy(self, tmp_path, **columns):
         for name in ("garments", "pairs"):

@@ -6,20 +6,9 @@ import torch
 from lightning import Callback, Trainer, seed_everything
 
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.data.datamodule import TensorImages
 from lightning_vlmq.modules import QATModule, Quantization
 
 PAIRS = 24
-
-
-class FewPairs(EmbeddedData):
-    """The embedded data with its first pairs alone."""
-
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        assert self.pairs is not None
-        captions = self.pairs.columns["caption"][:PAIRS]
-        self.pairs = TensorImages(self.pairs.images[:PAIRS], caption=captions)
 
 
 class Gradients(Callback):
@@ -39,6 +28,7 @@ def train(method: str, devices: int = 1, steps: int = 1, **settings) -> tuple[QA
     """Train on batches that hold all pairs between them, in double precision: rounding must not tell runs apart."""
     seed_everything(0, verbose=False)
     watcher = Gradients()
+    data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=PAIRS, train_batch_size=PAIRS // devices)
     module = QATModule("vit_clean", quant=Quantization(method=method, scope="vision_text", weight_bits=4), **settings)
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(
@@ -53,7 +43,7 @@ def train(method: str, devices: int = 1, steps: int = 1, **settings) -> tuple[QA
         callbacks=[watcher],
         **quiet,
     )
-    trainer.fit(module, FewPairs(datasets=["garments"], per_class=1, train_batch_size=PAIRS // devices))
+    trainer.fit(module, data)
     return module, watcher
 
 

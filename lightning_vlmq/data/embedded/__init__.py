@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -40,6 +41,7 @@ class EmbeddedData(ReliabilityDataModule):
         batch_size: images a batch when evaluating.
         train_batch_size: image-caption pairs a batch when training or calibrating.
         num_workers: loader processes; images are in memory, so 0 is fastest.
+        calibration_pairs: number of caption pairs to calibrate and train on, from the first; ``None`` takes all (1,000).
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class EmbeddedData(ReliabilityDataModule):
         batch_size: int = 400,
         train_batch_size: int = 125,
         num_workers: int = 0,
+        calibration_pairs: int | None = None,
     ) -> None:
         super().__init__(batch_size, train_batch_size, num_workers)
         self.save_hyperparameters()
@@ -67,6 +70,9 @@ class EmbeddedData(ReliabilityDataModule):
             raise VLMQError(
                 "per_class, per_class_shifted and n_far_ood must be at least 1; leave a group out of datasets instead"
             )
+        if calibration_pairs is not None and calibration_pairs < 1:
+            raise VLMQError(f"calibration_pairs must be at least 1, got {calibration_pairs}; leave it out for all")
+        self.calibration_pairs = calibration_pairs
         self.datasets = tuple(datasets)
         self.recipe = Recipe(
             path=str(FOLDER if path is None else path),
@@ -85,7 +91,16 @@ class EmbeddedData(ReliabilityDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Build the evaluation sets and read the caption pairs; a second call in one process takes them from memory."""
         self.eval_sets = [s for name in self.datasets for s in build_sets(name, self.recipe)]
-        self.pairs = read_pairs(self.recipe.path, self.recipe.on_bad_image)
+        pairs = read_pairs(self.recipe.path, self.recipe.on_bad_image)
+        if self.calibration_pairs is not None:
+            n = self.calibration_pairs
+            if n > len(pairs):
+                where = Path(self.recipe.path) / "pairs.parquet"
+                raise VLMQError(
+                    f"'{where}' holds {len(pairs)} image-caption pairs, {n} are asked for; lower calibration_pairs"
+                )
+            pairs = TensorImages(pairs.images[:n], caption=pairs.columns["caption"][:n])
+        self.pairs = pairs
         self.require_disjoint_pairs()
 
 
