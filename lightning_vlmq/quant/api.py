@@ -11,6 +11,7 @@ from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch
 from lightning_vlmq.quant.coverage import CoverageReport, assert_covered, measure_coverage
+from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import quantized_layers
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -51,9 +52,7 @@ def require_finite_layers(vlm: VLM) -> None:
         for name, layer in quantized_layers(vlm).items():
             act = layer.act_fake_quant
             static = act.enabled and not act.dynamic
-            if not bool(torch.isfinite(layer.effective_weight()).all()) or (
-                static and not bool(torch.isfinite(act.scale).all())
-            ):
+            if not all_finite(layer.effective_weight()) or (static and not all_finite(act.scale)):
                 raise VLMQError(
                     f"layer '{name}' is not finite after quantization; check the weights and the calibration data"
                 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
 
@@ -124,8 +125,7 @@ def _watch(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(module, QuantizedLayer)
         x = module.input_transform(args[0])
-        # the ends of the range, NaN if anything is: torch.isfinite(x) would go over the input six times
-        if not bool(torch.isfinite(torch.stack(torch.aminmax(x))).all()):
+        if not all_finite(x):
             raise VLMQError(
                 f"layer '{name}' got a non-finite input while calibrating; check the weights and the images"
             )

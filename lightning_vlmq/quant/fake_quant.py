@@ -90,8 +90,12 @@ def block_range(blocks: Tensor, granularity: Granularity) -> tuple[Tensor, Tenso
     if isinstance(granularity, PerTensor):
         low, high = torch.aminmax(blocks)
         return low.view(1), high.view(1)
-    low, high = torch.aminmax(blocks, dim=1)
-    return low, high
+    return blocks.amin(1), blocks.amax(1)  # aminmax along an axis takes several times longer on a CPU
+
+
+def all_finite(x: Tensor) -> bool:
+    """Whether a tensor holds no NaN and no infinity: by its extremes, as :func:`torch.isfinite` goes over it six times."""
+    return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
 
 
 class LearnedStep(torch.autograd.Function):

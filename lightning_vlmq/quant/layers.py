@@ -12,7 +12,7 @@ from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, Per
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.fake_quant import FakeQuantizer
+from lightning_vlmq.quant.fake_quant import FakeQuantizer, all_finite
 from lightning_vlmq.quant.rules import layer_schemes
 from lightning_vlmq.quant.scheme import QuantScheme
 
@@ -82,7 +82,7 @@ class QuantizedLayer(nn.Module):
 
     def set_weight(self, weight: Tensor) -> None:
         """Put a new weight of the same shape in a parameter of its own (a tied partner keeps the old one)."""
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise VLMQError("a quantization method produced a weight that is not finite; check the calibration data")
         # in the usual layout, which a loaded checkpoint has: another one takes another kernel, which rounds otherwise
         own = weight.detach().clone(memory_format=torch.contiguous_format)
@@ -240,7 +240,7 @@ def _quantized(name: str, module: nn.Module, scheme: QuantScheme) -> QuantizedLa
         raise VLMQError(
             f"layer '{name}' is a {type(module).__name__} with a forward of its own, which cannot be quantized"
         )
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
+    if not all(map(all_finite, module.parameters())):
         raise VLMQError(f"layer '{name}' holds non-finite weights; the checkpoint is damaged, use another")
     try:
         return QuantConv2d(module, scheme) if isinstance(module, nn.Conv2d) else QuantLinear(module, scheme)  # type: ignore[arg-type]

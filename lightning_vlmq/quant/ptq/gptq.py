@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchao.quantization.granularity import PerGroup
 
+from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch
 from lightning_vlmq.quant.fake_quant import choose_qparams, quantize_dequantize
@@ -39,7 +40,12 @@ class GPTQ(PTQMethod):
         rounded = {}
         for name, layer, moment in second_moments(vlm, scheme, calibration):
             super().fit_weight(layer)
-            rounded[name] = (layer, round_columns(layer, moment))
+            try:
+                rounded[name] = (layer, round_columns(layer, moment))
+            except torch.linalg.LinAlgError as error:  # the damping keeps every finite Hessian away from it
+                raise VLMQError(
+                    f"layer '{name}': the squares of its calibration inputs are too large to add up; check images and weights"
+                ) from error
         for layer, weight in rounded.values():
             layer.set_weight(weight)
 

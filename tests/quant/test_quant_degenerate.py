@@ -1,0 +1,103 @@
+"""Calibration data that tell a method little or nothing: a clear error, or finite weights by its documented damping."""
+
+import math
+
+import pytest
+import torch
+from quant_cases import build, make_batches
+from torch import Tensor
+
+from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.models import VLM
+from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.observers import SecondMomentObserver, output_error
+from lightning_vlmq.quant.ptq.gptq import round_columns
+
+PTQ = sorted(name for name in METHODS if not METHODS[name].needs_training)
+EVERY = sorted(METHODS)
+
+
+def dull_inputs(vlm: VLM) -> None:
+    """Make inputs of the first blocks' second MLP layers and attention constant, zero, and equal to one another."""
+    with torch.no_grad():
+        for tower in (vlm.model.visual, vlm.model):
+            block = tower.transformer.resblocks[0]
+            block.ln_1.weight[:3] = block.ln_1.bias[0] = 0  # channel 0 always zero
+            block.ln_1.bias[1:3] = torch.tensor([7.0, -7.0])  # 1 and 2 constant
+            block.mlp.c_fc.weight[5] = block.mlp.c_fc.weight[4]  # the second layer's inputs 4 and 5 always equal
+            block.mlp.c_fc.bias[5] = block.mlp.c_fc.bias[4]
+
+
+def grey(vlm: VLM, n: int) -> list[dict[str, Tensor]]:
+    """Images of one colour all over, the same every time, with one caption."""
+    image = torch.full((n, 3, vlm.image_size, vlm.image_size), 90, dtype=torch.uint8)
+    return [{"image": image, "tokens": vlm.tokenize(["a bag"] * n)}]
+
+
+@pytest.mark.parametrize("bits", [(4, 8), (4, 16)])
+@pytest.mark.parametrize("method", EVERY)
+def test_constant_zero_and_equal_channels_of_a_single_grey_image(method: str, bits: tuple[int, int]):
+    """Hessians of rank one or so, with zeros on the diagonal, and far fewer samples than channels."""
+    vlm = build("vit_clean")
+    dull_inputs(vlm)
+    quantize(vlm, method, QuantScheme(*bits, scope="vision_text"), grey(vlm, 1))
+    batch = make_batches(vlm)[0]
+    with torch.no_grad():
+        for name, layer in quantized_layers(vlm).items():
+            assert torch.isfinite(layer.weight).all() and torch.isfinite(layer.effective_weight()).all(), name
+        assert torch.isfinite(vlm.encode_image(batch["image"])).all()
+        assert torch.isfinite(vlm.encode_text(batch["tokens"])).all()
+
+
+@pytest.mark.parametrize("method", PTQ)
+def test_constant_channels_of_a_convolutional_tower(method: str):
+    vlm = build("convnext_clean")
+    with torch.no_grad():
+        vlm.model.visual.trunk.stages[0].blocks[0].conv_dw.weight[2] = 0  # a channel that is its bias everywhere
+    batches = make_batches(vlm)
+    for batch in batches:
+        batch["image"][:, 1] = 128
+    quantize(vlm, method, QuantScheme(4, 8), batches)
+    with torch.no_grad():
+        assert torch.isfinite(vlm.encode_image(batches[0]["image"])).all()
+        assert all(torch.isfinite(layer.effective_weight()).all() for layer in quantized_layers(vlm).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("method", EVERY)
+def test_a_channel_that_is_not_finite_is_named(method: str, value: float):
+    vlm = build("vit_clean")
+    image = torch.rand(4, 3, 32, 32)
+    image[2, 1] = value
+    with pytest.raises(VLMQError, match=r"'model\.visual\.conv1' got a non-finite input while calibrating") as error:
+        quantize(vlm, method, QuantScheme(4, 8), [{"image": image}])
+    assert "\n" not in str(error.value)
+    assert all(
+        torch.isfinite(parameter).all() for name, parameter in vlm.named_parameters() if "fake_quant" not in name
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("case", ["constant", "zero", "equal", "few", "one"])
+def test_singular_hessians_are_damped_and_still_help(case: str, seed: int):
+    """GPTQ's output error on the calibration inputs themselves stays below round-to-nearest's."""
+    torch.manual_seed(seed)
+    layer = QuantLinear(torch.nn.Linear(48, 24), QuantScheme(4, 16)).eval()
+    x = torch.randn(400, 48) @ (torch.eye(48) + 0.3 * torch.randn(48, 48))
+    if case == "constant":
+        x[:, :8] = 3.0
+    elif case == "zero":
+        x[:, ::3] = 0.0
+    elif case == "equal":
+        x[:, 24:] = x[:, :24]
+    else:
+        x = x[: 5 if case == "few" else 1]
+    observer = SecondMomentObserver(layer)
+    observer.observe(x)
+    assert torch.linalg.matrix_rank(observer.moment[0].double(), tol=1e-6) < 48
+    METHODS["minmax"]().fit_weight(layer)
+    with torch.no_grad():
+        nearest = output_error(layer, layer.effective_weight(), observer.moment)
+        rounded = round_columns(layer, observer.moment)
+        assert torch.isfinite(rounded).all()
+        assert output_error(layer, rounded, observer.moment) < nearest
