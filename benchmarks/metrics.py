@@ -7,9 +7,10 @@ Every cell runs in its own process. Time is processor time of all threads for up
 making the data, so that a busy machine does not tell.
 Memory is the process' peak above what it held with the data of one batch in place and everything imported. Logits come in
 batches, as from a model: what has to be kept between batches is the contender's own affair. A contender that cannot work
-on a stream (scikit-learn) keeps what it needs, and for the NLL that is all probabilities, which it also clips: its value is
-a little lower. Ratios are contender / ours: above 1 means that ours is faster or smaller. More threads wait actively for
-each other and make processor time a poor measure.
+on a stream (scikit-learn, numpy) keeps what it needs; for NLL and Brier score that is all probabilities, which scikit-learn
+also clips for the NLL: its value is a little lower. torchmetrics has no NLL: its mean of torch's cross entropies. A contender
+that needs more than --limit GiB is stopped and said to have failed. Ratios are contender / ours, the first line of a
+metric: above 1 means that ours is faster or smaller. More threads wait actively for each other and make processor time a poor measure.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -106,12 +108,23 @@ def _held_confidences(strategy: str) -> Callable[[Stream], float]:
     return run
 
 
-def _held_probabilities(stream: Stream) -> float:
-    from sklearn.metrics import log_loss
+def _held_aurc(stream: Stream) -> float:
+    held = []
+    for logits, target, _, _ in stream:
+        confidence, prediction = logits.softmax(-1).max(-1)
+        held.append((confidence.numpy(), (prediction != target).numpy()))
+    confidence, wrong = (np.concatenate(part) for part in zip(*held))
+    ordered = wrong[np.argsort(-confidence, kind="stable")]
+    return float((ordered.cumsum() / np.arange(1, len(ordered) + 1)).mean())
 
-    held = [(logits.softmax(-1).numpy(), target.numpy()) for logits, target, _, _ in stream]
-    probs, target = (np.concatenate(part) for part in zip(*held))
-    return float(log_loss(target, probs, labels=np.arange(probs.shape[1])))
+
+def _held_probabilities(fn: Callable[..., float]) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        held = [(logits.softmax(-1).numpy(), target.numpy()) for logits, target, _, _ in stream]
+        probs, target = (np.concatenate(part) for part in zip(*held))
+        return float(fn(target, probs, labels=np.arange(probs.shape[1])))
+
+    return run
 
 
 def _held_score_columns(fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Stream], float]:
@@ -124,7 +137,8 @@ def _held_score_columns(fn: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Str
 
 
 def contenders(classes: int) -> dict[str, dict[str, Callable[[Stream], float]]]:
-    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+    from sklearn.metrics import average_precision_score, brier_score_loss, log_loss, roc_auc_score, roc_curve
+    from torchmetrics import MeanMetric
     from torchmetrics import classification as tm
 
     from lightning_vlmq import metrics as m
@@ -142,6 +156,10 @@ def contenders(classes: int) -> dict[str, dict[str, Callable[[Stream], float]]]:
         def update(self, logits: Tensor, target: Tensor) -> None:
             super().update(logits.softmax(-1), target)
 
+    class MeanCrossEntropy(MeanMetric):
+        def update(self, logits: Tensor, target: Tensor) -> None:
+            super().update(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
+
     def binned() -> object:
         return m.BinnedDetection(low=-6, high=6)
 
@@ -156,10 +174,21 @@ def contenders(classes: int) -> dict[str, dict[str, Callable[[Stream], float]]]:
             "ours, binned": _on_logits(m.BinnedAdaptiveCalibrationError, "adaptive_ece"),
             "scikit-learn": _held_confidences("quantile"),
         },
-        "nll": {"ours": _on_logits(m.NegativeLogLikelihood), "scikit-learn": _held_probabilities},
-        "brier": {"ours": _on_logits(m.BrierScore)},
+        "nll": {
+            "ours": _on_logits(m.NegativeLogLikelihood),
+            "torchmetrics": _on_logits(MeanCrossEntropy),
+            "scikit-learn": _held_probabilities(log_loss),
+        },
+        "brier": {
+            "ours": _on_logits(m.BrierScore),
+            "scikit-learn": _held_probabilities(partial(brier_score_loss, scale_by_half=False)),
+        },
         "classwise_ece": {"ours": _on_logits(lambda: m.ClasswiseCalibrationError(classes))},
-        "aurc": {"ours": _on_logits(m.AURC)},
+        "aurc": {
+            "ours": _on_logits(m.AURC),
+            "ours, binned": _on_logits(m.BinnedSelectivePrediction, "aurc"),
+            "numpy": _held_aurc,
+        },
         "auroc": {
             "ours": _held_score_columns(m.auroc),
             "ours, binned": _on_scores(binned, "auroc"),
@@ -183,6 +212,7 @@ def contenders(classes: int) -> dict[str, dict[str, Callable[[Stream], float]]]:
 
 def measure(metric: str, contender: str, args: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(args.threads)
+    resource.setrlimit(resource.RLIMIT_AS, (args.limit << 30, args.limit << 30))
     run = contenders(args.classes)[metric][contender]
     run(Stream(2 * args.batch, args.classes, args.batch))  # imports and first-call costs
     stream = Stream(args.samples, args.classes, args.batch)
@@ -200,6 +230,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=1_000)
     parser.add_argument("--batch", type=int, default=1_000)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit", type=int, default=20, help="GiB of address space that a contender may take")
     parser.add_argument("--metrics", nargs="*", help="only these metrics")
     parser.add_argument("--cell", nargs=2, metavar=("METRIC", "CONTENDER"), help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -221,7 +252,7 @@ def main() -> None:
         ours: dict[str, float] = {}
         for contender in cells:
             command = [sys.executable, __file__, "--cell", metric, contender]
-            for name in ("samples", "classes", "batch", "threads"):
+            for name in ("samples", "classes", "batch", "threads", "limit"):
                 command += [f"--{name}", str(getattr(args, name))]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             if done.returncode:

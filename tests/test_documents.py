@@ -10,7 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lightning_vlmq.cli import main
+from lightning_vlmq.metrics import OOD_SCORES
 from lightning_vlmq.study.grid import Study
+from lightning_vlmq.study.measures import METRICS
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -58,3 +60,9 @@ def test_linked_files_exist():
     for document in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / target).is_file(), f"{document.name} links to {target}"
+
+
+def test_every_metric_and_score_is_defined():
+    defined = set(re.findall(r"`([^`]+)`", (REPOSITORY / "docs" / "metrics.md").read_text()))
+    accuracies = {"common", "counter"}  # the report's columns beside RSG: top1 of two groups
+    assert not (set(METRICS) - accuracies | set(OOD_SCORES)) - defined

@@ -1,8 +1,11 @@
 """Reliability metrics: pure functions, torchmetrics classes over them, OOD scores, per-sample records, statistics."""
 
-from lightning_vlmq.metrics.bounded import BinnedAdaptiveCalibrationError, BinnedDetection
+from lightning_vlmq.metrics.bounded import (
+    BinnedAdaptiveCalibrationError,
+    BinnedDetection,
+    BinnedSelectivePrediction,
+)
 from lightning_vlmq.metrics.calibration import (
-    AURC,
     AdaptiveCalibrationError,
     BrierScore,
     CalibrationError,
@@ -20,6 +23,7 @@ from lightning_vlmq.metrics.functional import (
     DetectionCounts,
     LogitScale,
     ReliabilityBins,
+    SelectiveCounts,
     TrajectoryBins,
     added_vulnerability,
     agreement,
@@ -45,7 +49,15 @@ from lightning_vlmq.metrics.functional import (
     trajectory_bins,
 )
 from lightning_vlmq.metrics.ood import FPR95
-from lightning_vlmq.metrics.ood_scores import OOD_SCORES, PAIR_SCORES, ScoreInputs
+from lightning_vlmq.metrics.ood_scores import (
+    OOD_SCORES,
+    PAIR_SCORES,
+    PATCH_SCORES,
+    OODScore,
+    ScoreInputs,
+    ood_score,
+    score_name,
+)
 from lightning_vlmq.metrics.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
 from lightning_vlmq.metrics.replicates import (
     ConfidenceMetrics,
@@ -65,6 +77,7 @@ from lightning_vlmq.metrics.resampling import (
     paired_bootstrap,
     summarise,
 )
+from lightning_vlmq.metrics.selective import AURC, CoverageAtRisk
 from lightning_vlmq.metrics.significance import (
     DeLongResult,
     ShareImproved,
@@ -74,7 +87,7 @@ from lightning_vlmq.metrics.significance import (
     share_improved,
     standard_error_of_mean,
 )
-from lightning_vlmq.metrics.spurious import RelativeSpuriousGap
+from lightning_vlmq.metrics.spurious import AddedVulnerability, RelativeSpuriousGap
 
 __all__ = [
     "ALEXNET_CLEAN_ERROR",
@@ -83,12 +96,15 @@ __all__ = [
     "FPR95",
     "OOD_SCORES",
     "PAIR_SCORES",
+    "PATCH_SCORES",
     "RECORD_COLUMNS",
     "AdaptiveCalibrationError",
+    "AddedVulnerability",
     "Agreement",
     "BinSums",
     "BinnedAdaptiveCalibrationError",
     "BinnedDetection",
+    "BinnedSelectivePrediction",
     "BootstrapResult",
     "Bounded",
     "BrierScore",
@@ -97,16 +113,19 @@ __all__ = [
     "ClasswiseJackknife",
     "ColumnMetric",
     "ConfidenceMetrics",
+    "CoverageAtRisk",
     "DeLongResult",
     "DetectionCounts",
     "LogitScale",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
+    "OODScore",
     "RankingMetrics",
     "RelativeSpuriousGap",
     "ReliabilityBins",
     "SampleRecords",
     "ScoreInputs",
+    "SelectiveCounts",
     "ShareImproved",
     "TrajectoryBins",
     "added_vulnerability",
@@ -134,6 +153,7 @@ __all__ = [
     "fpr95_openood",
     "jackknife_standard_error",
     "mean_corruption_error",
+    "ood_score",
     "paired_bootstrap",
     "per_sample",
     "ranking_metrics",
@@ -143,6 +163,7 @@ __all__ = [
     "reliability_bins",
     "resample_counts",
     "risk_at_coverage",
+    "score_name",
     "share_improved",
     "standard_error_of_mean",
     "summarise",

@@ -13,7 +13,13 @@ from torchmetrics import Metric
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.metrics.functional import BinSums, confidence_and_correct, equal_width_bin_sums
-from lightning_vlmq.metrics.functional.binned import DetectionCounts, adaptive_ece_from_cells, score_counts
+from lightning_vlmq.metrics.functional.binned import (
+    DetectionCounts,
+    SelectiveCounts,
+    adaptive_ece_from_cells,
+    score_counts,
+)
+from lightning_vlmq.metrics.functional.selective import checked_risk
 
 
 class BinnedDetection(Metric):
@@ -129,6 +135,67 @@ class BinnedAdaptiveCalibrationError(Metric):
         cells = BinSums(self.cell_count, self.cell_confidence, self.cell_correct)
         bounded = adaptive_ece_from_cells(cells, self.n_bins)
         return {"adaptive_ece": bounded.value, "adaptive_ece_error_bound": bounded.error_bound}
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
+        return self._plot(val, ax)
+
+
+class BinnedSelectivePrediction(Metric):
+    """AURC and coverage at risk from counts over a fine grid of confidences.
+
+    ``compute`` returns float64 scalars ``aurc``, ``coverage_at_risk``, and for each ``<key>_error_bound``: the value of
+    :class:`~.selective.AURC` and :class:`~.selective.CoverageAtRisk`, which take confidences in float32 as this does,
+    differs by at most that, whatever the order inside a cell (see :class:`~.functional.binned.SelectiveCounts`, with
+    the derivation). ``coverage_at_risk`` is never above the exact one: a threshold at the edge of a cell keeps it.
+
+    Bounds are small for confidences that spread over the cells, and large where a cell holds much of the data with hits
+    and errors mixed; confidences of exactly 1 have a cell of their own and cost nothing. NaN without samples or with an
+    undefined confidence.
+
+    Args:
+        risk: error rate of ``coverage_at_risk``, in [0, 1].
+        cells: number of equal-width cells over [0, 1]; the state is two int64 vectors of this length plus one.
+        kwargs: torchmetrics' own arguments.
+
+    Raises:
+        VLMQError: ``risk`` is outside [0, 1], or ``cells`` is below 1.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+    cell_count: Tensor
+    cell_correct: Tensor
+    undefined: Tensor
+
+    def __init__(self, risk: float = 0.05, cells: int = 16_384, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if cells < 1:
+            raise VLMQError(f"cells must be at least 1, got {cells}")
+        self.risk, self.cells = checked_risk(risk), cells
+        self.add_state("cell_count", torch.zeros(cells + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("cell_correct", torch.zeros(cells + 1, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("undefined", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, target: Tensor) -> None:
+        """Add a batch: logits float ``[n, C]``, target int64 ``[n]`` (-1: left out). Raises as ``per_sample``."""
+        confidence, correct = confidence_and_correct(logits, target)
+        keep = target >= 0
+        self.undefined += (keep & confidence.isnan()).sum()
+        # float32: the cells' edges then are the same for logits of any dtype
+        sums = equal_width_bin_sums(confidence[keep].to(torch.float32), correct[keep], self.cells)
+        self.cell_count += sums.count.long()
+        self.cell_correct += sums.correct.long()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Both metrics with their error bounds over all samples so far."""
+        counts = SelectiveCounts(self.cell_count, self.cell_correct)
+        values = {}
+        for name, bounded in (("aurc", counts.aurc()), ("coverage_at_risk", counts.coverage_at_risk(self.risk))):
+            values[name], values[f"{name}_error_bound"] = bounded.value, bounded.error_bound
+        return {name: torch.where(self.undefined > 0, torch.nan, value) for name, value in values.items()}
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""

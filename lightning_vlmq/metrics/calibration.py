@@ -1,7 +1,7 @@
 """Calibration metrics that stream over batches of logits; samples without a class (target -1) are left out.
 
-Equal-width errors, Brier and NLL keep sums only. :class:`AdaptiveCalibrationError` and :class:`AURC` rank all samples,
-so they keep one confidence and one bool per sample.
+Equal-width errors, Brier and NLL keep sums only. :class:`AdaptiveCalibrationError` ranks all samples, so it keeps one
+confidence and one bool per sample.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torchmetrics import Metric
 from lightning_vlmq.errors import VLMQError, unknown
 from lightning_vlmq.metrics.functional import (
     BinSums,
-    aurc,
     calibration_error,
     classwise_bin_sums,
     confidence_and_correct,
@@ -57,7 +56,7 @@ class _MeanOfRecord(Metric):
         Raises:
             VLMQError: as :func:`~.functional.per_sample`.
         """
-        values = per_sample(logits, target)[self._record][target >= 0]
+        values = per_sample(logits, target, (self._record,))[self._record][target >= 0]
         self.sum += values.to(torch.float64).sum()
         self.total += values.numel()
 
@@ -116,27 +115,39 @@ class CalibrationError(_BinnedCalibrationError):
     The same value as :class:`torchmetrics.classification.MulticlassCalibrationError` on softmax probabilities, which
     keeps every sample. ``compute`` returns a float64 scalar, NaN without samples.
 
+    With a ``temperature`` it is the temperature-scaled error (Guo et al. 2017; the functional form is
+    :func:`~.functional.temperature_scaled_ece`): what one scalar leaves of the miscalibration. It is an argument and no
+    class of its own because all else is the same: ``CalibrationError(temperature=fit_temperature(logits, target))``,
+    fitted on samples that this metric does not see.
+
     Args:
         n_bins: number of bins.
         norm: ``"l1"`` expected, ``"max"`` maximum, ``"l2"`` root mean square calibration error.
+        temperature: divides the logits before the softmax; 1 leaves them as they are. A NaN, which
+            :func:`~.functional.fit_temperature` returns for broken logits, makes the error NaN.
         kwargs: torchmetrics' own arguments.
 
     Raises:
-        VLMQError: ``n_bins`` is below 1 or ``norm`` is unknown.
+        VLMQError: ``n_bins`` is below 1, ``norm`` is unknown, or the temperature is not positive.
     """
 
-    def __init__(self, n_bins: int = 15, norm: Norm = "l1", **kwargs: Any) -> None:
+    def __init__(self, n_bins: int = 15, norm: Norm = "l1", temperature: float = 1.0, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if n_bins < 1:
             raise VLMQError(f"n_bins must be at least 1, got {n_bins}")
         if norm not in ("l1", "max", "l2"):
             raise unknown("norm", norm, ["l1", "max", "l2"])
+        if temperature <= 0:
+            raise VLMQError(f"a temperature must be positive, got {temperature}")
         self.n_bins = n_bins
         self.norm: Norm = norm
+        self.temperature = temperature
         self._add_bins(n_bins + 1)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch: logits float ``[n, C]``, target int64 ``[n]`` (-1: no class). Raises as ``per_sample``."""
+        if self.temperature != 1:
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         self._add(equal_width_bin_sums(*_labelled(logits, target), self.n_bins))
 
     def compute(self) -> Tensor:
@@ -149,7 +160,7 @@ class MaximumCalibrationError(CalibrationError):
 
     Args:
         n_bins: number of bins.
-        kwargs: torchmetrics' own arguments.
+        kwargs: ``temperature`` of :class:`CalibrationError`, and torchmetrics' own arguments.
     """
 
     def __init__(self, n_bins: int = 15, **kwargs: Any) -> None:
@@ -198,7 +209,13 @@ class ClasswiseCalibrationError(_BinnedCalibrationError):
         return self._sums().calibration_error("l1").mean()
 
 
-class _ConfidenceMetric(ColumnMetric):
+class ConfidenceMetric(ColumnMetric):
+    """Base of metrics that rank all samples by softmax confidence: the columns ``confidence`` and ``correct``.
+
+    Args:
+        kwargs: torchmetrics' own arguments.
+    """
+
     higher_is_better = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
@@ -216,7 +233,7 @@ class _ConfidenceMetric(ColumnMetric):
         return self._plot(val, ax)
 
 
-class AdaptiveCalibrationError(_ConfidenceMetric):
+class AdaptiveCalibrationError(ConfidenceMetric):
     """Calibration error over equal-mass bins (Nixon et al. 2019); see :func:`~.functional.calibration_error`.
 
     Args:
@@ -240,11 +257,3 @@ class AdaptiveCalibrationError(_ConfidenceMetric):
     def compute(self) -> Tensor:
         """The error over all samples so far. float64 scalar, NaN without samples."""
         return calibration_error(self.column("confidence"), self.column("correct"), self.n_bins, self.norm, "mass")
-
-
-class AURC(_ConfidenceMetric):
-    """Area under the risk-coverage curve of the softmax confidence; see :func:`~.functional.aurc`. Lower is better."""
-
-    def compute(self) -> Tensor:
-        """The area over all samples so far. float64 scalar, NaN without samples."""
-        return aurc(self.column("confidence"), self.column("correct"))

@@ -5,13 +5,15 @@ A score is one registered function; a new one needs nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.errors import VLMQError, unknown
 from lightning_vlmq.registry import Registry
 
 
@@ -76,15 +78,74 @@ Parameters beyond the inputs have the published defaults.
 PAIR_SCORES = frozenset({"knn", "mahalanobis"})
 """Scores that compare with features of calibration images."""
 
+PATCH_SCORES = frozenset({"gl_mcm"})
+"""Scores that look at features of image patches."""
+
+
+@dataclass(frozen=True)
+class OODScore:
+    """A score of :data:`OOD_SCORES` with its parameters.
+
+    Attributes:
+        name: its name in the registry.
+        parameters: what differs from the published defaults.
+    """
+
+    name: str
+    parameters: Mapping[str, float]
+
+    def __call__(self, inputs: ScoreInputs) -> Tensor:
+        """Scores ``[n]``; see :data:`OOD_SCORES`."""
+        return OOD_SCORES[self.name](inputs, **self.parameters)
+
+
+def ood_score(text: str) -> OODScore:
+    """A score as configurations write it: ``"mcm"``, or with parameters, ``"mcm(temperature=0.5)"``.
+
+    Raises:
+        VLMQError: unknown score or parameter, or not of this form.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        parameters = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise _malformed(text) from None
+    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in parameters.values())
+    if not isinstance(call.func, ast.Name) or call.args or not is_number:
+        raise _malformed(text)
+    known = list(inspect.signature(OOD_SCORES[call.func.id]).parameters)[1:]
+    for name in parameters:
+        if name not in known:
+            raise unknown(f"parameter of the OOD score '{call.func.id}'", name, known)
+    return OODScore(call.func.id, parameters)
+
+
+def score_name(text: str) -> str:
+    """The registry's name in a score that :func:`ood_score` takes."""
+    return text.partition("(")[0].strip()
+
+
+def _malformed(text: str) -> VLMQError:
+    return VLMQError(
+        f"cannot read the OOD score '{text}': write a name, or name(parameter=number), e.g. mcm(temperature=0.5)"
+    )
+
 
 def _at_least_float32(values: Tensor) -> Tensor:
     return values if values.element_size() >= 4 else values.float()
 
 
+def _positive(temperature: float) -> float:
+    if not temperature > 0:
+        raise VLMQError(f"a temperature must be positive, got {temperature}")
+    return temperature
+
+
 @OOD_SCORES.register("mcm")
 def mcm(inputs: ScoreInputs, temperature: float = 1.0) -> Tensor:
     """Maximum concept matching: max_c softmax_c(cosine / T) (Ming et al. 2022, eq. 1). ``[n]`` in (0, 1]."""
-    return (_at_least_float32(inputs.cosine) / temperature).softmax(-1).amax(-1)
+    return (_at_least_float32(inputs.cosine) / _positive(temperature)).softmax(-1).amax(-1)
 
 
 @OOD_SCORES.register("msp")
@@ -120,7 +181,7 @@ def gl_mcm(inputs: ScoreInputs, temperature: float = 1.0, local_weight: float = 
     ``[n]`` in (0, 1 + weight]. Needs ``local_cosine``.
     """
     (local,) = inputs.need("gl_mcm", "local_cosine")
-    return mcm(inputs, temperature) + local_weight * (local / temperature).softmax(-1).amax((-2, -1))
+    return mcm(inputs, temperature) + local_weight * (local / _positive(temperature)).softmax(-1).amax((-2, -1))
 
 
 def _feature_pair(score: str, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,17 @@ from lightning_vlmq.errors import VLMQError, unknown
 from lightning_vlmq.metrics import (
     OOD_SCORES,
     PAIR_SCORES,
+    PATCH_SCORES,
     RECORD_COLUMNS,
     ClasswiseJackknife,
     LogitScale,
     SampleRecords,
     ScoreInputs,
+    ood_score,
     per_sample,
 )
 from lightning_vlmq.models import VLM, load_vlm
+from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.modules.classifiers import zero_shot_classifiers
 from lightning_vlmq.modules.evaluators import classwise_rows, default_evaluators, headline
@@ -82,7 +85,7 @@ class EvaluationModule(LightningModule):
         pretrained: an open_clip weights tag or a checkpoint file.
         quant: method and scheme; calibration runs in ``setup`` on the data module's caption pairs.
         checkpoint: folder of a saved quantized model, taken instead of quantizing afresh; ``quant`` is then read from it.
-        scores: OOD scores to record.
+        scores: OOD scores to record, with parameters where they are not the published ones: ``mcm(temperature=0.5)``.
         lst: whether to also judge the model with its logit scale fitted on the data module's caption pairs, all else as it is.
         evaluators: what to make of the records; all dimensions by default.
         cache: folder for image features, shared by runs; ``None`` keeps none.
@@ -106,7 +109,7 @@ class EvaluationModule(LightningModule):
         self.save_hyperparameters(ignore=["evaluators"])
         self.quant = quant
         self.scheme = self.quant.scheme()
-        self.scores = {name: OOD_SCORES[name] for name in scores}
+        self.scores = {text: ood_score(text) for text in scores}
         self.lst = lst
         self.evaluators = default_evaluators() if evaluators is None else evaluators
         self.cache = FeatureCache(cache)
@@ -182,10 +185,12 @@ class EvaluationModule(LightningModule):
         self._models = {"model": self.vlm} | ({} if self.reference is None else {"reference": self.reference})
         self._classifiers: dict[str, dict[str, Tensor]] = {}
         self._features: dict[tuple[str, str], SetFeatures] = {}
+        self._patches: dict[tuple[str, str], SetFeatures] = {}
         self._pairs: dict[str, PairFeatures] = {}
         # Logit scales by model: each scale, by its name, is a model of its own to the evaluators.
         self._scales: dict[str, dict[str, LogitScale]] = {}
         tunes = self.lst and not (self.trainer.sanity_checking or self.trainer.predicting)
+        kinds = {score.name for score in self.scores.values()}
         for which, vlm in self._models.items():
             vlm.eval()
             quantized = which == "model" and self.scheme is not None
@@ -195,8 +200,10 @@ class EvaluationModule(LightningModule):
                 self._classifiers[which] = zero_shot_classifiers(vlm, self.data, self.cache, towers["text"])
             for s in self.eval_sets:
                 self._features[which, s.name] = SetFeatures(self.cache, towers["vision"], s)
+                if kinds & PATCH_SCORES:
+                    self._patches[which, s.name] = SetFeatures(self.cache, towers["vision"], s, "patches")
             self._scales[which] = {which: own_logit_scale(vlm)}
-            if (tunes and which == "model") or not PAIR_SCORES.isdisjoint(self.scores):
+            if (tunes and which == "model") or kinds & PAIR_SCORES:
                 self._pairs[which] = encode_pairs(vlm, self.data, self.cache, towers)
         if tunes:
             self._scales["model"]["tuned"] = tuned_logit_scale(self.vlm, self._pairs["model"])
@@ -241,7 +248,7 @@ class EvaluationModule(LightningModule):
         if self.trainer.sanity_checking:
             return
         if self.trainer.world_size == 1:  # under DDP each process has only its share, which is not worth filing
-            for features in self._features.values():
+            for features in (*self._features.values(), *self._patches.values()):
                 features.keep()
         rows: dict[str, list[Row]] = {}
         for name, scale in self._scales["model"].items():
@@ -269,13 +276,19 @@ class EvaluationModule(LightningModule):
 
     def _score_inputs(self, which: str, name: str, batch: dict[str, Any]) -> ScoreInputs:
         vlm, classifier = self._models[which], self._classifiers[which][name]
-        if len(batch["index"]) == 0:  # none of the batch's images could be read
-            features = classifier[:0]
+        index, image, local = batch["index"], batch["image"], None
+        if len(index) == 0:  # none of the batch's images could be read
+            features, patches = classifier[:0], classifier[:0, None]
         else:
-            features = self._features[which, name].of(batch["index"], lambda: vlm.encode_image(batch["image"]))
+            features = self._features[which, name].of(index, lambda: vlm.encode_image(image))
+        if (which, name) in self._patches:
+            if len(index):
+                patches = self._patches[which, name].of(index, lambda: encode_patches(vlm, image))
+            local = patches @ classifier.T
         cosine = features @ classifier.T
         pairs = self._pairs[which].images.to(cosine) if which in self._pairs else None
-        return ScoreInputs(cosine, self._scales[which][which].logits(cosine), features, calibration_features=pairs)
+        logits = self._scales[which][which].logits(cosine)
+        return ScoreInputs(cosine, logits, features, local, calibration_features=pairs)
 
     def _columns(self, inputs: ScoreInputs, target: Tensor) -> dict[str, Tensor]:
         columns = {"target": target, **per_sample(inputs.logits, target)}

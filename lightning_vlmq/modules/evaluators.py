@@ -89,7 +89,9 @@ class OODEvaluator:
     def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
         """``auroc``, ``aupr_in``, ``aupr_out``, ``fpr95``, ``fpr95_openood`` and their ``delta_*``."""
         inside = next(s.name for s in sets if s.role == "id")
-        scores = self.scores or tuple(name for name in records[inside] if name in metrics.OOD_SCORES)
+        scores = self.scores or tuple(
+            name for name in records[inside] if metrics.score_name(name) in metrics.OOD_SCORES
+        )
         rows: list[Row] = []
         for s in sets:
             if s.role not in OOD_ROLES:

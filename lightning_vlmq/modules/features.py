@@ -71,25 +71,28 @@ class SetFeatures:
         cache: where they are looked up and filed.
         tower: the vision tower's digest.
         s: the evaluation set.
+        kind: what the features are, where they are not those of whole images.
     """
 
-    def __init__(self, cache: FeatureCache, tower: str, s: EvalSet) -> None:
+    def __init__(self, cache: FeatureCache, tower: str, s: EvalSet, kind: str = "") -> None:
         self.cache, self.tower, self.set = cache, tower, s
-        self._known = cache.get(tower, s.digest)
+        self._name = f"{kind}_{s.digest}" if kind else s.digest
+        self._known = cache.get(tower, self._name)
         self._fresh: list[Tensor] = []
 
     def of(self, index: Tensor, encode: Callable[[], Tensor]) -> Tensor:
-        """Features ``[b, dim]`` of the samples at ``index`` int64 ``[b]``; ``encode`` runs the model on this batch."""
+        """Features ``[b, ...]`` of the samples at ``index`` int64 ``[b]``; ``encode`` runs the model on this batch."""
         if self._known is not None:
             return self._known[index.cpu()].to(index.device)
         features = encode()
-        self._fresh.append(features.cpu())
+        if self.cache.folder is not None:
+            self._fresh.append(features.cpu())
         return features
 
     def keep(self) -> None:
         """File what was new, if it is the whole set."""
         if sum(map(len, self._fresh)) == len(self.set.images):
-            self.cache.put(self.tower, self.set.digest, torch.cat(self._fresh))
+            self.cache.put(self.tower, self._name, torch.cat(self._fresh))
 
 
 def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str, tower: str = "vision") -> str:

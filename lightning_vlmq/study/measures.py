@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lightning_vlmq.metrics import score_name
+
 N_BINS = 15
 N_RESAMPLES = 1000
 N_RESAMPLES_SLOW = 200
@@ -77,7 +79,7 @@ class Measure:
     def follows_logit_scale(self) -> bool:
         """Whether another logit scale can change the number: neither predictions nor scores of the cosines follow it."""
         of_predictions = self.metric in ("top1", "top5", "agreement", "common", "counter", "rsg", "vuln_add")
-        return not of_predictions and self.score not in ("mcm", "maxlogit", "gl_mcm", "knn", "mahalanobis")
+        return not of_predictions and score_name(self.score) not in ("mcm", "maxlogit", "gl_mcm", "knn", "mahalanobis")
 
     @property
     def worse_is_positive(self) -> bool:

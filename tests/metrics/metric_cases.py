@@ -39,6 +39,18 @@ def _numpy_aurc(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(np.mean(np.cumsum(wrong) / np.arange(1, len(wrong) + 1)))
 
 
+def _numpy_coverage(confidence: np.ndarray, correct: np.ndarray, risk: float) -> float:
+    kept = [confidence >= threshold for threshold in confidence]
+    coverage = max([k.mean() for k in kept if 1 - correct[k].mean() <= risk], default=0.0)
+    assert 0 < coverage < 1  # else the case would say little
+    return float(coverage)
+
+
+def _numpy_added_vulnerability(f: np.ndarray, q: np.ndarray, common: np.ndarray) -> float:
+    lost = [(f[group].mean() - q[group].mean()) / f[group].mean() for group in (~common, common)]
+    return float(lost[0] - lost[1])
+
+
 def make_cases() -> list[Case]:
     generator = torch.Generator().manual_seed(7)
     logits = 2 * torch.randn(N, C, generator=generator)
@@ -62,14 +74,23 @@ def make_cases() -> list[Case]:
     common = torch.rand(N, generator=generator) < 0.5
     acc_n, acc_c = correct[common.numpy()].mean(), correct[~common.numpy()].mean()
     tm_error = partial(multiclass_calibration_error, probs.float(), target, num_classes=C)
+    scaled = {t: (logits.double() / t).softmax(-1).float() for t in (0.4, 2.5)}
+    correct_q = other.argmax(-1) == target
 
     index = torch.randperm(N, generator=generator)
+
+    # classes that the logits say something of: else nothing is worth selecting
+    likely = torch.multinomial(probs, 1, generator=generator).squeeze(1)
+    right = prediction == likely.numpy()
+    likely_mixed = torch.where(torch.from_numpy(keep), likely, -1)
 
     # their exactness has a test of its own; here it is about batches and processes
     binned = m.BinnedDetection(low=-4, high=4, n_bins=50)
     binned.update(score, is_id)
     binned_adaptive = m.BinnedAdaptiveCalibrationError(cells=100)
     binned_adaptive.update(logits, target)
+    binned_selective = m.BinnedSelectivePrediction(risk=0.2, cells=100)
+    binned_selective.update(logits[keep], likely[keep])
 
     records = {
         "index": index,
@@ -89,6 +110,18 @@ def make_cases() -> list[Case]:
         Case("ece", m.CalibrationError, labelled, tm_error(n_bins=15, norm="l1")),
         Case("rmsce", partial(m.CalibrationError, norm="l2", n_bins=9), labelled, tm_error(n_bins=9, norm="l2")),
         Case("mce", m.MaximumCalibrationError, labelled, tm_error(n_bins=15, norm="max")),
+        Case(
+            "ece_scaled",
+            partial(m.CalibrationError, temperature=2.5),
+            labelled,
+            multiclass_calibration_error(scaled[2.5], target, num_classes=C),
+        ),
+        Case(
+            "mce_scaled",
+            partial(m.MaximumCalibrationError, temperature=0.4),
+            labelled,
+            multiclass_calibration_error(scaled[0.4], target, num_classes=C, norm="max"),
+        ),
         Case("adaptive_ece", m.AdaptiveCalibrationError, labelled, _numpy_adaptive_ece(confidence, correct, 15)),
         Case(
             "classwise_ece",
@@ -106,6 +139,18 @@ def make_cases() -> list[Case]:
             ),
         ),
         Case("aurc", m.AURC, labelled, _numpy_aurc(confidence, correct)),
+        Case(
+            "coverage_at_risk",
+            partial(m.CoverageAtRisk, risk=0.23),
+            {"logits": logits, "target": likely},
+            _numpy_coverage(confidence, right, 0.23),
+        ),
+        Case(
+            "coverage_at_risk_mixed",
+            partial(m.CoverageAtRisk, risk=0.23),
+            {"logits": logits, "target": likely_mixed},
+            _numpy_coverage(confidence[keep], right[keep], 0.23),
+        ),
         Case(
             "agreement_predictions",
             m.Agreement,
@@ -132,6 +177,12 @@ def make_cases() -> list[Case]:
             (acc_n - acc_c) / acc_n,
         ),
         Case(
+            "added_vulnerability",
+            m.AddedVulnerability,
+            {"correct_f": torch.from_numpy(correct), "correct_q": correct_q, "is_common": common},
+            _numpy_added_vulnerability(correct, correct_q.numpy(), common.numpy()),
+        ),
+        Case(
             "binned_detection",
             partial(m.BinnedDetection, low=-4, high=4, n_bins=50),
             {"score": score, "is_id": is_id},
@@ -142,6 +193,12 @@ def make_cases() -> list[Case]:
             partial(m.BinnedAdaptiveCalibrationError, cells=100),
             labelled,
             binned_adaptive.compute(),
+        ),
+        Case(
+            "binned_selective",
+            partial(m.BinnedSelectivePrediction, risk=0.2, cells=100),
+            {"logits": logits, "target": likely_mixed},
+            binned_selective.compute(),
         ),
         Case(
             "records",

@@ -135,3 +135,37 @@ def test_score_bad_input():
         m.ScoreInputs(torch.zeros(2, 3), torch.zeros(3, 2))
     with pytest.raises(VLMQError, match="unknown OOD score 'mcn'; did you mean mcm"):
         m.OOD_SCORES["mcn"]
+
+
+def test_scores_take_parameters():
+    cosine = torch.rand(7, 3)
+    inputs = m.ScoreInputs(cosine, cosine)
+    written = m.ood_score("mcm(temperature=0.05)")
+    assert written == m.OODScore("mcm", {"temperature": 0.05}) and m.score_name("mcm(temperature=0.05)") == "mcm"
+    torch.testing.assert_close(written(inputs), (cosine / 0.05).softmax(-1).amax(-1))
+    torch.testing.assert_close(m.ood_score(" energy")(inputs), cosine.logsumexp(-1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mcn", "unknown OOD score 'mcn'; did you mean mcm"),
+        ("mcm(temprature=1)", "unknown parameter of the OOD score 'mcm' 'temprature'; did you mean temperature"),
+        ("msp(temperature=1)", "unknown parameter of the OOD score 'msp'"),
+        ("mcm(1)", "cannot read the OOD score"),
+        ("mcm(temperature='a')", "cannot read the OOD score"),
+        ("mcm(temperature=x)", "cannot read the OOD score"),
+        ("mcm(", "cannot read the OOD score"),
+        ("mcm.energy", "cannot read the OOD score"),
+        ("", "cannot read the OOD score"),
+    ],
+)
+def test_scores_that_cannot_be_read(text, message):
+    with pytest.raises(VLMQError, match=message):
+        m.ood_score(text)
+
+
+@pytest.mark.parametrize("temperature", ["0", "-1.0"])
+def test_a_temperature_is_positive(temperature):
+    with pytest.raises(VLMQError, match="temperature must be positive"):
+        m.ood_score(f"mcm(temperature={temperature})")(m.ScoreInputs(torch.ones(1, 2), torch.ones(1, 2)))

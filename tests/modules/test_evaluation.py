@@ -106,6 +106,18 @@ def test_cached_features_change_nothing_and_are_used(quantized, tmp_path, monkey
     assert values(validate(second)) == values(first) == values(quantized)
 
 
+def test_patches_and_parameters_of_scores(tmp_path, monkeypatch):
+    scores = ["gl_mcm", "gl_mcm(local_weight=0)", "mcm", "mcm(temperature=0.01)"]
+    first = validate(EvaluationModule("siglip_clean", scores=scores, cache=str(tmp_path)))
+    records = first.records["garments"]
+    assert torch.equal(records["gl_mcm(local_weight=0)"], records["mcm"])
+    assert (records["gl_mcm"] > records["mcm"]).all()
+    assert set(scores) == {r.score for r in first.rows if r.role == "near_ood"}
+    again = EvaluationModule("siglip_clean", scores=scores, cache=str(tmp_path))
+    monkeypatch.setattr(again.vlm.model.visual.trunk, "forward_features", None)  # never called: all is in the cache
+    assert values(validate(again)) == values(first)
+
+
 def test_damaged_cache_is_replaced(tmp_path):
     first = validate(EvaluationModule("vit_clean", cache=str(tmp_path)))
     for path in tmp_path.glob("*.safetensors"):

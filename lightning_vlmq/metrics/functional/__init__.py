@@ -3,6 +3,7 @@
 from lightning_vlmq.metrics.functional.binned import (
     Bounded,
     DetectionCounts,
+    SelectiveCounts,
     adaptive_ece_from_cells,
     score_counts,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "DetectionCounts",
     "LogitScale",
     "ReliabilityBins",
+    "SelectiveCounts",
     "TrajectoryBins",
     "adaptive_ece_from_cells",
     "added_vulnerability",

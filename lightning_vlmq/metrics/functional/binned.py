@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.metrics.functional.calibration import BinSums
+from lightning_vlmq.metrics.functional.selective import checked_risk, within_risk
 
 
 @dataclass(frozen=True)
@@ -156,3 +157,89 @@ def adaptive_ece_from_cells(cells: BinSums, n_bins: int = 15) -> Bounded:
     width = 1 / (len(count) - 1)
     bound = 2 * (1 + width) * (m * share * (1 - share)).sum() / n
     return Bounded(whole.diff().abs().sum() / n, bound)
+
+
+@dataclass(frozen=True)
+class SelectiveCounts:
+    """Samples and hits in fine cells of confidence, and selective prediction as if a cell's samples were tied.
+
+    Take the cells from the most confident down. A cell with m samples, e of them wrong, lies below N more confident
+    samples with E errors, and nothing is known of the order inside it. Its first i samples hold at most min(i, e)
+    errors (all errors first) and at least max(0, i - (m - e)) (all errors last): every order lies between, and so does
+    the mean over the orders of tied samples that the exact metrics take. In the last cell all confidences are 1, that
+    is tied: there nothing is uncertain.
+
+    Metrics are NaN, with a NaN bound, without samples.
+
+    Attributes:
+        count: int64 ``[K + 1]``, samples per cell of ascending confidence, K cells as
+            :func:`~.calibration.equal_width_bin_sums` cuts them and a last one for confidences of exactly 1.
+        correct: int64 ``[K + 1]``, how many of them are right.
+    """
+
+    count: Tensor
+    correct: Tensor
+
+    def _most_confident_first(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Samples and errors in each cell, and above it: m, e, N and E, each float64 ``[K + 1]``."""
+        count = self.count.flip(0).to(torch.float64)
+        errors = count - self.correct.flip(0)
+        return count, errors, count.cumsum(0) - count, errors.cumsum(0) - errors
+
+    def aurc(self) -> Bounded:
+        """Area under the risk-coverage curve; see :func:`~.selective.aurc`.
+
+        The risk of the first N + i samples is (E + errors among the cell's first i) / (N + i). With H(a, b) the sum of
+        1 / k over a < k <= b, a difference of digammas, a cell adds to n times the area
+
+        - E H(N, N + m) + (e / m) (m - N H(N, N + m)) when it is tied, which is the value;
+        - E H(N, N + m) + e - N H(N, N + e) + e H(N + e, N + m) at most, all errors first;
+        - E H(N, N + m) + e - (N + m - e) H(N + m - e, N + m) at least, all errors last.
+
+        The bound is the larger of the distances to the two ends: there is an order of the samples that meets it.
+        """
+        count, errors, above, errors_above = self._most_confident_first()
+        covered, right = above + count, count - errors
+        whole = _reciprocals(above, covered)
+        tied = torch.where(count > 0, errors / count, 0.0) * (count - above * whole)
+        first = errors - above * _reciprocals(above, above + errors) + errors * _reciprocals(above + errors, covered)
+        last = errors - (above + right) * _reciprocals(above + right, covered)
+        n = count.sum()
+        too_low, too_high = (first - tied)[1:].sum(), (tied - last)[1:].sum()
+        return Bounded((errors_above * whole + tied).sum() / n, torch.maximum(too_low, too_high).clamp(min=0) / n)
+
+    def coverage_at_risk(self, risk: float) -> Bounded:
+        """Largest coverage of a threshold at a risk of at most ``risk``; see :func:`~.selective.coverage_at_risk`.
+
+        The value is that of the best threshold between two cells, whose errors are known: the exact one never falls
+        below it. Nor does it exceed the largest N + i that some order allows: with the cell's errors last,
+        E + max(0, i - (m - e)) <= risk (N + i). Up to i = m - e the left side is constant, beyond it grows faster than
+        the right one, so the largest i is the solution of the linear inequality if that is at least m - e, and else
+        there is none in the cell. The bound is the distance to the largest such coverage: a data set with these counts
+        meets it.
+
+        Args:
+            risk: error rate to stay at or below, in [0, 1].
+
+        Raises:
+            VLMQError: ``risk`` is outside [0, 1].
+        """
+        risk = checked_risk(risk)
+        count, errors, above, errors_above = self._most_confident_first()
+        covered = above + count
+        kept = covered.where(within_risk(errors_above + errors, covered, risk), 0.0).amax()
+
+        count, right, above, errors_above = (x[1:] for x in (count, count - errors, above, errors_above))
+        solution = ((risk * above + right - errors_above) / max(1 - risk, torch.finfo(torch.float64).eps)).floor()
+        most = kept
+        for rounding in (-1, 0, 1):  # of the division; what counts is the test that the exact function makes
+            inside = torch.clamp(solution + rounding, right, count)
+            possible = within_risk(errors_above + inside - right, above + inside, risk)
+            most = torch.maximum(most, (above + inside).where(possible, 0.0).amax())
+        n = self.count.sum()
+        return Bounded(kept / n, (most - kept) / n)
+
+
+def _reciprocals(start: Tensor, end: Tensor) -> Tensor:
+    """The sum of 1 / k over start < k <= end."""
+    return torch.special.digamma(end + 1) - torch.special.digamma(start + 1)

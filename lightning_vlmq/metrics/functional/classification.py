@@ -2,59 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.errors import VLMQError, unknown
+
+_BLOCK = 32
+_CACHED = 2**17  # numbers that stay in a processor's cache
 
 
-@dataclass(frozen=True)
 class _Softmax:
-    """What the records need of the softmax, in few passes over ``[n, C]`` and without keeping probabilities."""
+    """What the columns need of ``logits`` ``[n, C]`` and ``target`` ``[n]``, each computed when it is first asked for."""
 
-    logits: Tensor  # [n, C], at least float32
-    target: Tensor  # [n]
-    prediction: Tensor  # [n]
-    confidence: Tensor  # [n]
-    correct: Tensor  # [n]
-    labelled: Tensor  # [n], has a class and a softmax
-    highest: Tensor  # [n], the highest logit
-    exp_shifted: Tensor  # [n, C], exp(logit - highest logit)
-    exp_sum: Tensor  # [n], its row sums: the highest probability is 1 / exp_sum
+    def __init__(self, logits: Tensor, target: Tensor) -> None:
+        if logits.ndim != 2 or target.shape != logits.shape[:1] or logits.shape[1] == 0:
+            raise VLMQError(
+                f"logits must be [n, C] with C > 0 and target [n], got {tuple(logits.shape)} and {tuple(target.shape)}"
+            )
+        if not logits.is_floating_point():
+            raise VLMQError(f"logits must be floating point, got {logits.dtype}")
+        n, n_classes = logits.shape
+        target = target.long()
+        if n and (int(target.min()) < -1 or int(target.max()) >= n_classes):
+            raise VLMQError(f"targets must lie in [-1, {n_classes}), got {int(target.min())} to {int(target.max())}")
+        self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        self.target = target
+        self.column = target.clamp(min=0).unsqueeze(-1)  # 0 where there is no class
+
+    @cached_property
+    def probs(self) -> Tensor:
+        return self.logits.softmax(-1)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        if "probs" in self.__dict__ or self.logits.is_cuda:
+            return self.probs.amax(-1)
+        # some rows at a time, whose probabilities then never leave the processor's cache
+        rows = max(1, _CACHED // self.logits.shape[1])
+        return torch.cat([part.softmax(-1).amax(-1) for part in self.logits.split(rows)])
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        return torch.where(self.confidence.isnan(), -1, _first_highest(self.logits))
+
+    @cached_property
+    def labelled(self) -> Tensor:
+        """Has a class and a softmax."""
+        return (self.target >= 0) & ~self.confidence.isnan()
 
 
-def _softmax(logits: Tensor, target: Tensor) -> _Softmax:
-    if logits.ndim != 2 or target.shape != logits.shape[:1] or logits.shape[1] == 0:
-        raise VLMQError(
-            f"logits must be [n, C] with C > 0 and target [n], got {tuple(logits.shape)} and {tuple(target.shape)}"
-        )
-    if not logits.is_floating_point():
-        raise VLMQError(f"logits must be floating point, got {logits.dtype}")
+def _first_highest(logits: Tensor) -> Tensor:
+    """As ``logits.argmax(-1)``, of equal logits the first; by blocks, as a CPU's search for the index takes longer than a softmax."""
     n, n_classes = logits.shape
-    target = target.long()
-    if n and (int(target.min()) < -1 or int(target.max()) >= n_classes):
-        raise VLMQError(f"targets must lie in [-1, {n_classes}), got {int(target.min())} to {int(target.max())}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    highest, prediction = logits.max(-1)
-    exp_shifted = (logits - highest.unsqueeze(-1)).exp_()
-    exp_sum = exp_shifted.sum(-1)
-    confidence = exp_sum.reciprocal()
-    defined = ~confidence.isnan()
-    prediction = torch.where(defined, prediction, -1)
-    labelled = (target >= 0) & defined
-    return _Softmax(
-        logits=logits,
-        target=target,
-        prediction=prediction,
-        confidence=confidence,
-        correct=labelled & (prediction == target),
-        labelled=labelled,
-        highest=highest,
-        exp_shifted=exp_shifted,
-        exp_sum=exp_sum,
-    )
+    whole = n_classes - n_classes % _BLOCK
+    if whole == 0:
+        return logits.argmax(-1)
+    blocks = logits[:, :whole].unflatten(1, (-1, _BLOCK))
+    highest, block = blocks.amax(-1).max(-1)
+    index = block * _BLOCK + blocks[torch.arange(n, device=logits.device), block].argmax(-1)
+    if whole < n_classes:
+        last, at = logits[:, whole:].max(-1)
+        index = torch.where(last > highest, whole + at, index)
+    return index
 
 
 def confidence_and_correct(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,17 +83,18 @@ def confidence_and_correct(logits: Tensor, target: Tensor) -> tuple[Tensor, Tens
     Raises:
         VLMQError: as :func:`per_sample`.
     """
-    parts = _softmax(logits, target)
-    return parts.confidence, parts.correct
+    columns = per_sample(logits, target, ("confidence", "correct"))
+    return columns["confidence"], columns["correct"]
 
 
-def per_sample(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+def per_sample(logits: Tensor, target: Tensor, columns: Sequence[str] | None = None) -> dict[str, Tensor]:
     """Turn a batch of logits into the per-sample records.
 
     Args:
         logits: float ``[n, C]``, before the softmax and with the logit scale already applied. Half precision is
             computed in float32.
         target: int64 ``[n]``, the class, or -1 where the sample has no class (out-of-distribution sets).
+        columns: names of the columns to compute; all if not given.
 
     Returns:
         Columns of shape ``[n]``:
@@ -96,35 +110,51 @@ def per_sample(logits: Tensor, target: Tensor) -> dict[str, Tensor]:
         NaN in every float column: a broken model never counts as right and its mean metrics show it.
 
     Raises:
-        VLMQError: shapes do not fit, ``C`` is 0, ``logits`` is not floating point, or a target is outside [-1, C).
+        VLMQError: shapes do not fit, ``C`` is 0, ``logits`` is not floating point, a target is outside [-1, C), or a column is
+            unknown.
     """
-    p = _softmax(logits, target)
-    column = p.target.clamp(min=0).unsqueeze(-1)
-    target_logit = p.logits.gather(-1, column)
+    p = _Softmax(logits, target)
+    found: dict[str, Tensor] = {}
+    for name in _COLUMNS if columns is None else columns:
+        if name not in _COLUMNS:
+            raise unknown("column", name, _COLUMNS)
+        found[name] = _COLUMNS[name](p)
+    return found
+
+
+def _nll(p: _Softmax) -> Tensor:
     # not -log of the target's probability, which can underflow
-    nll = p.exp_sum.log() + (p.highest - target_logit.squeeze(-1))
-    target_prob = p.exp_shifted.gather(-1, column).squeeze(-1) / p.exp_sum
-    brier = torch.linalg.vecdot(p.exp_shifted, p.exp_shifted) / p.exp_sum.square() - 2 * target_prob + 1
-    nan = torch.full_like(p.confidence, torch.nan)
-    return {
-        "prediction": p.prediction,
-        "confidence": p.confidence,
-        "correct": p.correct,
-        "correct_top5": p.labelled & (_rank(p.logits, column, target_logit) < min(5, p.logits.shape[1])),
-        "nll": torch.where(p.labelled, nll, nan),
-        "brier": torch.where(p.labelled, brier, nan),
-    }
+    return torch.where(p.target >= 0, cross_entropy(p.logits, p.column.squeeze(-1), reduction="none"), torch.nan)
 
 
-def _rank(logits: Tensor, column: Tensor, target_logit: Tensor) -> Tensor:
-    """Classes ahead of the target: those with a higher logit, and of equal ones those that come first. int64 ``[n]``."""
-    higher = (logits > target_logit).count_nonzero(-1)
-    equal = logits == target_logit
-    tied = equal.count_nonzero(-1) > 1
-    if bool(tied.any()):
-        before = torch.arange(logits.shape[1], device=logits.device) < column[tied]
-        higher[tied] += (equal[tied] & before).count_nonzero(-1)
-    return higher
+def _brier(p: _Softmax) -> Tensor:
+    brier = torch.linalg.vecdot(p.probs, p.probs) - 2 * p.probs.gather(-1, p.column).squeeze(-1) + 1
+    return torch.where(p.labelled, brier, torch.nan)
+
+
+def _correct_top5(p: _Softmax) -> Tensor:
+    logits = p.logits.detach()  # nothing here has a gradient, and torch wants that said
+    logit, first = logits.gather(-1, p.column), min(5, logits.shape[1])
+    # compared into floats, which add up three times as fast as booleans on a CPU
+    higher, at_least = (
+        compare(logits, logit, out=torch.empty_like(logits)).sum(-1) for compare in (torch.gt, torch.ge)
+    )
+    found = at_least <= first
+    tied = (higher < first) & ~found
+    if bool(tied.any()):  # of the classes with the target's logit, those before it rank higher
+        before = torch.arange(logits.shape[1], device=logits.device) < p.column[tied]
+        found[tied] = higher[tied] + ((logits[tied] == logit[tied]) & before).count_nonzero(-1) < first
+    return p.labelled & found
+
+
+_COLUMNS: Mapping[str, Callable[[_Softmax], Tensor]] = {
+    "prediction": lambda p: p.prediction,
+    "confidence": lambda p: p.confidence,
+    "correct": lambda p: p.labelled & (p.prediction == p.target),
+    "correct_top5": _correct_top5,
+    "nll": _nll,
+    "brier": _brier,
+}
 
 
 def agreement(prediction_f: Tensor, prediction_q: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def _average_precision(positive: Tensor, negative: Tensor) -> Tensor:
     positive, negative = _aligned(positive, negative)
     if positive.shape[-1] * negative.shape[-1] == 0:
         return _undefined(positive)
-    hits = positive.shape[-1] - torch.searchsorted(positive.sort(-1).values, positive, right=False)
+    positive = positive.sort(-1).values  # looked up in order, which is kinder to the cache
+    hits = positive.shape[-1] - torch.searchsorted(positive, positive, right=False)
     alarms = negative.shape[-1] - torch.searchsorted(negative.sort(-1).values, positive, right=False)
     precision = hits.to(torch.float64) / (hits + alarms)
     return _where_defined(precision.mean(-1), positive, negative)

@@ -54,6 +54,31 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
     return risk_at_coverage(confidence, correct).mean(-1)
 
 
+def checked_risk(risk: float) -> float:
+    """The error rate as it came.
+
+    Raises:
+        VLMQError: it is outside [0, 1].
+    """
+    if not 0 <= risk <= 1:
+        raise VLMQError(f"risk is an error rate in [0, 1], got {risk}")
+    return risk
+
+
+def within_risk(errors: Tensor, covered: Tensor, risk: float) -> Tensor:
+    """Whether ``errors`` wrong among ``covered`` samples keep an error rate of at most ``risk``.
+
+    Args:
+        errors: float64 ``[...]``, whole numbers.
+        covered: float64 ``[...]``, whole numbers.
+        risk: in [0, 1].
+
+    Returns:
+        bool ``[...]``.
+    """
+    return errors <= risk * covered + 1e-9  # 0.05 * 20 may fall short of 1
+
+
 def coverage_at_risk(confidence: Tensor, correct: Tensor, risk: float) -> Tensor:
     """Largest share of samples that a confidence threshold can keep at a risk of at most ``risk``.
 
@@ -70,8 +95,7 @@ def coverage_at_risk(confidence: Tensor, correct: Tensor, risk: float) -> Tensor
     Raises:
         VLMQError: shapes differ or ``risk`` is outside [0, 1].
     """
-    if not 0 <= risk <= 1:
-        raise VLMQError(f"risk is an error rate in [0, 1], got {risk}")
+    risk = checked_risk(risk)
     curve = risk_at_coverage(confidence, correct)
     n = confidence.shape[-1]
     if n == 0:
@@ -81,6 +105,6 @@ def coverage_at_risk(confidence: Tensor, correct: Tensor, risk: float) -> Tensor
     group_end[..., :-1] = ordered[..., 1:] != ordered[..., :-1]
     covered = torch.arange(1, n + 1, device=curve.device)
     errors = (curve * covered).round()  # at the end of a group a whole number, but for the mean's rounding
-    allowed = errors <= risk * covered.to(torch.float64) + 1e-9
+    allowed = within_risk(errors, covered.to(torch.float64), risk)
     kept = covered.where(group_end & allowed, 0).amax(-1)
     return torch.where(curve.isnan().any(-1), torch.nan, kept.to(torch.float64) / n)

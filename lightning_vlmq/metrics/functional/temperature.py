@@ -73,5 +73,6 @@ def temperature_scaled_ece(
     """
     if temperature <= 0:
         raise VLMQError(f"a temperature must be positive, got {temperature}")
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a low temperature overflows half precision
     confidence, correct = confidence_and_correct(logits / temperature, target)
     return calibration_error(confidence, correct, n_bins, binning=binning)
