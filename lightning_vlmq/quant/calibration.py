@@ -66,12 +66,13 @@ def calibrate(
         vlm: a model with quantized layers.
         scheme: its scope says whether the text tower runs too.
         batches: ``{"image": uint8 [B, 3, H, W], "tokens": int64 [B, L]}``; ``tokens`` only where text is in scope.
+            Those without an image (B = 0) are passed over.
         observers: by layer name.
         what: the word for the watched quantity in messages.
 
     Raises:
-        VLMQError: no batch or a batch without its columns; a layer that the encoders never run; inputs that are not
-            finite.
+        VLMQError: no batch, none with an image, or one without its columns; a layer that the encoders never run; inputs
+            that are not finite.
     """
     layers = quantized_layers(vlm)
     device = next(vlm.parameters()).device
@@ -81,6 +82,8 @@ def calibrate(
         with torch.no_grad(), full_precision(vlm):
             for batch in batches:
                 image = _column(batch, "image").to(device)
+                if not len(image):
+                    continue
                 if "text" not in scheme.towers:
                     vlm.encode_image(image)
                 elif vlm.has_decoder:  # runs both encoders on the way
@@ -94,7 +97,7 @@ def calibrate(
             hook.remove()
     if not count:
         raise VLMQError(
-            "the calibration data hold no batch; give at least one image (and caption where text is in scope)"
+            "the calibration data hold no batch with an image; give at least one image (and caption where text is in scope)"
         )
     unseen = [name for name, observer in observers.items() if not observer.seen]
     if unseen:

@@ -1,4 +1,8 @@
-"""What a model with rotated residual streams has in it: folds kept beside the layers, and where a stream starts and ends."""
+"""What a model with rotated residual streams has in it: folds kept beside the layers, and where a stream starts and ends.
+
+There the papers rotate an embedding and a head (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, Eq. 3 and 7; QuaRot,
+arXiv 2404.00456, stage 1a); where a tower has a norm instead at either end, the rotation runs there.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +53,7 @@ class StreamExit(nn.Module):
 
 
 class InputFold(nn.Module):
-    """What a weight's input channels were multiplied with, ``W' = W diag(gain) R^T``, kept to tell W from W'.
+    """What a weight's input channels were multiplied with, ``W' = W diag(gain) R^T``, kept to tell W from W'; QuaRot Eq. 4.
 
     Args:
         rotation: R.
@@ -75,6 +79,8 @@ class InputFold(nn.Module):
 
 class OutputFold(nn.Module):
     """What some of a weight's output channels were multiplied with, ``W' = R C diag(scale) W``, kept to tell W from W'.
+
+    SliceGPT section 3.2 (C) and Eq. 5 (R).
 
     Args:
         rotation: R.

@@ -202,11 +202,11 @@ def contrastive_distillation(
     teacher_text: Tensor,
     logit_scale: Tensor | float,
 ) -> Tensor:
-    """Match in-batch image-text similarities: CLIP-KD's contrastive relational distillation (Yang et al. 2024).
+    """Match in-batch image-text similarities: CLIP-KD's contrastive relational distillation.
 
     ``KL(softmax(t I_t T_t^T) || softmax(t I_s T_s^T))`` over rows (image to text) and over columns (text to image),
-    averaged over the batch and over the two directions, as in the authors' code. A bias on the logits (SigLIP) cancels
-    in the softmax.
+    averaged over the batch and over the two directions (Yang et al. 2024, arXiv 2307.12732), as in the authors' code. A
+    bias on the logits (SigLIP) cancels in the softmax.
 
     Args:
         student_image: unit-norm features ``[B, D]``.

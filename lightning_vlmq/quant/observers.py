@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, static_layers, weight_quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
 
@@ -178,6 +180,9 @@ def second_moments(
     """Yield each layer with a quantized weight, its name and second moment, in as many passes as memory asks for.
 
     The layers must not be changed between yields, or later passes would see it.
+
+    Raises:
+        VLMQError: what :func:`calibrate` refuses, or inputs so large that their squares leave float32.
     """
     pending: dict[str, QuantizedLayer] = {}
     entries = 0
@@ -199,4 +204,9 @@ def _moments_of(
     observers = {name: SecondMomentObserver(layer) for name, layer in layers.items()}
     calibrate(vlm, scheme, batches, observers)
     for name, layer in layers.items():
-        yield name, layer, observers.pop(name).moment
+        moment = observers.pop(name).moment
+        if not all_finite(moment):  # a Cholesky factor of it is NaN or an error, by the library that computes it
+            raise VLMQError(
+                f"layer '{name}': the squares of its calibration inputs are too large to add up; check images and weights"
+            )
+        yield name, layer, moment

@@ -1,9 +1,10 @@
 """QuaRot's rotations: of whole residual streams, folded into the weights, and of single layers' inputs, at run time.
 
 A LayerNorm ``g * (x - mean(x)) / std(x) + b`` reads a stream x. Whatever is added to x may be centred beforehand, and g
-and b belong as well to the linear layers that follow; what is left is ``x / rms(x)``, which commutes with every
-rotation R (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3.2). So layers that write to the stream become
-``R C W``, with C the centring, and layers that read it ``W diag(g) R^T``, and no output changes.
+and b belong as well to the linear layers that follow (Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3.2);
+what is left is ``x / rms(x)``, which commutes with every rotation R (SliceGPT Eq. 2; QuaRot, arXiv 2404.00456, Eq. 3).
+So layers that write to the stream become ``R C W``, with C the centring, and layers that read it ``W diag(g) R^T``
+(QuaRot Eq. 4), and no output changes (SliceGPT Theorem 1).
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def _fold(stream: Stream, generator: torch.Generator) -> dict[nn.Module, nn.Modu
 def _fold_values(values: Values, generator: torch.Generator) -> HeadRotation:
     """Rotate the values within each head, by weights alone, and return the rotation across heads, for run time.
 
-    Together they are ``(H_heads ⊗ H_head) diag(signs)``, a randomized Hadamard rotation of all values.
+    Together they are ``(H_heads ⊗ H_head) diag(signs)``, a randomized Hadamard rotation of all values (QuaRot Eq. 8, 9).
     """
     width = values.out.in_features
     signs, *_ = randomized_hadamard(width, generator)

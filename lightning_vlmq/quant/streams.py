@@ -1,5 +1,6 @@
 """Which residual streams a VLM has that one rotation can run through, and who writes to and reads from each.
 
+Those of SliceGPT's Theorem 1 (Ashkboos et al. 2024, arXiv 2401.15024), with LayerNorm converted as in its section 3.2.
 A tower is taken only where every part of it is of an exactly known class with exactly known children; anything else is
 refused with a reason, never guessed at.
 """

@@ -22,6 +22,8 @@ TRANSFORMS: Registry[type[nn.Module]] = Registry("input transform")
 class ChannelScale(nn.Module):
     """Divide each input channel by a positive factor, ``x / s``; the weight's input channels are multiplied by it.
 
+    SmoothQuant (Xiao et al. 2023) Eq. 3; AWQ (Lin et al. 2024) Eq. 4.
+
     Args:
         factor: ``s``, shape ``[channels]`` for a linear layer's ``[..., channels]`` input, ``[channels, 1, 1]`` for a
             convolution's ``[batch, channels, height, width]``.
@@ -124,7 +126,7 @@ def randomized_hadamard(channels: int, generator: torch.Generator) -> tuple[Tens
     """Factors of a randomized Hadamard rotation of any size: signs ``[channels]``, left ``[a, a]``, right ``[b, b]``.
 
     ``channels = m 2^k`` with m odd gives ``H = DCT_m ⊗ Hadamard_(2^k)``, all factors orthonormal (float64). QuaRot (Ashkboos et
-    al. 2024, section 3) takes tabled Hadamard matrices of sizes such as 12 and 20 for m; the cosine transform exists
+    al. 2024, section 3.1) takes tabled Hadamard matrices of sizes such as 12 and 20 for m; the cosine transform exists
     for every m and spreads nearly as evenly (entries at most ``sqrt(2/m)``). The two factors are of about equal size,
     for speed.
     """

@@ -1,5 +1,7 @@
 """Small models and calibration batches for the tests of quantization."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,19 @@ from lightning_vlmq.quant.observers import SecondMomentObserver
 def build(name: str, seed: int = 0) -> VLM:
     torch.manual_seed(seed)
     return zoo.build(name).eval()
+
+
+def shallow(vlm: VLM) -> VLM:
+    """The model with the first of each row of like blocks: every kind of layer is there, in a third of the time."""
+    for name, blocks in list(vlm.named_modules()):
+        if name.rsplit(".", 1)[-1] in ("resblocks", "blocks") and not isinstance(blocks[0], nn.Sequential):
+            del blocks[1:]
+    return vlm
+
+
+def twin(vlm: VLM) -> VLM:
+    """A copy that shares the tokenizer, whose tables take longer to copy than a model to quantize."""
+    return copy.deepcopy(vlm, {id(vlm._tokenize): vlm._tokenize})
 
 
 def make_batches(vlm: VLM, sizes: tuple[int, ...] = (4, 4), seed: int = 1) -> list[dict[str, Tensor]]:

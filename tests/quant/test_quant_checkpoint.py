@@ -7,7 +7,16 @@ from quant_cases import build, make_batches
 
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models import VLM
-from lightning_vlmq.quant import METHODS, QuantScheme, load_quantized, quantize, quantized_layers, save_quantized
+from lightning_vlmq.quant import (
+    METHODS,
+    LayerRule,
+    QuantScheme,
+    load_quantized,
+    quantize,
+    quantized_layers,
+    save_quantized,
+)
+from lightning_vlmq.quant.rotation import rotated_towers
 
 
 def saved(vlm: VLM, folder: Path, method: str, scheme: QuantScheme) -> list[torch.Tensor]:
@@ -32,6 +41,53 @@ def test_outputs_are_bit_identical_after_loading(tmp_path: Path, name: str, meth
         assert torch.equal(fresh.encode_image(batch["image"]), before[0])
         assert torch.equal(fresh.encode_text(batch["tokens"]), before[1])
     assert (tmp_path / "quant.json").stat().st_size < 100_000
+
+
+MIXED_GROUPS = QuantScheme(
+    4,
+    8,
+    "per_group",
+    group_size=16,
+    scope="vision_text",
+    overrides=[
+        LayerRule("*.mlp.*", weight_bits=8, group_size=32),
+        LayerRule("*.k_proj", weight_granularity="per_channel", weight_symmetric=False, act_bits=6),
+        LayerRule("*.v_proj", act_bits=16),
+        LayerRule("*.c_proj", tower="text", skip=True),
+    ],
+)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("name", ["vit_clean", "convnext_clean"])
+def test_mixed_bits_groups_and_rotated_streams_survive_together(tmp_path: Path, name: str, method: str):
+    vlm = build(name)
+    report = quantize(vlm, method, MIXED_GROUPS, make_batches(vlm), minimum_coverage=0.8)
+    with torch.no_grad():  # training ends elsewhere than where it starts: nothing may be derived anew from the start
+        for index, learned in enumerate(
+            p for p in vlm.parameters() if p.requires_grad and METHODS[method].needs_training
+        ):
+            learned.mul_(1 + 0.01 * (index % 5))
+    save_quantized(vlm, tmp_path, method, MIXED_GROUPS, report)
+    fresh = build(name, seed=9)
+    load_quantized(fresh, tmp_path)
+    rotates = method in ("quarot", "rot_lsq_contrastive", "rot_lsq_feature")
+    assert rotated_towers(fresh) == (["vision", "text"][name != "vit_clean" :] if rotates else [])
+    layers, loaded = quantized_layers(vlm), quantized_layers(fresh)
+    assert layers.keys() == loaded.keys()
+    in_groups = 0
+    for layer, other in zip(layers.values(), loaded.values()):
+        sides = [(la.weight_fake_quant, la.act_fake_quant) for la in (layer, other)]
+        assert [(q.bits, q.granularity) for q in sides[0]] == [(q.bits, q.granularity) for q in sides[1]]
+        assert torch.equal(layer.effective_weight(), other.effective_weight())
+        in_groups += sides[1][0].scale.numel() > len(layer.weight)
+    assert in_groups > 10 and {q.weight_fake_quant.bits for q in loaded.values()} == {4, 8}
+    batch = make_batches(vlm, seed=5)[0]
+    with torch.no_grad():
+        logits = [
+            m.zero_shot_logits(m.encode_image(batch["image"]), m.encode_text(batch["tokens"])) for m in (vlm, fresh)
+        ]
+    assert torch.equal(*logits) and torch.isfinite(logits[0]).all()
 
 
 @pytest.mark.parametrize(

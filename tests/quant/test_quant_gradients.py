@@ -59,6 +59,41 @@ def test_gradients_against_finite_differences(seed: int):
         torch.testing.assert_close(leaf.grad, numeric, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_on_an_unsigned_grid_with_zero_points_of_its_own_against_finite_differences(seed: int):
+    """LSQ on an asymmetric grid: channels clip at ends of their own, and the zero points, whole numbers, do not learn."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.rand(5, generator=generator, dtype=torch.float64) + 0.2
+    zero_point = torch.tensor([0.0, 3.0, 8.0, 12.0, 15.0], dtype=torch.float64)
+    x = off_grid((5, 30), 4, steps, generator) + ((8 - zero_point) * steps)[:, None]
+    upstream = torch.randn(5, 30, generator=generator, dtype=torch.float64)
+    quantizer = FakeQuantizer(4, False, PerAxis(0), blocks=5, values_per_step=30).double()
+    quantizer.set_qparams(steps, zero_point)
+    quantizer.scale.requires_grad_()
+    leaf = x.clone().requires_grad_()
+    (quantizer(leaf) * upstream).sum().backward()
+
+    lo, hi = (-zero_point)[:, None], (15 - zero_point)[:, None]
+    error = (lambda v: v.round() - v)((x / steps[:, None]).clamp(lo, hi))
+
+    def smooth(x: Tensor, steps: Tensor) -> Tensor:
+        return (((x / steps[:, None]).clamp(lo, hi) + error) * steps[:, None] * upstream).sum()
+
+    assert quantizer.scale.grad is not None and leaf.grad is not None
+    for index, found in enumerate((leaf.grad, quantizer.scale.grad * math.sqrt(30 * 15))):
+        numeric = torch.zeros_like(found)
+        for place in range(found.numel()):
+            ends = []
+            for sign in (1, -1):
+                moved = [x.clone(), steps.clone()]
+                moved[index].view(-1)[place] += sign * 1e-6
+                ends.append(smooth(*moved))
+            numeric.view(-1)[place] = (ends[0] - ends[1]) / 2e-6
+        torch.testing.assert_close(found, numeric, rtol=1e-6, atol=1e-7)
+    clipped = leaf.grad == 0
+    assert 0.05 < clipped.double().mean() < 0.5
+
+
 def test_gradient_scale_counts_values_per_step_and_features_of_one_sample():
     weight = FakeQuantizer(4, True, PerAxis(0), blocks=5, values_per_step=12)
     weight.set_qparams(torch.full((5,), 0.1))

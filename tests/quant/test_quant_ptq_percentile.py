@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from quant_cases import SEEDS, build, make_batches, outlier_layer
+from quant_cases import SEEDS, build, make_batches, outlier_layer, shallow, twin
 from torch import Tensor, nn
 
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
@@ -57,3 +57,26 @@ def test_activation_ranges_leave_the_rarest_values_out():
     quantizer = quantized_layers(vlm)[name].act_fake_quant
     assert quantizer.scale.item() == pytest.approx((high - low) / 255, rel=0.05)  # the tails hold a value or two
     assert quantizer.scale.item() < (x.max() - x.min()) / 255
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_activation_error_falls_where_outliers_are_rare(symmetric: bool, seed: int):
+    vlm = shallow(build("vit_clean", seed))
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.rand(20, 3, 32, 32, generator=generator)
+    places = torch.randperm(images.numel(), generator=generator)[:4]  # of 61,440 values; 0.01 % are six at either end
+    images.view(-1)[places] = torch.tensor([20.0, -18.0, 15.0, -21.0])
+    x = vlm.preprocess(images)
+    errors, quantizers = {}, {}
+    for method in ("minmax", "percentile"):
+        quantized = twin(vlm)
+        quantize(quantized, method, QuantScheme(16, 4, act_symmetric=symmetric), [{"image": images}])
+        quantizers[method] = quantized_layers(quantized)["model.visual.conv1"].act_fake_quant
+        with torch.no_grad():
+            errors[method] = (quantizers[method](x) - x).square()
+    assert errors["percentile"].sum() < 0.5 * errors["minmax"].sum()
+    ordinary = torch.ones(images.numel(), dtype=torch.bool)
+    ordinary[places] = False
+    assert errors["percentile"].view(-1)[ordinary].mean() < 0.05 * errors["minmax"].view(-1)[ordinary].mean()
+    assert errors["percentile"].view(-1)[ordinary].sqrt().max() < 1.5 * quantizers["percentile"].scale.item()

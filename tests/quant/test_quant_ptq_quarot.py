@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
-from quant_cases import build, make_batches
+from quant_cases import SEEDS, build, float_output, make_batches, outlier_layer
 from torch import Tensor, nn
 
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.rotation import rotate_input
 from lightning_vlmq.quant.transforms import HeadRotation, Rotation, randomized_hadamard
 
 
@@ -91,7 +92,7 @@ def input_errors(vlm: VLM, batch: dict[str, Tensor]) -> dict[str, float]:
     return errors
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_outlier_channels_of_the_residual_stream_cost_less(seed: int):
     vlm = build("vit_clean", seed)
     outliers = torch.randperm(96, generator=torch.Generator().manual_seed(seed))[:2]
@@ -109,3 +110,22 @@ def test_outlier_channels_of_the_residual_stream_cost_less(seed: int):
     for layer, error in errors["quarot"].items():
         assert error < 0.5 * errors["minmax"][layer], layer
     assert distances["quarot"] < distances["minmax"]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_outlier_channels_of_a_layers_input_cost_less(kind: str, symmetric: bool, seed: int):
+    """At the layer's output, with float weights: the error that activation quantization alone makes."""
+    layer, x = outlier_layer(kind, QuantScheme(16, 8, act_symmetric=symmetric), seed)
+    rotation = Rotation(*randomized_hadamard(x.shape[1], torch.Generator().manual_seed(seed)))
+    errors = []
+    with torch.no_grad():
+        reference = float_output(layer, x, layer.weight)
+        for rotate in (False, True):
+            if rotate:
+                rotate_input(layer, rotation)
+            moved = layer.input_transform(x)
+            layer.act_fake_quant.set_range(moved.min().view(1), moved.max().view(1))
+            errors.append((layer(x) - reference).square().sum().item())
+    assert errors[1] < 0.5 * errors[0]

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from quant_cases import SEEDS, build, make_batches
+from quant_cases import SEEDS, build, make_batches, shallow
 from torch.nn import functional as F
 
 from lightning_vlmq.errors import VLMQError
@@ -49,6 +49,38 @@ def test_steps_start_where_the_paper_says(vit: VLM):
     first = (x / 255 - twin.mean) / twin.std
     expected = 2 * first.abs().mean() / math.sqrt(127)
     torch.testing.assert_close(quantized_layers(vit)["model.visual.conv1"].act_fake_quant.scale[0], expected)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+@pytest.mark.parametrize("name", ["vit_clean", "convnext_clean"])
+def test_every_step_starts_at_twice_the_mean_magnitude_over_the_root_of_the_largest_level(
+    name: str, granularity: str, symmetric: bool
+):
+    """Esser et al. 2020, section 2.1; Qp is 2^(b-1) - 1 of a signed grid and 2^b - 1 of an unsigned one."""
+    vlm = shallow(build(name))
+    batches = make_batches(vlm, (2, 3))
+    scheme = QuantScheme(
+        3, 5, granularity, group_size=4, weight_symmetric=symmetric, act_symmetric=symmetric, scope="vision_text"
+    )
+    weights, inputs = {}, {}
+    for layer_name, layer in vlm.named_modules():
+        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            weights[layer_name], inputs[layer_name] = layer.weight.detach().clone(), []
+            layer.register_forward_pre_hook(lambda _, args, seen=inputs[layer_name]: seen.append(args[0].flatten()))
+    with torch.no_grad():
+        for batch in batches:
+            vlm.encode_image(batch["image"]), vlm.encode_text(batch["tokens"])
+    quantize(vlm, "lsq_contrastive", scheme, batches)
+    weight_top, act_top = (3, 15) if symmetric else (7, 31)
+    assert weights.keys() == quantized_layers(vlm).keys()
+    for layer_name, layer in quantized_layers(vlm).items():
+        scale = layer.weight_fake_quant.scale.detach()
+        mean = weights[layer_name].reshape(scale.numel(), -1).abs().mean(1)
+        torch.testing.assert_close(scale, 2 * mean / math.sqrt(weight_top), rtol=1e-5, atol=0)
+        mean = torch.cat(inputs[layer_name]).abs().mean()
+        torch.testing.assert_close(layer.act_fake_quant.scale[0], 2 * mean / math.sqrt(act_top), rtol=1e-4, atol=0)
+        assert layer.weight_fake_quant.scale.requires_grad and layer.act_fake_quant.scale.requires_grad
 
 
 def test_asymmetric_start_keeps_the_calibration_minimum_on_the_grid(vit: VLM):
@@ -152,3 +184,29 @@ def test_feature_loss_is_added_with_clip_kd_weight():
     plain = METHODS["lsq_contrastive"]().loss(si, st, ti, tt, 10.0)  # type: ignore[attr-defined]
     both = METHODS["lsq_feature"]().loss(si, st, ti, tt, 10.0)  # type: ignore[attr-defined]
     torch.testing.assert_close(both - plain, 2000 * ((si - ti) ** 2).mean() + 2000 * ((st - tt) ** 2).mean())
+
+
+@pytest.mark.parametrize("method", [name for name in QAT if "lsq" in name and name.endswith("contrastive")])
+def test_steps_stay_positive_under_updates_many_times_their_size(method: str):
+    vlm = shallow(build("vit_clean"))
+    batch = make_batches(vlm, (4,))[0]
+    with torch.no_grad():
+        target = vlm.encode_image(batch["image"]), vlm.encode_text(batch["tokens"])
+    quantize(vlm, method, QuantScheme(4, 8, scope="vision_text"), [batch])
+    chosen = METHODS[method]()
+    assert isinstance(chosen, QATMethod)
+    optimizer = torch.optim.Adam(chosen.parameter_groups(vlm, 1e-4, step_lr=5.0))
+    steps = {name: p for name, p in vlm.named_parameters() if name.endswith("fake_quant.scale") and p.requires_grad}
+    below = {"weight": 0, "act": 0}
+    for _ in range(4):
+        features = vlm.encode_image(batch["image"]), vlm.encode_text(batch["tokens"])
+        loss = chosen.loss(*features, *target, 10.0)
+        optimizer.zero_grad()
+        loss.backward()
+        assert math.isfinite(loss.item()) and all(torch.isfinite(p.grad).all() for p in steps.values())
+        optimizer.step()
+        for name, step in steps.items():
+            below[name.split(".")[-2].removesuffix("_fake_quant")] += int((step < 0).sum())
+        chosen.keep_steps_positive(vlm)
+        assert all((step >= STEP_FLOOR).all() for step in steps.values())
+    assert len(steps) == 2 * len(quantized_layers(vlm)) and below["weight"] > 100 and below["act"] > 5

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torchao.quantization.granularity import PerGroup
 
-from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibration import Batch
 from lightning_vlmq.quant.fake_quant import choose_qparams, quantize_dequantize
@@ -18,35 +17,31 @@ from lightning_vlmq.quant.observers import grouped_rows, second_moments
 from lightning_vlmq.quant.scheme import QuantScheme
 
 DAMPING = 0.01
-"""Added to the Hessian's diagonal, as a share of its mean (GPTQ section 3.3, step 3)."""
+"""Added to the Hessian's diagonal, as a share of its mean (GPTQ section 4, step 3)."""
 SPAN = 16
-"""Columns that are rounded one by one before what they did reaches the others (GPTQ section 3.3, step 2)."""
+"""Columns that are rounded one by one before what they did reaches the others (GPTQ section 4, step 2)."""
 
 
 @METHODS.register("gptq")
 class GPTQ(PTQMethod):
     """Round one input column at a time and let the columns after it make up for the error (Frantar et al. 2023).
 
-    Algorithm 1 of arXiv 2210.17323 on the Hessian of ``||W X - W_hat X||^2`` with 1 % damping, in the equivalent form
-    of Chee et al. 2023 (QuIP, arXiv 2307.13304, Theorem 6), which needs one Cholesky factor and no inverse. Grids are
-    min-max; a group's is taken when its first column is reached. Hessians come from one pass of the full-precision
-    model, not from a pass per already quantized block. Activations are min-max. A convolution is a linear layer over
-    its patches, one problem per group. torchao's prototype is not used: it runs on CUDA only, on linear layers only,
-    for three fixed number formats.
+    Algorithm 1 of arXiv 2210.17323, the updates of its Eq. 2 and 3 in a fixed order, on the Hessian of
+    ``||W X - W_hat X||^2`` (Eq. 1) with 1 % damping, in the form of rounding with linear feedback from an LDL
+    decomposition, which Chee et al. 2023 (QuIP, arXiv 2307.13304) prove equal to it and which needs one Cholesky factor
+    and no inverse. Grids are min-max; a group's is taken when its first column is reached. Hessians come from one pass
+    of the full-precision model, not from a pass per already quantized block. Activations are min-max. A convolution is
+    a linear layer over its patches, one problem per group. torchao's prototype is not used: it runs on CUDA only, on
+    linear layers only, for three fixed number formats.
     """
 
     def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Fix every layer's grid and replace its weight by the rounded one."""
-        rounded = {}
-        for name, layer, moment in second_moments(vlm, scheme, calibration):
+        rounded = []
+        for _, layer, moment in second_moments(vlm, scheme, calibration):
             super().fit_weight(layer)
-            try:
-                rounded[name] = (layer, round_columns(layer, moment))
-            except torch.linalg.LinAlgError as error:  # the damping keeps every finite Hessian away from it
-                raise VLMQError(
-                    f"layer '{name}': the squares of its calibration inputs are too large to add up; check images and weights"
-                ) from error
-        for layer, weight in rounded.values():
+            rounded.append((layer, round_columns(layer, moment)))
+        for layer, weight in rounded:
             layer.set_weight(weight)
 
 

@@ -20,8 +20,9 @@ ITERATIONS = 20
 class HQQ(PTQMethod):
     """Fit each block's zero point under a heavy-tailed error, ``||W - W_hat||_p^p`` with p = 0.7.
 
-    Badri and Shaji 2023 ("Half-Quadratic Quantization of Large Machine Learning Models"): alternate a generalised
-    shrinkage of the error with the mean that solves for the zero point, the step staying that of the min-max range.
+    Badri and Shaji 2023 ("Half-Quadratic Quantization of Large Machine Learning Models", whose equations have no
+    numbers): alternate its two sub-problems, a generalised shrinkage of the error and the mean that solves for the zero
+    point, the step staying that of the min-max range.
     The grid is asymmetric with a real zero whatever the scheme's ``weight_symmetric`` says, as the method has no
     symmetric form. Activations are min-max. torchao's solver is not used: it returns the last zero point, which is not
     the best, and stops when the mean error over all blocks rises; here each block keeps the best of its own, so that

@@ -17,10 +17,11 @@ from lightning_vlmq.quant.scheme import QuantScheme
 class Rotated(PTQMethod):
     """The rotations of QuaRot (Ashkboos et al. 2024, arXiv 2404.00456, section 4, stages 1a to 1c), before anything else.
 
-    The residual stream of each tower in scope is rotated by weights alone, values within heads too; values across
-    heads and the inputs of an MLP's second layer are rotated at run time. Keys are not (stage 1d): no cache of them is
-    quantized here. A tower whose stream no rotation commutes with is rotated inside its blocks instead: every layer
-    that mixes its input channels has its input rotated at run time. The coverage report says which it is.
+    The residual stream of each tower in scope is rotated by weights alone (stage 1a, Eq. 4), values within heads too
+    (1c, Eq. 8); values across heads (1c, Eq. 9) and the inputs of an MLP's second layer (1b) are rotated at run time.
+    Keys are not (1d): no cache of them is quantized here. A tower whose stream no rotation commutes with is rotated
+    inside its blocks instead: every layer that mixes its input channels has its input rotated at run time. The coverage
+    report says which it is.
     """
 
     def __init__(self) -> None:

@@ -17,9 +17,9 @@ class STEContrastive(QATMethod):
     """Min-max fake quantization trained through the rounding with contrastive distillation.
 
     The gradient passes unchanged inside the range and is zero outside (straight-through estimator, Bengio et al. 2013;
-    Jacob et al. 2018, section 3). Weight ranges follow the weights at every forward; activation ranges stay those of
-    the calibration batches (or dynamic, if the scheme says so). torchao's ``QATConfig`` is not used: it covers linear
-    layers and embeddings alone, and takes no per-tensor steps.
+    Jacob et al. 2018, section 3, Eq. 12). Weight ranges follow the weights at every forward; activation ranges stay
+    those of the calibration batches (or dynamic, if the scheme says so). torchao's ``QATConfig`` is not used: it covers
+    linear layers and embeddings alone, and takes no per-tensor steps.
     """
 
     def init_training(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
