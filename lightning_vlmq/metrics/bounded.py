@@ -12,12 +12,13 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_vlmq.errors import VLMQError
-from lightning_vlmq.metrics.functional import BinSums, confidence_and_correct, equal_width_bin_sums
+from lightning_vlmq.metrics.functional import BinSums, confidence_and_correct
 from lightning_vlmq.metrics.functional.binned import (
     DetectionCounts,
     SelectiveCounts,
     adaptive_ece_from_cells,
-    score_counts,
+    confidence_cells,
+    score_bins,
 )
 from lightning_vlmq.metrics.functional.selective import checked_risk
 
@@ -71,8 +72,10 @@ class BinnedDetection(Metric):
             raise VLMQError(f"score and is_id must be [n], got {tuple(score.shape)} and {tuple(is_id.shape)}")
         defined = ~score.isnan()
         self.undefined += (~defined).sum()
-        self.id_counts += score_counts(score[defined & is_id], self.low, self.high, self.n_bins)
-        self.ood_counts += score_counts(score[defined & ~is_id], self.low, self.high, self.n_bins)
+        bins = score_bins(score.nan_to_num(self.low), self.low, self.high, self.n_bins)
+        # added where they belong: a histogram of each batch would cost more than the batch
+        self.id_counts.index_add_(0, bins, (defined & is_id).long())
+        self.ood_counts.index_add_(0, bins, (defined & ~is_id).long())
 
     def compute(self) -> dict[str, Tensor]:
         """All metrics with their error bounds over all samples so far."""
@@ -125,10 +128,11 @@ class BinnedAdaptiveCalibrationError(Metric):
         """Add a batch: logits float ``[n, C]``, target int64 ``[n]`` (-1: left out). Raises as ``per_sample``."""
         confidence, correct = confidence_and_correct(logits, target)
         keep = target >= 0
-        sums = equal_width_bin_sums(confidence[keep], correct[keep], self.cells)
-        self.cell_count += sums.count
-        self.cell_confidence += sums.confidence
-        self.cell_correct += sums.correct
+        confidence, correct = confidence[keep].double(), correct[keep].double()
+        cell = confidence_cells(confidence, self.cells)
+        self.cell_count.index_add_(0, cell, torch.ones_like(confidence))
+        self.cell_confidence.index_add_(0, cell, confidence)
+        self.cell_correct.index_add_(0, cell, correct)
 
     def compute(self) -> dict[str, Tensor]:
         """The error and its bound over all samples so far."""
@@ -184,10 +188,9 @@ class BinnedSelectivePrediction(Metric):
         confidence, correct = confidence_and_correct(logits, target)
         keep = target >= 0
         self.undefined += (keep & confidence.isnan()).sum()
-        # float32: the cells' edges then are the same for logits of any dtype
-        sums = equal_width_bin_sums(confidence[keep].to(torch.float32), correct[keep], self.cells)
-        self.cell_count += sums.count.long()
-        self.cell_correct += sums.correct.long()
+        cell = confidence_cells(confidence.to(torch.float32), self.cells)  # float32, as what ranks all samples keeps it
+        self.cell_count.index_add_(0, cell, keep.long())
+        self.cell_correct.index_add_(0, cell, (keep & correct).long())
 
     def compute(self) -> dict[str, Tensor]:
         """Both metrics with their error bounds over all samples so far."""

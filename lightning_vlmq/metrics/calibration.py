@@ -56,9 +56,9 @@ class _MeanOfRecord(Metric):
         Raises:
             VLMQError: as :func:`~.functional.per_sample`.
         """
-        values = per_sample(logits, target, (self._record,))[self._record][target >= 0]
-        self.sum += values.to(torch.float64).sum()
-        self.total += values.numel()
+        values, labelled = per_sample(logits, target, (self._record,))[self._record], target >= 0
+        self.sum += torch.where(labelled, values, 0).sum(dtype=torch.float64)
+        self.total += labelled.sum()
 
     def compute(self) -> Tensor:
         """The mean over all labelled samples so far; NaN if one of them had undefined logits."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from torch import Tensor
@@ -9,6 +10,8 @@ from torch import Tensor
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.models import VLM
 from lightning_vlmq.modules.features import FeatureCache, text_digest
+
+log = logging.getLogger(__name__)
 
 
 def zero_shot_classifiers(vlm: VLM, data: ReliabilityDataModule, cache: FeatureCache, tower: str) -> dict[str, Tensor]:
@@ -31,3 +34,28 @@ def zero_shot_classifiers(vlm: VLM, data: ReliabilityDataModule, cache: FeatureC
             made[key] = cache.of(tower, text_digest(*key), partial(vlm.class_features, *key)).to(vlm.mean.device)
         classifiers[s.name] = made[key] if s.classes is None else made[key][list(s.classes)]
     return classifiers
+
+
+def warn_of_twin_classes(vlm: VLM, data: ReliabilityDataModule) -> None:
+    """Warn of classes that the model cannot tell apart, because their names are the same to its tokenizer.
+
+    A small vocabulary reads every word that it does not know as one and the same; results would look like any other.
+
+    Args:
+        vlm: the model.
+        data: the data module, set up.
+    """
+    for names in dict.fromkeys(tuple(s.class_names or data.class_names) for s in data.eval_sets):
+        read: dict[tuple[int, ...], list[str]] = {}
+        for name, tokens in zip(names, vlm.tokenize(list(names)).tolist()):
+            read.setdefault(tuple(tokens), []).append(name)
+        twins = [name for same in read.values() if len(same) > 1 for name in same]
+        if twins:
+            shown = ", ".join(twins[:4]) + (", …" if len(twins) > 4 else "")
+            log.warning(
+                "%d of %d classes cannot be told apart: their names are the same to the tokenizer of '%s' (%s)",
+                len(twins),
+                len(names),
+                vlm.name,
+                shown,
+            )

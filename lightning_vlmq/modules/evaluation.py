@@ -30,7 +30,7 @@ from lightning_vlmq.metrics import (
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.vlm import TOWERS
-from lightning_vlmq.modules.classifiers import zero_shot_classifiers
+from lightning_vlmq.modules.classifiers import warn_of_twin_classes, zero_shot_classifiers
 from lightning_vlmq.modules.evaluators import classwise_rows, default_evaluators, headline
 from lightning_vlmq.modules.features import FeatureCache, SetFeatures, tower_digest
 from lightning_vlmq.modules.rows import Evaluator, Row
@@ -157,6 +157,8 @@ class EvaluationModule(LightningModule):
         if self._prepared:
             return
         self._prepared = True
+        if self.trainer.is_global_zero:
+            warn_of_twin_classes(self.vlm, self.data)
         if self.checkpoint is None and self.scheme is None:
             return
         device = self.trainer.strategy.root_device

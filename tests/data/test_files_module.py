@@ -15,7 +15,7 @@ from lightning_vlmq.data.files import Folder, FolderPairs, ImageList, ImageNet, 
 from lightning_vlmq.data.files.names import IMAGENET, TEMPLATES
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.modules import EvaluationModule, Quantization
-from lightning_vlmq.modules.classifiers import zero_shot_classifiers
+from lightning_vlmq.modules.classifiers import warn_of_twin_classes, zero_shot_classifiers
 from lightning_vlmq.modules.features import FeatureCache
 
 CLASSES = ["bag", "coat", "dress"]
@@ -94,6 +94,18 @@ class TestClasses:
         assert torch.equal(made["mine"], mine) and torch.equal(made["else"], mine)
         assert torch.equal(made["drawn"], mine[[0, 2]])
         assert torch.equal(made["waterbirds_counter"], birds)
+
+    def test_names_that_the_tokenizer_does_not_tell_apart_are_told(self, root, caplog):
+        vlm = load_vlm("vit_clean")
+        data = build(root, MINE)
+        warn_of_twin_classes(vlm, data)
+        assert not caplog.records
+        data.class_names = ["coat", "xylophone", "aardvark"]  # of which an embedded model knows one
+        warn_of_twin_classes(vlm, data)
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "2 of 3 classes cannot be told apart: their names are the same to the tokenizer of 'vit_clean' (xylophone, aardvark)"
+        )
 
 
 class TestBadInput:

@@ -6,7 +6,7 @@ from metric_tester import assert_equal, batches
 
 from lightning_vlmq import metrics as m
 from lightning_vlmq.errors import VLMQError
-from lightning_vlmq.metrics.functional import adaptive_ece_from_cells, equal_width_bin_sums, score_counts
+from lightning_vlmq.metrics.functional import adaptive_ece_from_cells, equal_width_bin_sums
 
 DETECTION = {
     "auroc": m.auroc,
@@ -87,8 +87,6 @@ def test_detection_degenerate():
     infinite = m.BinnedDetection()
     infinite.update(torch.tensor([torch.inf, -torch.inf]), torch.tensor([True, False]))
     assert infinite.compute()["auroc"] == 1
-    with pytest.raises(VLMQError, match="NaN"):
-        score_counts(torch.tensor([torch.nan]), 0, 1, 4)
     for kwargs in ({"low": 1.0, "high": 1.0}, {"n_bins": 0}):
         with pytest.raises(VLMQError, match="low < high"):
             m.BinnedDetection(**kwargs)

@@ -5,7 +5,8 @@ from lightning_vlmq.metrics.functional.binned import (
     DetectionCounts,
     SelectiveCounts,
     adaptive_ece_from_cells,
-    score_counts,
+    confidence_cells,
+    score_bins,
 )
 from lightning_vlmq.metrics.functional.calibration import (
     BinSums,
@@ -53,6 +54,7 @@ __all__ = [
     "classwise_bin_sums",
     "classwise_ece",
     "confidence_and_correct",
+    "confidence_cells",
     "coverage_at_risk",
     "equal_mass_bin_sums",
     "equal_width_bin_sums",
@@ -67,7 +69,7 @@ __all__ = [
     "relative_spurious_gap",
     "reliability_bins",
     "risk_at_coverage",
-    "score_counts",
+    "score_bins",
     "temperature_scaled_ece",
     "trajectory_bins",
 ]

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.metrics.functional.calibration import BinSums
 from lightning_vlmq.metrics.functional.selective import checked_risk, within_risk
 
@@ -29,8 +28,8 @@ class Bounded:
     error_bound: Tensor
 
 
-def score_counts(scores: Tensor, low: float, high: float, n_bins: int) -> Tensor:
-    """Count scores in equal bins over [low, high]; scores outside fall into the first and last bin.
+def score_bins(scores: Tensor, low: float, high: float, n_bins: int) -> Tensor:
+    """The bin of each score, of equal bins over [low, high]; scores outside fall into the first and last bin.
 
     Args:
         scores: float ``[n]``, none NaN.
@@ -39,15 +38,23 @@ def score_counts(scores: Tensor, low: float, high: float, n_bins: int) -> Tensor
         n_bins: number of bins.
 
     Returns:
-        int64 ``[n_bins]``.
-
-    Raises:
-        VLMQError: a score is NaN: it has no place in the order.
+        int64 ``[n]`` in [0, n_bins).
     """
-    if bool(scores.isnan().any()):
-        raise VLMQError("binned detection metrics cannot place NaN scores; use the exact functions, which report NaN")
     position = (scores.to(torch.float64) - low) / (high - low) * n_bins
-    return torch.bincount(position.clamp(0, n_bins - 1).long(), minlength=n_bins)
+    return position.clamp(0, n_bins - 1).long()
+
+
+def confidence_cells(confidence: Tensor, cells: int) -> Tensor:
+    """The cell of each confidence, of equal ones over [0, 1) and one more for confidences of exactly 1 (and NaN).
+
+    Args:
+        confidence: float ``[n]`` in [0, 1].
+        cells: number of equal cells.
+
+    Returns:
+        int64 ``[n]`` in [0, cells].
+    """
+    return (confidence.to(torch.float64).nan_to_num(1.0) * cells).long()
 
 
 @dataclass(frozen=True)
@@ -131,7 +138,7 @@ def adaptive_ece_from_cells(cells: BinSums, n_bins: int = 15) -> Bounded:
     2 (1 + w) / n times the sum of m f (1 - f) over the cuts.
 
     Args:
-        cells: sums ``[K + 1]`` as :func:`~.calibration.equal_width_bin_sums` gives for K cells.
+        cells: sums ``[K + 1]`` over the cells of :func:`confidence_cells`, K of them and one.
         n_bins: number of equal-mass bins; sizes differ by at most one sample, the larger first.
 
     Returns:

@@ -27,8 +27,9 @@ class _Softmax:
             raise VLMQError(f"logits must be floating point, got {logits.dtype}")
         n, n_classes = logits.shape
         target = target.long()
-        if n and (int(target.min()) < -1 or int(target.max()) >= n_classes):
-            raise VLMQError(f"targets must lie in [-1, {n_classes}), got {int(target.min())} to {int(target.max())}")
+        low, high = (int(end) for end in target.aminmax()) if n else (0, 0)
+        if low < -1 or high >= n_classes:
+            raise VLMQError(f"targets must lie in [-1, {n_classes}), got {low} to {high}")
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         self.target = target
         self.column = target.clamp(min=0).unsqueeze(-1)  # 0 where there is no class
