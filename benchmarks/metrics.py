@@ -214,7 +214,7 @@ def measure(metric: str, contender: str, args: argparse.Namespace) -> dict[str, 
     torch.set_num_threads(args.threads)
     resource.setrlimit(resource.RLIMIT_AS, (args.limit << 30, args.limit << 30))
     run = contenders(args.classes)[metric][contender]
-    run(Stream(2 * args.batch, args.classes, args.batch))  # imports and first-call costs
+    run(Stream(10 * args.batch, args.classes, args.batch))  # imports, first-call costs, and the peak of a few batches
     stream = Stream(args.samples, args.classes, args.batch)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.process_time()

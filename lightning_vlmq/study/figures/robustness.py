@@ -146,7 +146,6 @@ def prediction_flips(analysis: StudyAnalysis) -> Figure | None:
         for axis in grid.flat[len(vlms) :]:
             axis.axis("off")
         label_last_line(grid)
-        figure.supxlabel("changed predictions, %", fontsize=9)
         handles = [Patch(color=colour, label=title) for title, colour in kinds.values()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, title="changed predictions, %")
     return figure
