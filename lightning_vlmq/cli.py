@@ -49,6 +49,11 @@ class VLMQCLI(LightningCLI):
         commands = LightningCLI.subcommands()
         return {name: commands[name] for name in ("fit", "validate", "test", "predict")}
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, with Lightning's table of results off by default: it repeats what :class:`HeadlinePrinter` prints for every set."""
+        parser.set_defaults({f"{name}.verbose": False for name in ("validate", "test")})
+        super().parse_arguments(parser, args)
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--results.*``, the writer of results that every command has."""
         parser.add_lightning_class_args(ResultsWriter, "results")

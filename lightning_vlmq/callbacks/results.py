@@ -14,7 +14,6 @@ import pandas as pd
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from rich import print as rich_print
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -117,21 +116,6 @@ def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Te
         where = {key: getattr(s, "name" if key == "dataset" else key) for key in _SET_COLUMNS}
         parts.append(pd.DataFrame({key: column.numpy() for key, column in records[s.name].items()}).assign(**where))
     return pd.concat(parts)
-
-
-class CoveragePrinter(Callback):
-    """Prints the coverage report of a quantized model when it has been made."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Nothing is quantized yet."""
-        self._printed = False
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print once, on rank zero."""
-        report = getattr(pl_module, "coverage", None)
-        if report is not None and trainer.is_global_zero and not self._printed:
-            self._printed = True
-            rich_print(report.table())
 
 
 class ZooExport(Callback):
