@@ -24,6 +24,7 @@ class VLMQCLI(LightningCLI):
     """LightningCLI with a seed by default, no padding of evaluation data under DDP, and a writer of results."""
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        self._has_commands = run
         super().__init__(
             model_class=LightningModule,
             datamodule_class=LightningDataModule,
@@ -51,7 +52,8 @@ class VLMQCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with Lightning's table of results off by default: it repeats what :class:`HeadlinePrinter` prints for every set."""
-        parser.set_defaults({f"{name}.verbose": False for name in ("validate", "test")})
+        if self._has_commands:
+            parser.set_defaults({f"{name}.verbose": False for name in ("validate", "test")})
         super().parse_arguments(parser, args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -179,8 +179,7 @@ class SelectiveCounts:
     Metrics are NaN, with a NaN bound, without samples.
 
     Attributes:
-        count: int64 ``[K + 1]``, samples per cell of ascending confidence, K cells as
-            :func:`~.calibration.equal_width_bin_sums` cuts them and a last one for confidences of exactly 1.
+        count: int64 ``[K + 1]``, samples per cell of :func:`confidence_cells`.
         correct: int64 ``[K + 1]``, how many of them are right.
     """
 
