@@ -32,8 +32,18 @@ from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, to_blocks
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
 from lightning_vlmq.quant.packing import pack, unpack
 
-EXACT_PRODUCTS: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)()
-"""Whether this CPU multiplies 8-bit integers without overflow: those before VNNI add pairs of products in 16 bits."""
+
+def _multiplies_unsigned() -> bool:
+    """Whether torch multiplies unsigned with signed integers, which 2.11 does not."""
+    try:
+        torch._int_mm(torch.zeros(32, 32, dtype=torch.uint8), torch.zeros(32, 32, dtype=torch.int8))
+    except RuntimeError:
+        return False
+    return True
+
+
+EXACT_PRODUCTS: bool = getattr(torch.cpu, "_is_vnni_supported", lambda: False)() and _multiplies_unsigned()
+"""Whether 8-bit integers are multiplied here without overflow: CPUs before VNNI add pairs of products in 16 bits."""
 
 
 class IntegerWeight(nn.Module):
@@ -107,7 +117,7 @@ class IntegerLinear(_IntegerLayer, QuantLinear):  # type: ignore[misc, override]
     anew at each call; here the sums are stored, and weights below 8 bits stay packed in memory.
 
     Where inputs are quantized and the weight has one symmetric step an output channel or a tensor, the product is one of
-    integers, on CPUs whose instructions make it exact. Elsewhere the weight is dequantized at each call.
+    integers, where CPU and torch make it exact. Elsewhere the weight is dequantized at each call.
 
     Attributes:
         row_sums: ``[out_features]``, sums of the dequantized weight's rows; None where products are not of integers.
