@@ -17,16 +17,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
+from cells import CellError, run_cell
 from torch import Tensor
 
 Batches = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -243,23 +241,17 @@ def main() -> None:
         return
     print(f"{args.samples:,} samples x {args.classes:,} classes, batches of {args.batch:,}, {args.threads} threads")
     print(f"{'metric':14}{'contender':15}{'value':>12}{'CPU s':>10}{'peak MiB':>10}{'x time':>9}{'x memory':>10}")
-    # glibc otherwise serves batches from the heap after a while; small tensors kept between batches then split the gaps
-    # that freed batches leave, and the heap grows by a batch each time: gigabytes that no contender asked for
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
+    names = ("samples", "classes", "batch", "threads", "limit")
     for metric, cells in contenders(args.classes).items():
         if args.metrics and metric not in args.metrics:
             continue
         ours: dict[str, float] = {}
         for contender in cells:
-            command = [sys.executable, __file__, "--cell", metric, contender]
-            for name in ("samples", "classes", "batch", "threads", "limit"):
-                command += [f"--{name}", str(getattr(args, name))]
-            done = subprocess.run(command, capture_output=True, text=True, env=environment)
-            if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode} (out of memory?)"]
-                print(f"{metric:14}{contender:15} failed: {reason[0]}")
+            try:
+                result = run_cell(__file__, (metric, contender), args, names)
+            except CellError as error:
+                print(f"{metric:14}{contender:15} failed: {error}")
                 continue
-            result = json.loads(done.stdout)
             ours = ours or result
             ratio_time, ratio_memory = result["seconds"] / ours["seconds"], result["mib"] / max(ours["mib"], 0.1)
             print(

@@ -25,14 +25,13 @@ import argparse
 import contextlib
 import io
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from cells import CellError, run_cell
 from torch import Tensor, nn
 
 Batches = list[dict[str, Tensor]]
@@ -161,21 +160,16 @@ def main() -> None:
     shown = "generated images" if args.images is None else f"images of {Path(args.images).name}"
     print(f"{args.model}, {args.scope}, {args.images_n} {shown}, {args.threads} threads, medians of {args.repeat}")
     print(f"{'method':13}{'contender':12}{'CPU s':>8}{'memory':>9}{'error':>9}{'ours / it':>11}")
-    # as in benchmarks/metrics.py: large tensors go back to the system when they are freed
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000", "CUDA_VISIBLE_DEVICES": ""}
+    names = ("model", "scope", "images", "images-n", "threads")
     for method in args.methods:
         runs: dict[str, list[dict[str, float]]] = {contender: [] for contender in CONTENDERS}
         for _ in range(args.repeat):
             for contender in runs:
-                command = [sys.executable, "-O", __file__, "--cell", method, contender]
-                for name in ("model", "scope", "images", "images-n", "threads"):
-                    value = getattr(args, name.replace("-", "_"))
-                    command += [] if value is None else [f"--{name}", str(value)]
-                done = subprocess.run(command, capture_output=True, text=True, env=environment)
-                if done.returncode:
-                    reason = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
-                    sys.exit(f"{method} {contender} failed: {reason[0]}")
-                runs[contender].append(json.loads(done.stdout.splitlines()[-1]))
+                cell = method, contender
+                try:  # without assertions, see the top
+                    runs[contender].append(run_cell(__file__, cell, args, names, ["-O"], CUDA_VISIBLE_DEVICES=""))
+                except CellError as error:
+                    sys.exit(f"{method} {contender} failed: {error}")
         middle = {c: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for c, rs in runs.items()}
         for contender, found in middle.items():
             ratio = "" if contender == "ours" else f"{middle['ours']['seconds'] / found['seconds']:11.2f}"

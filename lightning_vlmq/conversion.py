@@ -15,7 +15,6 @@ import torchao
 from jsonargparse import lazy_instance
 from rich import print as rich_print
 from rich.table import Table
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
@@ -24,7 +23,14 @@ from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models import VLM, load_vlm, zoo
-from lightning_vlmq.quant.checkpoint import DESCRIPTION, FORMAT, WEIGHTS, load_quantized, read_description
+from lightning_vlmq.quant.checkpoint import (
+    DESCRIPTION,
+    FORMAT,
+    WEIGHTS,
+    load_quantized,
+    read_description,
+    write_tensors,
+)
 from lightning_vlmq.quant.convert import (
     Activations,
     Conversion,
@@ -239,9 +245,9 @@ def _take_turns(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds:
 
 def _sizes(full: VLM, converted: VLM, folder: Path) -> dict[str, dict[str, int]]:
     """Bytes of both models' files and of their tensors in memory, and of the programs."""
-    state = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in full.state_dict().items()}
+    state = full.state_dict()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        save_file(state, Path(scratch) / WEIGHTS)
+        write_tensors(Path(scratch) / WEIGHTS, state)
         fp32 = (Path(scratch) / WEIGHTS).stat().st_size
     programs = {
         program: (folder / program).stat().st_size for program in PROGRAMS.values() if (folder / program).exists()

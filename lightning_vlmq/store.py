@@ -16,7 +16,6 @@ import functools
 import os
 import re
 import subprocess
-import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import lightning_vlmq
+from lightning_vlmq.atomic import replacing
 from lightning_vlmq.errors import VLMQError, unknown
 
 ROLES = ("id", "near_ood", "far_ood", "corruption", "shift", "spurious")
@@ -294,15 +294,10 @@ class ResultsStore:
     def _write_part(self, kind: str, run_id: str, table: pa.Table) -> None:
         path = self._path(kind, run_id)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{run_id}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _as_table(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:

@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lightning_vlmq
+from lightning_vlmq.atomic import replacing
 from lightning_vlmq.data.datamodule import EvalSet
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -48,9 +48,8 @@ class FeatureCache:
         if path is None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        save_file({"features": features.detach().cpu().contiguous()}, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({"features": features.detach().cpu().contiguous()}, partial)
 
     def of(self, tower: str, dataset: str, compute: Callable[[], Tensor]) -> Tensor:
         """Features ``[n, dim]`` that are kept (on the CPU), or computed and then kept."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lightning_vlmq.atomic import replacing
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
@@ -82,15 +83,9 @@ def save_quantized(
         "extra": extra or {},
     }
     text = json.dumps(description, indent=1)
-    partial = folder / f".{WEIGHTS}.{os.getpid()}"
-    # cloned, because safetensors refuses tensors that share memory (tied weights)
-    save_file(
-        {key: tensor.detach().cpu().contiguous().clone() for key, tensor in vlm.state_dict().items()}, str(partial)
-    )
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / f".{DESCRIPTION}.{os.getpid()}"
-    partial.write_text(text)
-    os.replace(partial, folder / DESCRIPTION)
+    write_tensors(folder / WEIGHTS, vlm.state_dict())
+    with replacing(folder / DESCRIPTION) as partial:
+        partial.write_text(text)
     return folder
 
 
@@ -203,6 +198,13 @@ def read_description(path: Path, form: int) -> dict[str, Any]:
     if not isinstance(description, dict) or description.get("format") != form:
         raise VLMQError(f"'{path}' is not of checkpoint format {form}; save the quantized model again")
     return description
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors by name, atomically; they may be on any device, views, or share memory (tied weights)."""
+    with replacing(path) as partial:
+        # cloned, because safetensors refuses tensors that share memory
+        save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, partial, metadata)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

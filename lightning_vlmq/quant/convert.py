@@ -7,7 +7,6 @@ A folder holds ``model.safetensors`` (torchao's tensors taken apart by its own h
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 from torchao.quantization.granularity import PerAxis, PerTensor, PerToken
 from torchao.utils import is_MI300, is_MI350, is_sm_at_least_89
 
+from lightning_vlmq.atomic import replacing
 from lightning_vlmq.errors import VLMQError, unknown
 from lightning_vlmq.models import VLM, load_vlm, zoo
 from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
-from lightning_vlmq.quant.checkpoint import WEIGHTS, read_description, restore_structure
+from lightning_vlmq.quant.checkpoint import WEIGHTS, read_description, restore_structure, write_tensors
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.lowbit import TensorLinear, low_bit_layer, pack, unpack
@@ -171,10 +170,7 @@ def save_converted(
     tensors, metadata = flat_state(vlm)
     for key, layer in _sub_byte(vlm).items():
         tensors[key] = pack(tensors[key], layer.bits)
-    partial = folder / f".{WEIGHTS}.{os.getpid()}"
-    # cloned, because safetensors refuses tensors that share memory
-    save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, str(partial), metadata)
-    os.replace(partial, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, tensors, metadata)
     write_description(folder, conversion, vlm, quantized, **more)
     return folder
 
@@ -189,9 +185,8 @@ def write_description(folder: Path, conversion: Conversion, vlm: VLM, quantized:
         **more,
         "quantized": quantized,
     }
-    partial = folder / f".{DESCRIPTION}.{os.getpid()}"
-    partial.write_text(json.dumps(description, indent=1))
-    os.replace(partial, folder / DESCRIPTION)
+    with replacing(folder / DESCRIPTION) as partial:
+        partial.write_text(json.dumps(description, indent=1))
 
 
 def load_converted(path_dir: str | Path, device: str | torch.device = "cpu") -> VLM:

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+from lightning_vlmq.atomic import replacing
 from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.study import figures
 from lightning_vlmq.study.comparison import StudyAnalysis, analyse
@@ -59,9 +60,8 @@ def write_report(analysis: StudyAnalysis) -> Path:
 
 
 def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _page(analysis: StudyAnalysis) -> str:
