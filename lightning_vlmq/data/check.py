@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_vlmq.data.datamodule import EvalSet, ImageSet, ReliabilityDataModule, as_is
 from lightning_vlmq.data.files import FileData, FileImages, Reader, UnreadableImage
+from lightning_vlmq.data.files.reading import drawn_rows
 from lightning_vlmq.data.overlap import require_disjoint
 from lightning_vlmq.errors import VLMQError
 
@@ -97,8 +97,8 @@ def _finding(name: str, role: str, images: ImageSet, sample: int | None, workers
     if not isinstance(images, FileImages):
         return Finding(name, role, len(images), len(images))  # in memory: decoded already
     n = len(images)
-    drawn = torch.randperm(n, generator=torch.Generator().manual_seed(0))[: n if sample is None else sample]
-    probe = DataLoader(_Probe(images.subset(drawn.sort().values)), 64, num_workers=workers, collate_fn=as_is)
+    drawn = drawn_rows(n, sample, seed=0)
+    probe = DataLoader(_Probe(images.subset(drawn)), 64, num_workers=workers, collate_fn=as_is)
     bad = [problem for problems in probe for problem in problems]
     problem = bad[0] + (f" ({len(bad)} such images of {len(drawn)})" if len(bad) > 1 else "") if bad else ""
     return Finding(name, role, n, len(drawn), problem)

@@ -22,6 +22,7 @@ from lightning_vlmq.metrics.functional import (
     per_sample,
 )
 from lightning_vlmq.metrics.functional.calibration import Norm
+from lightning_vlmq.metrics.functional.temperature import checked_temperature, divided
 from lightning_vlmq.metrics.records import ColumnMetric
 
 
@@ -137,17 +138,15 @@ class CalibrationError(_BinnedCalibrationError):
             raise VLMQError(f"n_bins must be at least 1, got {n_bins}")
         if norm not in ("l1", "max", "l2"):
             raise unknown("norm", norm, ["l1", "max", "l2"])
-        if temperature <= 0:
-            raise VLMQError(f"a temperature must be positive, got {temperature}")
         self.n_bins = n_bins
         self.norm: Norm = norm
-        self.temperature = temperature
+        self.temperature = checked_temperature(temperature)
         self._add_bins(n_bins + 1)
 
     def update(self, logits: Tensor, target: Tensor) -> None:
         """Add a batch: logits float ``[n, C]``, target int64 ``[n]`` (-1: no class). Raises as ``per_sample``."""
         if self.temperature != 1:
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
+            logits = divided(logits, self.temperature)
         self._add(equal_width_bin_sums(*_labelled(logits, target), self.n_bins))
 
     def compute(self) -> Tensor:

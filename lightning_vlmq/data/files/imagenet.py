@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -97,14 +96,12 @@ class _Subset(Reader):
     path: str
     name: str
     expected: int | None
-
-    @abstractmethod
-    def wnids(self) -> Sequence[str]:
-        """The classes of the published set."""
+    letter: ClassVar[str]
+    """Which of the published lists of classes is the set's; see :func:`~.names.imagenet_subset`."""
 
     def read(self, reading: Reading) -> list[EvalSet]:
         """One set, restricted to the classes that are present."""
-        wnids = {wnid: imagenet_labels()[wnid] for wnid in self.wnids()}
+        wnids = {wnid: imagenet_labels()[wnid] for wnid in imagenet_subset(self.letter)}
         source, labels = class_folders(reading.folder(self.path), wnids, self.expected is not None)
         classes, targets = np.unique(labels, return_inverse=True)
         about: dict[str, Any] = {**OF_IMAGENET, "classes": tuple(classes.tolist())}
@@ -124,10 +121,7 @@ class ImageNetA(_Subset):
     path: str = "imagenet-a"
     name: str = "imagenet_a"
     expected: int | None = 7_500
-
-    def wnids(self) -> Sequence[str]:
-        """Its classes."""
-        return imagenet_subset("a")
+    letter: ClassVar[str] = "a"
 
 
 @dataclass(frozen=True)
@@ -143,10 +137,7 @@ class ImageNetR(_Subset):
     path: str = "imagenet-r"
     name: str = "imagenet_r"
     expected: int | None = 30_000
-
-    def wnids(self) -> Sequence[str]:
-        """Its classes."""
-        return imagenet_subset("r")
+    letter: ClassVar[str] = "r"
 
 
 @dataclass(frozen=True)

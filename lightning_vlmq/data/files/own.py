@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +14,7 @@ import pyarrow as pa
 from lightning_vlmq.data.datamodule import OOD_ROLES, EvalSet
 from lightning_vlmq.data.files.archives import ParquetRows
 from lightning_vlmq.data.files.names import TEMPLATES, resolve_class_names, resolve_templates
-from lightning_vlmq.data.files.reading import Reader, Reading, class_folders, read_list
+from lightning_vlmq.data.files.reading import Reader, Reading, class_folders, read_list, subfolders
 from lightning_vlmq.data.files.sources import FileTree
 from lightning_vlmq.data.images import read_parquet
 from lightning_vlmq.errors import VLMQError
@@ -51,7 +50,7 @@ class Folder(Reader):
         if self.role in OOD_ROLES:
             source = FileTree.scan(folder)
             return [reading.eval_set(self.name, self.role, source, [-1] * len(source), self.expected)]
-        folders = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+        folders = sorted(subfolders(folder))
         if not folders:
             raise VLMQError(f"'{folder}' has no class folders; put the images of each class into a folder of its name")
         names = tuple(folders) if self.class_names is None else resolve_class_names(self.class_names)

@@ -16,7 +16,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_vlmq.data.files.archives import ParquetRows, TarMembers
 from lightning_vlmq.data.files.images import FileImages
-from lightning_vlmq.data.files.reading import Reading
+from lightning_vlmq.data.files.reading import Reading, drawn_rows
 from lightning_vlmq.data.files.sources import EncodedSource, FileTree
 from lightning_vlmq.data.images import read_parquet
 from lightning_vlmq.errors import VLMQError
@@ -143,8 +143,7 @@ class ShardPairs(PairReader):
         if not shards:
             raise VLMQError(f"no shards '{self.shards}' in '{folder}'; name the folder that img2dataset wrote")
         if seed is not None:
-            order = torch.randperm(len(shards), generator=torch.Generator().manual_seed(seed))[: self.max_shards]
-            shards = [shards[k] for k in order.sort().values.tolist()]
+            shards = [shards[k] for k in drawn_rows(len(shards), self.max_shards, seed).tolist()]
         found: list[tuple[tuple[Path, str, int, int], str]] = []
         for shard in shards:
             for pair in self._pairs(shard):
@@ -189,7 +188,7 @@ def draw(n_there: int, n: int, seed: int | None, where: Path) -> torch.Tensor:
         raise VLMQError(f"'{where}' holds {n_there} image-caption pairs, {n} are asked for; lower calibration_pairs")
     if seed is None:
         return torch.arange(n)
-    return torch.randperm(n_there, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+    return drawn_rows(n_there, n, seed)
 
 
 def read_parquet_schema(path: Path) -> pyarrow.Schema:

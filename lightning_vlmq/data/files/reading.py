@@ -118,8 +118,7 @@ class Reading:
             target = torch.full((len(rows),), -1)
         images = self.images(source, border, rows, target=target)
         if self.max_images is not None and len(images) > self.max_images:
-            drawn = torch.randperm(len(images), generator=torch.Generator().manual_seed(self.seed))[: self.max_images]
-            images = images.subset(drawn.sort().values)
+            images = images.subset(drawn_rows(len(images), self.max_images, self.seed))
         return EvalSet(name, role, images, **about)
 
 
@@ -141,7 +140,7 @@ def class_folders(
         VLMQError: class folders that are missing (if all are needed) or unknown, named and counted.
     """
     place = folder / below
-    there = {entry.name for entry in os.scandir(place) if entry.is_dir() and not entry.name.startswith(".")}
+    there = subfolders(place)
     if strangers := sorted(there - labels.keys()):
         raise VLMQError(f"folder '{strangers[0]}' in '{place}' is none of the {len(labels)} classes; move it away")
     if complete and (missing := sorted(labels.keys() - there)):
@@ -159,6 +158,16 @@ def _label(path: str, depth: int, labels: Mapping[str, int], place: Path) -> int
     if len(parts) < depth + 2:
         raise VLMQError(f"image '{parts[-1]}' in '{place}' lies outside the class folders; move it away")
     return labels[parts[depth]]
+
+
+def subfolders(folder: Path) -> set[str]:
+    """Names of the folders in a folder, but for hidden ones."""
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def drawn_rows(n_there: int, n: int | None, seed: int) -> Tensor:
+    """``n`` of the rows 0 .. ``n_there`` - 1 (all there are, if fewer or ``None``), drawn with a seed, ascending, int64."""
+    return torch.randperm(n_there, generator=torch.Generator().manual_seed(seed))[:n].sort().values
 
 
 def shorten(names: Sequence[str], shown: int = 3) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from lightning_vlmq.data.datamodule import EvalSet
 from lightning_vlmq.data.files.names import IMAGENET, OF_IMAGENET, TEMPLATES
-from lightning_vlmq.data.files.reading import Reader, Reading
+from lightning_vlmq.data.files.reading import Reader, Reading, subfolders
 from lightning_vlmq.data.files.sources import FileTree
 from lightning_vlmq.errors import VLMQError
 
@@ -37,7 +36,7 @@ class CounterAnimal(Reader):
     def read(self, reading: Reading) -> list[EvalSet]:
         """The sets ``counteranimal_common`` and ``counteranimal_counter``."""
         folder = reading.folder(self.path)
-        classes = {e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")}
+        classes = subfolders(folder)
         for name in sorted(classes):
             label = re.match(r"(\d+) ", name)
             if label is None or int(label[1]) >= len(IMAGENET):

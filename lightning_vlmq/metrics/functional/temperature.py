@@ -14,6 +14,22 @@ TEMPERATURE_RANGE = (0.01, 100.0)
 """Fitted temperatures stay inside; the ends stand for "no finite optimum"."""
 
 
+def checked_temperature(temperature: float) -> float:
+    """The temperature as it came; a NaN is what :func:`fit_temperature` gives for broken logits.
+
+    Raises:
+        VLMQError: it is not positive.
+    """
+    if temperature <= 0:
+        raise VLMQError(f"a temperature must be positive, got {temperature}")
+    return temperature
+
+
+def divided(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over a temperature, in their shape, at least float32: a low temperature overflows half precision."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+
+
 def fit_temperature(logits: Tensor, target: Tensor) -> float:
     """Temperature T that minimises the NLL of softmax(logits / T) (Guo et al. 2017), by LBFGS on log T in float64.
 
@@ -71,8 +87,6 @@ def temperature_scaled_ece(
     Raises:
         VLMQError: the temperature is not positive, or the inputs are not as :func:`~.classification.per_sample` needs.
     """
-    if temperature <= 0:
-        raise VLMQError(f"a temperature must be positive, got {temperature}")
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # a low temperature overflows half precision
-    confidence, correct = confidence_and_correct(logits / temperature, target)
+    logits = divided(logits, checked_temperature(temperature))
+    confidence, correct = confidence_and_correct(logits, target)
     return calibration_error(confidence, correct, n_bins, binning=binning)
