@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from lightning_vlmq.metrics import bootstrap_means, delong, per_sample, summarise
-from lightning_vlmq.study.estimates import calibration_gaps
+from lightning_vlmq.evaluation.estimates import calibration_gaps
+from lightning_vlmq.metrics import per_sample
+from lightning_vlmq.statistics import bootstrap_means, delong, summarise
 
 Array = NDArray[np.float64]
 PART = 100  # the slow contenders do a PART-th of the resamples

@@ -56,7 +56,7 @@ def load_batches(vlm: nn.Module, path: str | None, count: int) -> Batches:
         smooth = nn.functional.interpolate(coarse, (size, size), mode="bilinear")
         images = (smooth * 255).to(torch.uint8)
     else:
-        from lightning_vlmq.data.images import decode_images, read_parquet
+        from lightning_vlmq.data.images.encoded import decode_images, read_parquet
 
         encoded = read_parquet(Path(path), ["image"])["image"].to_pylist()[:count]
         images = decode_images(encoded, Path(path), "RGB", "error")[0]

@@ -14,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning_vlmq import data, modules  # noqa: F401 - so that class names work without their module
 from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.commands import COMMANDS
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 
 _EPILOG = """The model's and the data's own options: 'vlmq {0} --model.help EvaluationModule' (or QATModule, PretrainingModule), and
 'vlmq {0} --data.help EmbeddedData'. Committed configs to start from: configs/eval.yaml, configs/qat.yaml, configs/pretrain."""

@@ -7,8 +7,8 @@ import gzip
 import sys
 from pathlib import Path
 
-from lightning_vlmq.data.compose import load_fashion_mnist
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.embedded.compose import load_fashion_mnist
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 

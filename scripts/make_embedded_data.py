@@ -7,11 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from lightning_vlmq.data.captions import COLOURS, write_captions
-from lightning_vlmq.data.compose import CLASS_NAMES, compose, draw_colours, load_fashion_mnist, trained_mask
 from lightning_vlmq.data.embedded import N_PAIRS, calibration_rows
+from lightning_vlmq.data.embedded.captions import COLOURS, write_captions
+from lightning_vlmq.data.embedded.compose import CLASS_NAMES, compose, draw_colours, load_fashion_mnist, trained_mask
 from lightning_vlmq.data.embedded.sets import FOLDER
-from lightning_vlmq.data.images import encode_png
+from lightning_vlmq.data.images.encoded import encode_png
 
 PER_CLASS = 200
 

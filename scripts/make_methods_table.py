@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant.methods import METHODS
-from lightning_vlmq.store import FULL_PRECISION, ResultsStore
+from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.results.store import ResultsStore
 
 ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))
 METRICS = ("top1", "ece", "agreement", "coverage_weights")

@@ -4,7 +4,7 @@ import json
 
 from open_clip.tokenizer import SimpleTokenizer
 
-from lightning_vlmq.data.captions import all_phrases
+from lightning_vlmq.data.embedded.captions import all_phrases
 from lightning_vlmq.models import zoo
 
 

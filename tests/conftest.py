@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import SMALL_DATA
+from cases.small_data import SMALL_DATA
 
 REPOSITORY = Path(__file__).parents[1]
 

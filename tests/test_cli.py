@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from lightning_vlmq.cli import main
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import zoo
-from lightning_vlmq.store import ResultsStore
+from lightning_vlmq.results.store import ResultsStore
 
 EVAL = ["validate", "--config", "configs/eval.yaml"]
 MINMAX = ["--model.quant.method=minmax", "--model.quant.scope=vision_text", "--model.quant.weight_bits=4"]

@@ -10,9 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lightning_vlmq.cli import main
+from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.metrics import OOD_SCORES
-from lightning_vlmq.study.grid import Study
-from lightning_vlmq.study.measures import METRICS
+from lightning_vlmq.study.run.grid import Study
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])

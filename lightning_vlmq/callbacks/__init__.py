@@ -1,10 +1,12 @@
 """What watches a run, and what files its results."""
 
+from lightning_vlmq.callbacks.models import QuantizedModelWriter
+from lightning_vlmq.callbacks.predictions import PredictionWriter
 from lightning_vlmq.callbacks.printing import CoveragePrinter, HeadlinePrinter
-from lightning_vlmq.callbacks.quantized import QuantizedModelWriter
 from lightning_vlmq.callbacks.reliability import ReliabilityDiagrams
-from lightning_vlmq.callbacks.results import PredictionWriter, ResultsWriter, ZooExport
+from lightning_vlmq.callbacks.results import ResultsWriter
 from lightning_vlmq.callbacks.spectrum import SingularValueSpectrum
+from lightning_vlmq.callbacks.zoo import ZooExport
 
 __all__ = [
     "CoveragePrinter",

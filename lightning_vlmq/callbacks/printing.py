@@ -9,7 +9,7 @@ from rich import print as rich_print
 from rich.table import Table
 
 from lightning_vlmq.callbacks.results import ResultsWriter
-from lightning_vlmq.data.datamodule import ROLES
+from lightning_vlmq.core.roles import ROLES
 
 
 class CoveragePrinter(Callback):
@@ -45,7 +45,7 @@ class HeadlinePrinter(Callback):
         table.caption = "; ".join(f"everything: {writer.root}, run {writer.run_id}" for writer in writers)
         for title in ("value", "logit scale tuned") if tuned else ("value",):
             table.add_column(title, justify="right")
-        for name in sorted(own, key=lambda name: ROLES.index(name.split("/")[0])):
+        for name in sorted(own, key=lambda name: list(ROLES).index(name.split("/")[0])):
             cells = [f"{column[name]:.4f}" for column in (own, tuned) if name in column]
             table.add_row(*name.split("/", 1), *cells)
         rich_print(table)

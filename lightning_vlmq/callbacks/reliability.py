@@ -8,14 +8,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_vlmq.callbacks.figures import (
-    ReliabilityPanel,
-    reliability_diagram,
-    tensorboard_writers,
-    trajectory_diagram,
-)
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics import calibration_error, reliability_bins, trajectory_bins
+from lightning_vlmq.plotting.reliability import ReliabilityPanel, reliability_diagram, trajectory_diagram
+from lightning_vlmq.plotting.spectra import tensorboard_writers
 
 
 class ReliabilityDiagrams(Callback):

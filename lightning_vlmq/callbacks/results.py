@@ -11,17 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter
-from safetensors.torch import save_file
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
-from lightning_vlmq.data.datamodule import EvalSet
-from lightning_vlmq.models import require_finite
+from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.quant import save_quantized
-from lightning_vlmq.store import ResultsStore, code_version
+from lightning_vlmq.results.store import ResultsStore, code_version
 
 _SET_COLUMNS = ("dataset", "role", "corruption", "severity")
 
@@ -32,7 +28,7 @@ class ResultsWriter(Callback):
     The same model with its logit scale tuned is a run of its own, ``<run_id>.lst`` under the method ``<method>+lst``.
     A quantized model that was trained is saved under ``<root>/models/<run_id>``, to be given to ``--model.checkpoint``.
     How long the model took to make (to quantize and, in ``fit``, to train, until the last validation began) is kept with the
-    run, see :meth:`~lightning_vlmq.store.ResultsStore.seconds`: not as a row, for rows are the same in every repetition.
+    run, see :meth:`~lightning_vlmq.results.store.ResultsStore.seconds`: not as a row, for rows are the same in every repetition.
 
     Args:
         root: the study's folder.
@@ -116,68 +112,6 @@ def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Te
         where = {key: getattr(s, "name" if key == "dataset" else key) for key in _SET_COLUMNS}
         parts.append(pd.DataFrame({key: column.numpy() for key, column in records[s.name].items()}).assign(**where))
     return pd.concat(parts)
-
-
-class ZooExport(Callback):
-    """Writes a pre-trained zoo model as safetensors with its accuracy, settings and command beside it.
-
-    Args:
-        folder: where ``<model>.safetensors`` and ``<model>.json`` go; the package's own zoo folder makes ``--model.vlm`` find it.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-
-    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Write both files, the description last."""
-        if not trainer.is_global_zero:
-            return
-        vlm = pl_module.vlm
-        require_finite(vlm)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {key: t.detach().cpu().contiguous() for key, t in vlm.state_dict().items()},
-            self.folder / f"{vlm.name}.safetensors",
-        )
-        accuracy = {
-            key: round(float(value), 4)
-            for key, value in sorted(trainer.callback_metrics.items())
-            if key.startswith("val/")
-        }
-        description = {
-            "command": f"vlmq fit --config configs/pretrain/{vlm.name}.yaml",
-            "model": dict(pl_module.hparams),
-            "data": dict(trainer.datamodule.hparams),  # type: ignore[attr-defined]
-            "epochs": trainer.max_epochs,
-            "seed": torch.initial_seed(),
-            "parameters": sum(p.numel() for p in vlm.parameters()),
-            "code_version": code_version(),
-            "accuracy": accuracy,
-        }
-        (self.folder / f"{vlm.name}.json").write_text(json.dumps(description, indent=1, default=list) + "\n")
-
-
-class PredictionWriter(BasePredictionWriter):
-    """Writes what ``predict`` returns as one Parquet file a data set, under ``<folder>/<data set>.parquet``.
-
-    Args:
-        folder: where the files go; each process of a DDP run adds its rank to the name.
-    """
-
-    def __init__(self, folder: str = "logs/predictions") -> None:
-        super().__init__(write_interval="epoch")
-        self.folder = Path(folder)
-
-    def write_on_epoch_end(
-        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
-    ) -> None:
-        """Write this process's columns, batches joined."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        for s, batches in zip(pl_module.eval_sets, predictions):  # type: ignore[arg-type, call-overload]
-            columns: dict[str, Tensor] = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
-            frame = pd.DataFrame({key: column.cpu().numpy() for key, column in columns.items()})
-            frame.to_parquet(self.folder / f"{s.name}{rank}.parquet")
 
 
 def default_run_id(trainer: Trainer, module: Any) -> str:

@@ -13,8 +13,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_vlmq.callbacks.figures import log_ratio_heatmap, singular_value_curves, tensorboard_writers
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves, tensorboard_writers
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
 
 CURVE_COLUMNS = ("kind", "layer", "group", "x", "y", "y_reference")

@@ -6,10 +6,10 @@ import importlib
 import pkgutil
 from collections.abc import Callable
 
-from lightning_vlmq.registry import Registry
+from lightning_vlmq.core.registry import Registry
 
 COMMANDS: Registry[Callable[[list[str]], None]] = Registry("command")
-"""What runs ``vlmq <name> <arguments>``; raises :class:`~lightning_vlmq.errors.VLMQError` or jsonargparse's ``ArgumentError``."""
+"""What runs ``vlmq <name> <arguments>``; raises :class:`~lightning_vlmq.core.errors.VLMQError` or jsonargparse's ``ArgumentError``."""
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

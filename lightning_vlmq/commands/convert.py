@@ -1,4 +1,4 @@
-"""``vlmq convert``: a saved fake-quantized model becomes a low-bit one; see :func:`lightning_vlmq.conversion.convert`."""
+"""``vlmq convert``: a saved fake-quantized model becomes a low-bit one; see :func:`lightning_vlmq.lowbit.pipeline.convert`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def run(args: list[str]) -> None:
         args: the command line after ``vlmq convert``.
 
     Raises:
-        VLMQError: what :func:`~lightning_vlmq.conversion.convert` raises.
+        VLMQError: what :func:`~lightning_vlmq.lowbit.pipeline.convert` raises.
     """
-    from lightning_vlmq.conversion import (
+    from lightning_vlmq.lowbit.pipeline import (
         convert,
     )  # compilers and exporters come with it, which other commands do without
 

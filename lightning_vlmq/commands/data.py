@@ -8,9 +8,9 @@ import jsonargparse
 from rich.console import Console
 
 from lightning_vlmq.commands import COMMANDS
+from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.data import ReliabilityDataModule
 from lightning_vlmq.data.check import check, table
-from lightning_vlmq.errors import VLMQError, unknown
 
 
 @COMMANDS.register("data")

@@ -10,11 +10,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vlmq.data.datamodule import EvalSet, ImageSet, ReliabilityDataModule, as_is
-from lightning_vlmq.data.files import FileData, FileImages, Reader, UnreadableImage
-from lightning_vlmq.data.files.reading import drawn_rows
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.filedata import FileData
+from lightning_vlmq.data.images import FileImages, UnreadableImage
 from lightning_vlmq.data.overlap import require_disjoint
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.data.readers import Reader
+from lightning_vlmq.data.readers.base import drawn_rows
+from lightning_vlmq.data.sets import EvalSet, ImageSet, as_is
 
 
 @dataclass(frozen=True)

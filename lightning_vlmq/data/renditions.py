@@ -13,8 +13,8 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from lightning_vlmq.core.registry import Registry
 from lightning_vlmq.data.corruptions.core import check_images
-from lightning_vlmq.registry import Registry
 
 RENDITIONS: Registry[Callable[[Tensor], Tensor]] = Registry("rendition")
 

@@ -1,4 +1,4 @@
-"""Reliability metrics: pure functions, torchmetrics classes over them, OOD scores, per-sample records, statistics."""
+"""Reliability metrics: pure functions, torchmetrics classes over them, OOD scores, per-sample records."""
 
 from lightning_vlmq.metrics.bounded import (
     BinnedAdaptiveCalibrationError,
@@ -6,10 +6,12 @@ from lightning_vlmq.metrics.bounded import (
     BinnedSelectivePrediction,
 )
 from lightning_vlmq.metrics.calibration import (
+    AURC,
     AdaptiveCalibrationError,
     BrierScore,
     CalibrationError,
     ClasswiseCalibrationError,
+    CoverageAtRisk,
     MaximumCalibrationError,
     NegativeLogLikelihood,
 )
@@ -49,7 +51,8 @@ from lightning_vlmq.metrics.functional import (
     trajectory_bins,
 )
 from lightning_vlmq.metrics.ood import FPR95
-from lightning_vlmq.metrics.ood_scores import (
+from lightning_vlmq.metrics.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
+from lightning_vlmq.metrics.scores import (
     OOD_SCORES,
     PAIR_SCORES,
     PATCH_SCORES,
@@ -57,35 +60,6 @@ from lightning_vlmq.metrics.ood_scores import (
     ScoreInputs,
     ood_score,
     score_name,
-)
-from lightning_vlmq.metrics.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
-from lightning_vlmq.metrics.replicates import (
-    ConfidenceMetrics,
-    RankingMetrics,
-    confidence_metrics,
-    ranking_metrics,
-    resample_counts,
-)
-from lightning_vlmq.metrics.resampling import (
-    BootstrapResult,
-    bootstrap,
-    bootstrap_indices,
-    bootstrap_means,
-    bootstrap_replicates,
-    bootstrap_standard_error,
-    difference,
-    paired_bootstrap,
-    summarise,
-)
-from lightning_vlmq.metrics.selective import AURC, CoverageAtRisk
-from lightning_vlmq.metrics.significance import (
-    DeLongResult,
-    ShareImproved,
-    benjamini_hochberg,
-    delong,
-    delong_standard_error,
-    share_improved,
-    standard_error_of_mean,
 )
 from lightning_vlmq.metrics.spurious import AddedVulnerability, RelativeSpuriousGap
 
@@ -105,28 +79,23 @@ __all__ = [
     "BinnedAdaptiveCalibrationError",
     "BinnedDetection",
     "BinnedSelectivePrediction",
-    "BootstrapResult",
     "Bounded",
     "BrierScore",
     "CalibrationError",
     "ClasswiseCalibrationError",
     "ClasswiseJackknife",
     "ColumnMetric",
-    "ConfidenceMetrics",
     "CoverageAtRisk",
-    "DeLongResult",
     "DetectionCounts",
     "LogitScale",
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
     "OODScore",
-    "RankingMetrics",
     "RelativeSpuriousGap",
     "ReliabilityBins",
     "SampleRecords",
     "ScoreInputs",
     "SelectiveCounts",
-    "ShareImproved",
     "TrajectoryBins",
     "added_vulnerability",
     "agreement",
@@ -134,19 +103,9 @@ __all__ = [
     "aupr_out",
     "aurc",
     "auroc",
-    "benjamini_hochberg",
-    "bootstrap",
-    "bootstrap_indices",
-    "bootstrap_means",
-    "bootstrap_replicates",
-    "bootstrap_standard_error",
     "calibration_error",
     "classwise_ece",
-    "confidence_metrics",
     "coverage_at_risk",
-    "delong",
-    "delong_standard_error",
-    "difference",
     "fit_logit_scale",
     "fit_temperature",
     "fpr95",
@@ -154,19 +113,13 @@ __all__ = [
     "jackknife_standard_error",
     "mean_corruption_error",
     "ood_score",
-    "paired_bootstrap",
     "per_sample",
-    "ranking_metrics",
     "relative_change",
     "relative_mean_corruption_error",
     "relative_spurious_gap",
     "reliability_bins",
-    "resample_counts",
     "risk_at_coverage",
     "score_name",
-    "share_improved",
-    "standard_error_of_mean",
-    "summarise",
     "temperature_scaled_ece",
     "trajectory_bins",
 ]

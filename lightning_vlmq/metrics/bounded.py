@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics.functional import BinSums, confidence_and_correct
 from lightning_vlmq.metrics.functional.binned import (
     DetectionCounts,

@@ -12,16 +12,19 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.metrics.functional import (
     BinSums,
+    aurc,
     calibration_error,
     classwise_bin_sums,
     confidence_and_correct,
+    coverage_at_risk,
     equal_width_bin_sums,
     per_sample,
 )
 from lightning_vlmq.metrics.functional.calibration import Norm
+from lightning_vlmq.metrics.functional.selective import checked_risk
 from lightning_vlmq.metrics.functional.temperature import checked_temperature, divided
 from lightning_vlmq.metrics.records import ColumnMetric
 
@@ -256,3 +259,39 @@ class AdaptiveCalibrationError(ConfidenceMetric):
     def compute(self) -> Tensor:
         """The error over all samples so far. float64 scalar, NaN without samples."""
         return calibration_error(self.column("confidence"), self.column("correct"), self.n_bins, self.norm, "mass")
+
+
+class AURC(ConfidenceMetric):
+    """Area under the risk-coverage curve of the softmax confidence; see :func:`~.functional.aurc`. Lower is better."""
+
+    def compute(self) -> Tensor:
+        """The area over all samples so far. float64 scalar, NaN without samples or with an undefined confidence."""
+        return aurc(self.column("confidence"), self.column("correct"))
+
+
+class CoverageAtRisk(ConfidenceMetric):
+    """Largest share of samples that a threshold on the softmax confidence keeps at a risk of at most ``risk``.
+
+    See :func:`~.functional.coverage_at_risk` (Geifman & El-Yaniv 2017). Higher is better.
+
+    Args:
+        risk: error rate to stay at or below, in [0, 1].
+        kwargs: torchmetrics' own arguments.
+
+    Raises:
+        VLMQError: ``risk`` is outside [0, 1].
+    """
+
+    higher_is_better = True
+
+    def __init__(self, risk: float = 0.05, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.risk = checked_risk(risk)
+
+    def compute(self) -> Tensor:
+        """The coverage over all samples so far.
+
+        float64 scalar in [0, 1]; 0 where no threshold reaches the risk, NaN without samples or with an undefined
+        confidence.
+        """
+        return coverage_at_risk(self.column("confidence"), self.column("correct"), self.risk)

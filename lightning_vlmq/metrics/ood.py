@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import unknown
+from lightning_vlmq.core.errors import unknown
 from lightning_vlmq.metrics.functional import fpr95, fpr95_openood
 from lightning_vlmq.metrics.records import ColumnMetric
 

@@ -8,7 +8,7 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.attention import ExplicitVisionTransformer
 from lightning_vlmq.models.vlm import VLM
 

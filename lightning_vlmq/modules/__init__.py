@@ -1,7 +1,8 @@
 """LightningModules: evaluation, and training of the zoo and of quantized models."""
 
-from lightning_vlmq.modules.evaluation import EvaluationModule, Quantization
+from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.modules.pretraining import PretrainingModule
 from lightning_vlmq.modules.qat import QATModule
+from lightning_vlmq.quant.methods import Quantization
 
 __all__ = ["EvaluationModule", "PretrainingModule", "QATModule", "Quantization"]

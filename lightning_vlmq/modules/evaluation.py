@@ -6,15 +6,22 @@ import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from lightning_vlmq.data.datamodule import EvalSet, ReliabilityDataModule
-from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes, zero_shot_classifiers
+from lightning_vlmq.evaluation.evaluators import classwise_rows, default_evaluators, headline
+from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures, tower_digest
+from lightning_vlmq.evaluation.quantities import Evaluator, Row
+from lightning_vlmq.evaluation.tuning import PairFeatures, encode_pairs, own_logit_scale, tuned_logit_scale
 from lightning_vlmq.metrics import (
     OOD_SCORES,
     PAIR_SCORES,
@@ -30,47 +37,14 @@ from lightning_vlmq.metrics import (
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.vlm import TOWERS
-from lightning_vlmq.modules.classifiers import warn_of_twin_classes, zero_shot_classifiers
-from lightning_vlmq.modules.evaluators import classwise_rows, default_evaluators, headline
-from lightning_vlmq.modules.features import FeatureCache, SetFeatures, tower_digest
-from lightning_vlmq.modules.rows import Evaluator, Row
-from lightning_vlmq.modules.tuning import PairFeatures, encode_pairs, own_logit_scale, tuned_logit_scale
-from lightning_vlmq.quant import METHODS, CoverageReport, QuantScheme, load_quantized, quantize
-from lightning_vlmq.store import FULL_PRECISION, RunKey
+from lightning_vlmq.quant import METHODS, CoverageReport, load_quantized, quantize
+from lightning_vlmq.quant.methods import Quantization
+from lightning_vlmq.results.schema import FULL_PRECISION, RunKey
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Quantization(QuantScheme):
-    """How to quantize: a method, and a point of the grid (the scheme's fields).
-
-    Attributes:
-        method: a name of the methods' table, or ``fp32`` for the model as it is, whatever the scheme says.
-        minimum_coverage: smallest share of the scope's matrix weights that has to be quantized.
-
-    Raises:
-        VLMQError: for an unknown method, or a value outside what :class:`~lightning_vlmq.quant.QuantScheme` takes.
-    """
-
-    method: str = FULL_PRECISION
-    minimum_coverage: float = 0.95
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.method != FULL_PRECISION and self.method not in METHODS:
-            raise unknown("method", self.method, [FULL_PRECISION, *METHODS])
-
-    def scheme(self) -> QuantScheme | None:
-        """The scheme alone, or ``None`` for full precision."""
-        if self.method == FULL_PRECISION:
-            return None
-        return QuantScheme(**{f.name: getattr(self, f.name) for f in fields(QuantScheme)})
-
-
 AS_IT_IS = Quantization()
-CLASSWISE_ROLES = ("id", "shift", "spurious")
-"""Roles with class-wise errors: a state of bins times classes a set is too much for hundreds of corrupted sets."""
 
 
 class EvaluationModule(LightningModule):
@@ -217,7 +191,7 @@ class EvaluationModule(LightningModule):
             for key in ((name, s.name) for name in scales for s in self.eval_sets):
                 self._collected[key] = SampleRecords(columns).to(self.device)
             for s in self.eval_sets:
-                if s.role in CLASSWISE_ROLES:
+                if ROLES[s.role].is_classwise:
                     n_classes = len(self._classifiers[which][s.name])
                     self._classwise |= {
                         (name, s.name): ClasswiseJackknife(n_classes).to(self.device) for name in scales

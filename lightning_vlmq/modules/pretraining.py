@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
-from lightning_vlmq.errors import VLMQError
 from lightning_vlmq.models import zoo
 
 MAX_LOG_SCALE = math.log(100)  # Radford et al. 2021, section 2.5: the scale is clipped at 100

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.quant import METHODS, QATMethod
 

@@ -1,12 +1,11 @@
 """Quantization: a scheme (bits, granularity, scope), a method (ptq, qat) and a coverage report."""
 
 from lightning_vlmq.quant import ptq, qat  # registers every method
-from lightning_vlmq.quant.api import quantize
 from lightning_vlmq.quant.checkpoint import load_quantized, save_quantized
 from lightning_vlmq.quant.coverage import CoverageReport, CoverageRow, assert_covered, measure_coverage
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear, quantized_layers, swap_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod, QATMethod
+from lightning_vlmq.quant.methods import METHODS, PTQMethod, QATMethod, quantize
 from lightning_vlmq.quant.scheme import LayerRule, QuantScheme
 
 __all__ = [

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_vlmq.atomic import replacing
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
-from lightning_vlmq.quant.rotation import restore_rotation, rotated_towers
+from lightning_vlmq.quant.rotation.rotate import restore_rotation, rotated_towers
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.transforms import TRANSFORMS
 
@@ -59,7 +59,7 @@ def save_quantized(
     """Write a quantized model into a folder, made if need be; each file is replaced atomically, the description last.
 
     Args:
-        vlm: a model that :func:`~lightning_vlmq.quant.api.quantize` changed (and perhaps training since).
+        vlm: a model that :func:`~lightning_vlmq.quant.methods.quantize` changed (and perhaps training since).
         path_dir: the folder.
         method: the method's name.
         scheme: the scheme it was quantized with.

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import TOWERS, VLM
-from lightning_vlmq.quant.folds import StreamExit
 from lightning_vlmq.quant.layers import QuantizedLayer
-from lightning_vlmq.quant.rotation import rotation_kinds
+from lightning_vlmq.quant.rotation.folds import StreamExit
+from lightning_vlmq.quant.rotation.rotate import rotation_kinds
 from lightning_vlmq.quant.scheme import SCOPES
 from lightning_vlmq.quant.transforms import HeadRotation, Rotation
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor, PerToken
 from torchao.quantization.quant_primitives import MappingType, choose_qparams_affine_with_min_max
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant.scheme import UNQUANTIZED_BITS, integer_range
 
 STEP_FLOOR = 1e-12

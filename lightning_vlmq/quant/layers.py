@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, PerTensor, PerToken
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, all_finite
 from lightning_vlmq.quant.rules import layer_schemes
@@ -26,7 +26,7 @@ class QuantizedLayer(nn.Module):
         input_transform: module applied to the input before it is quantized, whose inverse the weight already holds
             (SmoothQuant's and AWQ's channel scales, QuaRot's rotation); the identity otherwise.
         folds: what was folded into the weight from the layer's neighbours, where something was; see
-            :mod:`~lightning_vlmq.quant.rotation`.
+            :mod:`~lightning_vlmq.quant.rotation.rotate`.
     """
 
     weight: Tensor

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.registry import Registry
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, block_range, to_blocks
+from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.coverage import CoverageReport, assert_covered, measure_coverage
+from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, all_finite, block_range, to_blocks
 from lightning_vlmq.quant.layers import (
     QuantizedLayer,
     quantized_layers,
@@ -25,7 +29,7 @@ from lightning_vlmq.quant.layers import (
     weight_quantized_layers,
 )
 from lightning_vlmq.quant.scheme import QuantScheme
-from lightning_vlmq.registry import Registry
+from lightning_vlmq.results.schema import FULL_PRECISION
 
 METHODS: Registry[type[PTQMethod]] = Registry("method")
 
@@ -226,3 +230,71 @@ def contrastive_distillation(
         return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
 
     return (divergence(student, teacher) + divergence(student.T, teacher.T)) / 2
+
+
+def quantize(
+    vlm: VLM, method: str, scheme: QuantScheme, calibration: Iterable[Batch], minimum_coverage: float = 0.95
+) -> CoverageReport:
+    """Quantize a model in place, or set it up for quantization-aware training, and prove that it is covered.
+
+    Args:
+        vlm: full-precision model; changed in place.
+        method: a name in :data:`METHODS`, e.g. ``"minmax"`` or ``"lsq_contrastive"``.
+        scheme: bits, granularities and scope.
+        calibration: batches ``{"image": uint8 [B, 3, H, W], "tokens": int64 [B, L]}``. A data loader or list is
+            iterated as often as the method needs; a one-shot iterator is read into memory first.
+        minimum_coverage: smallest share of the scope's matrix weights that has to be quantized.
+
+    Returns:
+        What is quantized.
+
+    Raises:
+        VLMQError: unknown method, weights or calibration data that are not finite, too little covered, or a scheme the
+            method does not take.
+    """
+    chosen = METHODS[method]()
+    repeatable = list(calibration) if isinstance(calibration, Iterator) else calibration
+    chosen.prepare(vlm, scheme, cast("list[Batch]", repeatable))
+    require_finite_layers(vlm)
+    report = measure_coverage(vlm)
+    assert_covered(report, scheme.scope, minimum_coverage)
+    return report
+
+
+def require_finite_layers(vlm: VLM) -> None:
+    """Raise :class:`VLMQError` naming the first quantized layer whose weight or static grid is not finite."""
+    with torch.no_grad():
+        for name, layer in quantized_layers(vlm).items():
+            act = layer.act_fake_quant
+            static = act.enabled and not act.dynamic
+            if not all_finite(layer.effective_weight()) or (static and not all_finite(act.scale)):
+                raise VLMQError(
+                    f"layer '{name}' is not finite after quantization; check the weights and the calibration data"
+                )
+
+
+@dataclass(frozen=True)
+class Quantization(QuantScheme):
+    """How to quantize: a method, and a point of the grid (the scheme's fields).
+
+    Attributes:
+        method: a name of the methods' table, or ``fp32`` for the model as it is, whatever the scheme says.
+        minimum_coverage: smallest share of the scope's matrix weights that has to be quantized.
+
+    Raises:
+        VLMQError: for an unknown method, or a value outside what :class:`~lightning_vlmq.quant.QuantScheme` takes.
+    """
+
+    method: str = FULL_PRECISION
+    minimum_coverage: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method != FULL_PRECISION and self.method not in METHODS:
+            raise unknown("method", self.method, [FULL_PRECISION, *METHODS])
+
+    def scheme(self) -> QuantScheme | None:
+        """The scheme alone, or ``None`` for full precision."""
+        if self.method == FULL_PRECISION:
+            return None
+        return QuantScheme(**{f.name: getattr(self, f.name) for f in fields(QuantScheme)})

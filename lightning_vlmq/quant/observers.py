@@ -1,4 +1,4 @@
-"""Running statistics of a layer's input beyond its range; see :mod:`lightning_vlmq.quant.calibration` for how they run."""
+"""Running statistics of a layer's input beyond its range; see :mod:`lightning_vlmq.quant.calibrating` for how they run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
 from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, static_layers, weight_quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme

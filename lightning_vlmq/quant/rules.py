@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.scheme import QuantScheme
 

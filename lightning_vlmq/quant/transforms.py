@@ -2,7 +2,7 @@
 
 They stand in the layer itself instead of in the layer before it, so that every linear and convolution can take one,
 whatever precedes it; the price is one element-wise product (or small matrix product) per layer at inference. What can be
-folded into the layer before as well is in :mod:`~lightning_vlmq.quant.rotation`.
+folded into the layer before as well is in :mod:`~lightning_vlmq.quant.rotation.rotate`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import scipy.linalg
 import torch
 from torch import Tensor, nn
 
-from lightning_vlmq.registry import Registry
+from lightning_vlmq.core.registry import Registry
 
 TRANSFORMS: Registry[type[nn.Module]] = Registry("input transform")
 

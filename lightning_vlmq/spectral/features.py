@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 
 Band = tuple[int, int | None]
 """Half-open range of ranks, 0-based: ``(8, 64)`` is the 9th to the 64th direction, ``(64, None)`` all from the 65th."""

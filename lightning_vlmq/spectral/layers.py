@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.spectral.weights import Spectrum, log_ratio
 
 _MLP = {"mlp", "fc1", "fc2", "c_fc", "ffn", "intermediate"}

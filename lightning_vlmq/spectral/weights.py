@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 
 
 def as_matrix(weight: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 import re
 
 import pytest
+from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
-from small_data import SMALL_DATA
 
 from lightning_vlmq.callbacks import CoveragePrinter, HeadlinePrinter, ResultsWriter
 from lightning_vlmq.data import EmbeddedData

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lightning_vlmq.callbacks import ReliabilityDiagrams
-from lightning_vlmq.callbacks.figures import ReliabilityPanel, reliability_diagram, trajectory_diagram
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics import calibration_error, reliability_bins, trajectory_bins
+from lightning_vlmq.plotting.reliability import ReliabilityPanel, reliability_diagram, trajectory_diagram
 
 
 def sample_records(n=300, sharpness=1.5):

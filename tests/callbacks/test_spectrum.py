@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_vlmq.callbacks import SingularValueSpectrum
-from lightning_vlmq.callbacks.figures import log_ratio_heatmap, singular_value_curves
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
 

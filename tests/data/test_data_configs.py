@@ -62,7 +62,7 @@ def test_several_add_up_behind_an_experiment(tmp_path, monkeypatch):
         REPOSITORY / "configs" / name
         for name in ("eval.yaml", "data/imagenet.yaml", "data/openood.yaml", "data/cc3m.yaml")
     ]
-    extra = "{class_path: lightning_vlmq.data.files.Folder, init_args: {path: x, name: x, role: shift}}"
+    extra = "{class_path: lightning_vlmq.data.readers.Folder, init_args: {path: x, name: x, role: shift}}"
     args = [arg for path in configs for arg in ("--config", str(path))]
     monkeypatch.chdir(tmp_path)
     cli = VLMQCLI(args=[*args, "--data.root=/r", f"--data.sets+={extra}"], run=False)

@@ -7,9 +7,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data import EmbeddedData, EvalSet, TensorImages
-from lightning_vlmq.data.captions import COLOURS, NOUNS, write_captions
-from lightning_vlmq.data.compose import (
+from lightning_vlmq.data.embedded.captions import COLOURS, NOUNS, write_captions
+from lightning_vlmq.data.embedded.compose import (
     CLASS_NAMES,
     HELD_OUT,
     TRAINED,
@@ -18,10 +20,8 @@ from lightning_vlmq.data.compose import (
     draw_colours,
     trained_mask,
 )
-from lightning_vlmq.data.datamodule import ROLES
 from lightning_vlmq.data.embedded.sets import DATASETS, FOLDER, build_sets
-from lightning_vlmq.data.images import decode_images, encode_png
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.data.images.encoded import decode_images, encode_png
 
 SMALL = {"per_class": 4, "per_class_shifted": 2, "n_far_ood": 9, "severities": [1, 5]}
 

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from file_cases import encode, random_pixels, refused, write_tar
+from cases.files import encode, random_pixels, refused, write_tar
 
 from lightning_vlmq.data import EmbeddedData, EvalSet, ReliabilityDataModule, TensorImages
-from lightning_vlmq.data.files import DecodedImages, FileImages, Preprocess
-from lightning_vlmq.data.files.archives import ParquetRows, TarMembers
-from lightning_vlmq.data.files.sources import ArrayRows, FileTree
+from lightning_vlmq.data.images import DecodedImages, FileImages, Preprocess
+from lightning_vlmq.data.images.archives import ParquetRows, TarMembers
+from lightning_vlmq.data.images.sources import ArrayRows, FileTree
 from lightning_vlmq.data.overlap import find_overlap, require_disjoint
 
 

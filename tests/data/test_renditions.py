@@ -7,8 +7,8 @@ from PIL import Image
 from scipy import ndimage
 from skimage.filters import gaussian
 
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.renditions import RENDITIONS, rendition
-from lightning_vlmq.errors import VLMQError
 
 NAMES = ["inverted", "outline", "posterised", "rotated"]
 

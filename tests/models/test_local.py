@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.quant import QuantScheme, quantize

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lightning_vlmq.data.captions import all_phrases
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.embedded.captions import all_phrases
 from lightning_vlmq.models import load_vlm, zoo
 
 

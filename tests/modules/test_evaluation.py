@@ -3,16 +3,16 @@
 import pandas as pd
 import pytest
 import torch
+from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
-from small_data import SMALL_DATA
 
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.evaluation.features import FeatureCache, tower_digest
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
-from lightning_vlmq.modules.features import FeatureCache, tower_digest
-from lightning_vlmq.store import ResultsStore
+from lightning_vlmq.results.store import ResultsStore
 
 
 def trainer(**kwargs):

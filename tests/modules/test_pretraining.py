@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
-from small_data import SMALL_DATA
 from torch import nn
 
 from lightning_vlmq.callbacks import ZooExport

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qat_cases import train
+from cases.qat import train
 
 from lightning_vlmq.quant import quantized_layers
 from lightning_vlmq.quant.fake_quant import STEP_FLOOR
@@ -15,7 +15,7 @@ from lightning_vlmq.quant.fake_quant import STEP_FLOOR
 
 def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
     """Each process sees half of the batch; the contrastive loss is still that of every image with every caption."""
-    script = Path(__file__).with_name("qat_cases.py")
+    script = Path(__file__).parents[1] / "cases" / "qat.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, str(script), "lsqplus_feature", str(tmp_path / "two.pt")],

@@ -1,5 +1,5 @@
 import pytest
-from quant_cases import build
+from cases.quant import build
 
 from lightning_vlmq.models import VLM
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
-from lightning_vlmq.registry import Registry
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.registry import Registry
 
 FloatArray = NDArray[np.float64]
 Generators = Sequence[np.random.Generator]

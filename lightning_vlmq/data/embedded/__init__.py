@@ -9,12 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_vlmq.data.captions import COLOURS, TEMPLATES, write_captions
-from lightning_vlmq.data.compose import CLASS_NAMES, TRAINED, compose, draw_colours, load_fashion_mnist, trained_mask
-from lightning_vlmq.data.datamodule import ReliabilityDataModule, TensorImages
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.embedded.captions import COLOURS, TEMPLATES, write_captions
+from lightning_vlmq.data.embedded.compose import (
+    CLASS_NAMES,
+    TRAINED,
+    compose,
+    draw_colours,
+    load_fashion_mnist,
+    trained_mask,
+)
 from lightning_vlmq.data.embedded.sets import DATASETS, FOLDER, Recipe, build_sets, read_pairs
-from lightning_vlmq.data.images import OnBadImage
-from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.data.images.encoded import OnBadImage
+from lightning_vlmq.data.sets import TensorImages
 
 N_PAIRS = 1000
 ALL_DATASETS = ("garments", "held_out", "digits", "textures", "corruptions", "renditions", "backgrounds")
@@ -37,7 +45,7 @@ class EmbeddedData(ReliabilityDataModule):
         severities: 1..5.
         renditions: names from :data:`~lightning_vlmq.data.renditions.RENDITIONS`.
         data_seed: seed of backgrounds and corruptions.
-        on_bad_image: ``"error"`` or ``"skip"``, see :func:`~lightning_vlmq.data.images.decode_images`.
+        on_bad_image: ``"error"`` or ``"skip"``, see :func:`~lightning_vlmq.data.images.encoded.decode_images`.
         batch_size: images a batch when evaluating.
         train_batch_size: image-caption pairs a batch when training or calibrating.
         num_workers: loader processes; images are in memory, so 0 is fastest.

@@ -14,14 +14,22 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_vlmq.data.captions import COLOURS
-from lightning_vlmq.data.compose import CLASS_NAMES, SIZE, TRAINED, Garments, compose, draw_colours, trained_mask
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.registry import Registry
 from lightning_vlmq.data.corruptions import corrupt
-from lightning_vlmq.data.datamodule import EvalSet, TensorImages
-from lightning_vlmq.data.images import OnBadImage, decode_images, read_parquet
+from lightning_vlmq.data.embedded.captions import COLOURS
+from lightning_vlmq.data.embedded.compose import (
+    CLASS_NAMES,
+    SIZE,
+    TRAINED,
+    Garments,
+    compose,
+    draw_colours,
+    trained_mask,
+)
+from lightning_vlmq.data.images.encoded import OnBadImage, decode_images, read_parquet
 from lightning_vlmq.data.renditions import rendition
-from lightning_vlmq.errors import VLMQError
-from lightning_vlmq.registry import Registry
+from lightning_vlmq.data.sets import EvalSet, TensorImages
 
 FOLDER = Path(__file__).parent
 _TEXTURES = ("brick", "grass", "gravel")

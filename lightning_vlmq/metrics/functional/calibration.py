@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.metrics.functional.ties import tie_group_means
 
 Norm = Literal["l1", "max", "l2"]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, unknown
 
 _BLOCK = 32
 _CACHED = 2**17  # numbers that stay in a processor's cache

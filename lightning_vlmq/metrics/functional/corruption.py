@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 
 ALEXNET_CLEAN_ERROR = 0.435
 """AlexNet's top-1 error on ImageNet's validation images, Hendrycks & Dietterich 2019, table 1."""

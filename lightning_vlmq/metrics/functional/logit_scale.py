@@ -13,7 +13,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 
 LOGIT_SCALE_RANGE = (0.01, 1000.0)
 """Fitted scales stay inside."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 
 
 def _aligned(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics.functional.calibration import Binning, calibration_error
 from lightning_vlmq.metrics.functional.classification import confidence_and_correct
 

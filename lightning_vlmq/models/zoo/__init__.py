@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_vlmq.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.models.vlm import VLM, draw_missing_weights
 from lightning_vlmq.models.zoo import towers  # noqa: F401 - registers the vision towers with timm
 

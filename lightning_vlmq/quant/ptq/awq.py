@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch, calibrate
+from lightning_vlmq.quant.calibrating import Batch, calibrate
 from lightning_vlmq.quant.fake_quant import block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers, weight_quantized_layers
 from lightning_vlmq.quant.methods import METHODS

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchao.quantization.granularity import PerGroup
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch
+from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import choose_qparams, quantize_dequantize
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.methods import METHODS, PTQMethod

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchao.quantization.granularity import PerTensor
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch
+from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod

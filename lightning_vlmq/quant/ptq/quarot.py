@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch
+from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.layers import quantized_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod
-from lightning_vlmq.quant.rotation import rotate, rotate_input
+from lightning_vlmq.quant.rotation.rotate import rotate, rotate_input
 from lightning_vlmq.quant.scheme import QuantScheme
 
 

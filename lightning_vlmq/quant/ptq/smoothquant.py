@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch, calibrate
+from lightning_vlmq.quant.calibrating import Batch, calibrate
 from lightning_vlmq.quant.layers import QuantizedLayer, act_quantized_layers, static_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod
 from lightning_vlmq.quant.observers import ChannelObserver

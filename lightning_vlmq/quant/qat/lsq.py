@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from lightning_vlmq.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch, calibrate
+from lightning_vlmq.quant.calibrating import Batch, calibrate
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, act_quantized_layers, weight_quantized_layers
 from lightning_vlmq.quant.methods import METHODS, QATMethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibration import Batch
+from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import to_blocks
 from lightning_vlmq.quant.layers import weight_quantized_layers
 from lightning_vlmq.quant.methods import METHODS, QATMethod

@@ -1,0 +1,51 @@
+"""Saves a quantized model that was only validated or tested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, Trainer
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.quant import save_quantized
+
+
+class QuantizedModelWriter(Callback):
+    """Saves the quantized model when a run ends, for ``--model.checkpoint`` and ``vlmq convert``.
+
+    A training run saves its model anyway (see :class:`~lightning_vlmq.callbacks.ResultsWriter`); this does it for
+    ``validate`` and ``test``, and for ``fit`` into a folder of choice.
+
+    Args:
+        folder: where ``model.safetensors`` and ``quant.json`` go.
+
+    Raises:
+        VLMQError: before anything is computed, if the run has no quantized model.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = Path(folder)
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Refuse a run in full precision."""
+        quantizes = getattr(pl_module, "scheme", None) is not None or getattr(pl_module, "checkpoint", None) is not None
+        if not quantizes:
+            raise VLMQError(
+                "QuantizedModelWriter has nothing to save in full precision; set quant.method or leave it out"
+            )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save, unless this is a validation within training."""
+        if trainer.state.fn != "fit":
+            self._save(trainer, pl_module)
+
+    on_test_end = on_validation_end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Save the trained model."""
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            save_quantized(module.vlm, self.folder, module.quant.method, module.scheme, module.coverage)

@@ -1,0 +1,36 @@
+"""Per-sample predictions on request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what ``predict`` returns as one Parquet file a data set, under ``<folder>/<data set>.parquet``.
+
+    Args:
+        folder: where the files go; each process of a DDP run adds its rank to the name.
+    """
+
+    def __init__(self, folder: str = "logs/predictions") -> None:
+        super().__init__(write_interval="epoch")
+        self.folder = Path(folder)
+
+    def write_on_epoch_end(
+        self, trainer: Trainer, pl_module: LightningModule, predictions: Sequence[Any], batch_indices: Sequence[Any]
+    ) -> None:
+        """Write this process's columns, batches joined."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+        for s, batches in zip(pl_module.eval_sets, predictions):  # type: ignore[arg-type, call-overload]
+            columns: dict[str, Tensor] = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
+            frame = pd.DataFrame({key: column.cpu().numpy() for key, column in columns.items()})
+            frame.to_parquet(self.folder / f"{s.name}{rank}.parquet")

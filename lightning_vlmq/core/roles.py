@@ -1,0 +1,33 @@
+"""What an evaluation set is for: said here, once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Role:
+    """The part that an evaluation set plays.
+
+    Attributes:
+        title: what it is called where people read.
+        is_ood: whether its samples have no class among those that can be predicted (target -1).
+        is_classwise: whether class-wise errors are kept for it: a state of bins times classes per set is too much for
+            hundreds of corrupted sets.
+    """
+
+    title: str
+    is_ood: bool = False
+    is_classwise: bool = False
+
+
+ROLES: Mapping[str, Role] = {
+    "id": Role("in-distribution", is_classwise=True),
+    "near_ood": Role("near out-of-distribution", is_ood=True),
+    "far_ood": Role("far out-of-distribution", is_ood=True),
+    "corruption": Role("corruptions"),
+    "shift": Role("semantic shift", is_classwise=True),
+    "spurious": Role("spurious correlation", is_classwise=True),
+}
+"""Every role by name, in display order. Every sample has one, and every row but those about the model alone (role ``""``)."""

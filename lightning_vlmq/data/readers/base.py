@@ -1,0 +1,196 @@
+"""What all readers of data sets share: where to look, how to decode, and how to say that something is missing."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.data.images.encoded import OnBadImage
+from lightning_vlmq.data.images.files import FileImages
+from lightning_vlmq.data.images.pixels import Preprocess
+from lightning_vlmq.data.images.sources import FileTree, ImageSource
+from lightning_vlmq.data.sets import EvalSet
+
+
+class Reader(ABC):
+    """A data set in its published layout. A subclass is a frozen dataclass whose fields are the set's settings.
+
+    Nearly all have the fields ``path`` (below the data module's ``root``, or absolute) and ``expected`` (number of images that the
+    published set has; ``null`` takes what is there).
+    """
+
+    @abstractmethod
+    def read(self, reading: Reading) -> list[EvalSet]:
+        """List the images and labels; no image is decoded.
+
+        Raises:
+            VLMQError: something is missing, or is not as published.
+        """
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How sets are read.
+
+    Attributes:
+        root: folder of all data sets.
+        image_size: height and width of the decoded images, in pixels.
+        on_bad_image: see :class:`~lightning_vlmq.data.images.FileImages`.
+        max_images: at most this many images a set, drawn with ``seed``; ``None`` takes all.
+        seed: seed of that draw; sets of the same size get the same rows.
+    """
+
+    root: Path
+    image_size: int
+    on_bad_image: OnBadImage = "error"
+    max_images: int | None = None
+    seed: int = 0
+
+    def folder(self, path: str) -> Path:
+        """A folder below the root. Raises :class:`VLMQError` where there is none."""
+        folder = self.root / path
+        if not folder.is_dir():
+            raise VLMQError(
+                f"data folder '{folder}' does not exist; put the data set there or set data.root or the path"
+            )
+        return folder
+
+    def file(self, path: str | Path) -> Path:
+        """A file below the root. Raises :class:`VLMQError` where there is none."""
+        file = self.root / path
+        if not file.is_file():
+            raise VLMQError(f"data file '{file}' does not exist; put the data set there or set data.root or the path")
+        return file
+
+    def images(self, source: ImageSource, border: int = 0, rows: Tensor | None = None, **columns: Any) -> FileImages:
+        """The source's images, decoded as this says; ``border`` pixels are cut off first.
+
+        Where all images have one size that is smaller (CIFAR), they stay as they are: the model enlarges them on its device.
+        """
+        rows = torch.arange(len(source)) if rows is None else rows
+        size = self.image_size if source.side is None else min(self.image_size, source.side)
+        return FileImages(source, Preprocess(size, border), rows, self.on_bad_image, **columns)
+
+    def eval_set(
+        self,
+        name: str,
+        role: str,
+        source: ImageSource,
+        labels: Sequence[int] | Tensor | NDArray[Any],
+        expected: int | None = None,
+        border: int = 0,
+        rows: Tensor | None = None,
+        **about: Any,
+    ) -> EvalSet:
+        """An evaluation set of the source's images.
+
+        Args:
+            name: the set's name.
+            role: its role; OOD roles have no labels, whatever is given.
+            source: the images.
+            labels: a label an image.
+            expected: number of images there have to be, or ``None``.
+            border: pixels to cut off at each edge.
+            rows: rows of the source that make the set, by default all; ``labels`` has one a row.
+            about: further fields of :class:`~lightning_vlmq.data.sets.EvalSet`.
+
+        Raises:
+            VLMQError: another number of images than expected, or none.
+        """
+        rows = torch.arange(len(source)) if rows is None else rows
+        if expected is not None and len(rows) != expected:
+            raise VLMQError(
+                f"data set '{name}' has {len(rows)} images, the published one has {expected}; "
+                "complete it, or set expected: null to take what is there"
+            )
+        target = torch.tensor(np.asarray(labels, dtype=np.int64))
+        if ROLES[role].is_ood:
+            target = torch.full((len(rows),), -1)
+        images = self.images(source, border, rows, target=target)
+        if self.max_images is not None and len(images) > self.max_images:
+            images = images.subset(drawn_rows(len(images), self.max_images, self.seed))
+        return EvalSet(name, role, images, **about)
+
+
+def class_folders(
+    folder: Path, labels: Mapping[str, int], complete: bool, below: str = ""
+) -> tuple[FileTree, NDArray[np.int64]]:
+    """Images in one folder a class.
+
+    Args:
+        folder: the data set's folder.
+        labels: label of each class folder.
+        complete: whether every class has to have its folder.
+        below: where the class folders lie, below ``folder``.
+
+    Returns:
+        The images in the order of their paths, and their labels.
+
+    Raises:
+        VLMQError: class folders that are missing (if all are needed) or unknown, named and counted.
+    """
+    place = folder / below
+    there = subfolders(place)
+    if strangers := sorted(there - labels.keys()):
+        raise VLMQError(f"folder '{strangers[0]}' in '{place}' is none of the {len(labels)} classes; move it away")
+    if complete and (missing := sorted(labels.keys() - there)):
+        raise VLMQError(
+            f"{len(missing)} of {len(labels)} class folders are missing in '{place}' ({shorten(missing)}); "
+            "complete the data set, or set expected: null to take what is there"
+        )
+    tree = FileTree.scan(folder, below)
+    depth = len(Path(below).parts)
+    return tree, np.array([_label(tree.path(row), depth, labels, place) for row in range(len(tree))], dtype=np.int64)
+
+
+def _label(path: str, depth: int, labels: Mapping[str, int], place: Path) -> int:
+    parts = path.split("/")
+    if len(parts) < depth + 2:
+        raise VLMQError(f"image '{parts[-1]}' in '{place}' lies outside the class folders; move it away")
+    return labels[parts[depth]]
+
+
+def subfolders(folder: Path) -> set[str]:
+    """Names of the folders in a folder, but for hidden ones."""
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
+
+
+def drawn_rows(n_there: int, n: int | None, seed: int) -> Tensor:
+    """``n`` of the rows 0 .. ``n_there`` - 1 (all there are, if fewer or ``None``), drawn with a seed, ascending, int64."""
+    return torch.randperm(n_there, generator=torch.Generator().manual_seed(seed))[:n].sort().values
+
+
+def shorten(names: Sequence[str], shown: int = 3) -> str:
+    """The first few names."""
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+
+
+def read_list(path: Path) -> tuple[list[str], list[int]]:
+    """An image list: a line an image, its path and its label, which is the last word.
+
+    Raises:
+        VLMQError: a line that is not so, by its number, or an empty list.
+    """
+    paths, labels = [], []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        name, _, label = line.strip().rpartition(" ")
+        if not name or not label.lstrip("-").isdecimal():
+            raise VLMQError(f"line {number} of '{path}' is not 'path label': '{line.strip()[:80]}'; repair the list")
+        paths.append(name)
+        labels.append(int(label))
+    if not paths:
+        raise VLMQError(f"image list '{path}' is empty; fetch it again")
+    return paths, labels

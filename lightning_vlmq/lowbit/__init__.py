@@ -1,0 +1,1 @@
+"""Real low-bit models: integer layers, conversion, packing, export."""

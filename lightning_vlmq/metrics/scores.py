@@ -1,0 +1,241 @@
+"""Out-of-distribution scores, computed from cached model outputs only. HIGHER always means more in-distribution.
+
+A score is one registered function; a new one needs nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.registry import Registry
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What a score may look at, for ``n`` samples, ``C`` classes and ``D`` feature dimensions.
+
+    Attributes:
+        cosine: float ``[n, C]``, cosine similarity of image and class-text features.
+        logits: float ``[n, C]``, logit scale (and bias) applied.
+        features: float ``[n, D]``, image features.
+        local_cosine: float ``[n, L, C]``, cosine similarity of each of L image patches' features.
+        calibration_features: float ``[m, D]``, features of in-distribution calibration images.
+        calibration_target: int64 ``[m]``, their classes where they have any.
+
+    Raises:
+        VLMQError: shapes do not fit together.
+    """
+
+    cosine: Tensor
+    logits: Tensor
+    features: Tensor | None = None
+    local_cosine: Tensor | None = None
+    calibration_features: Tensor | None = None
+    calibration_target: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.cosine.ndim != 2 or self.cosine.shape != self.logits.shape:
+            raise VLMQError(
+                f"cosine and logits must share a shape [n, C], got {tuple(self.cosine.shape)}"
+                f" and {tuple(self.logits.shape)}"
+            )
+        n, n_classes = self.cosine.shape
+        if self.local_cosine is not None and (
+            self.local_cosine.ndim != 3 or self.local_cosine.shape[::2] != (n, n_classes)
+        ):
+            raise VLMQError(f"local_cosine must be [{n}, L, {n_classes}], got {tuple(self.local_cosine.shape)}")
+        if self.features is not None and (self.features.ndim != 2 or self.features.shape[0] != n):
+            raise VLMQError(f"features must be [{n}, D], got {tuple(self.features.shape)}")
+        if self.calibration_target is not None and (
+            self.calibration_features is None or self.calibration_target.shape != self.calibration_features.shape[:1]
+        ):
+            raise VLMQError("calibration_target must hold one class per row of calibration_features")
+
+    def need(self, score: str, *names: str) -> list[Tensor]:
+        """The named inputs, float32 at least. Raises :class:`VLMQError` naming the score if one was not given."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise VLMQError(
+                f"the OOD score '{score}' needs {' and '.join(missing)}, which were not cached for this run"
+            )
+        return [_at_least_float32(getattr(self, name)) for name in names]
+
+
+OOD_SCORES: Registry[Callable[..., Tensor]] = Registry("OOD score")
+"""Every score by name: a function of :class:`ScoreInputs` that returns float32 ``[n]`` (float64 for float64 inputs).
+
+Parameters beyond the inputs have the published defaults.
+"""
+
+
+PAIR_SCORES = frozenset({"knn", "mahalanobis"})
+"""Scores that compare with features of calibration images."""
+
+PATCH_SCORES = frozenset({"gl_mcm"})
+"""Scores that look at features of image patches."""
+
+
+@dataclass(frozen=True)
+class OODScore:
+    """A score of :data:`OOD_SCORES` with its parameters.
+
+    Attributes:
+        name: its name in the registry.
+        parameters: what differs from the published defaults.
+    """
+
+    name: str
+    parameters: Mapping[str, float]
+
+    def __call__(self, inputs: ScoreInputs) -> Tensor:
+        """Scores ``[n]``; see :data:`OOD_SCORES`."""
+        return OOD_SCORES[self.name](inputs, **self.parameters)
+
+
+def ood_score(text: str) -> OODScore:
+    """A score as configurations write it: ``"mcm"``, or with parameters, ``"mcm(temperature=0.5)"``.
+
+    Raises:
+        VLMQError: unknown score or parameter, or not of this form.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        parameters = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (SyntaxError, ValueError):
+        raise _malformed(text) from None
+    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in parameters.values())
+    if not isinstance(call.func, ast.Name) or call.args or not is_number:
+        raise _malformed(text)
+    known = list(inspect.signature(OOD_SCORES[call.func.id]).parameters)[1:]
+    for name in parameters:
+        if name not in known:
+            raise unknown(f"parameter of the OOD score '{call.func.id}'", name, known)
+    return OODScore(call.func.id, parameters)
+
+
+def score_name(text: str) -> str:
+    """The registry's name in a score that :func:`ood_score` takes."""
+    return text.partition("(")[0].strip()
+
+
+def _malformed(text: str) -> VLMQError:
+    return VLMQError(
+        f"cannot read the OOD score '{text}': write a name, or name(parameter=number), e.g. mcm(temperature=0.5)"
+    )
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values if values.element_size() >= 4 else values.float()
+
+
+def _positive(temperature: float) -> float:
+    if not temperature > 0:
+        raise VLMQError(f"a temperature must be positive, got {temperature}")
+    return temperature
+
+
+@OOD_SCORES.register("mcm")
+def mcm(inputs: ScoreInputs, temperature: float = 1.0) -> Tensor:
+    """Maximum concept matching: max_c softmax_c(cosine / T) (Ming et al. 2022, eq. 1). ``[n]`` in (0, 1]."""
+    return (_at_least_float32(inputs.cosine) / _positive(temperature)).softmax(-1).amax(-1)
+
+
+@OOD_SCORES.register("msp")
+def msp(inputs: ScoreInputs) -> Tensor:
+    """Maximum softmax probability of the logits (Hendrycks & Gimpel 2017). ``[n]`` in (0, 1]."""
+    return _at_least_float32(inputs.logits).softmax(-1).amax(-1)
+
+
+@OOD_SCORES.register("maxlogit")
+def maxlogit(inputs: ScoreInputs) -> Tensor:
+    """Highest logit (Hendrycks et al. 2022). ``[n]``."""
+    return _at_least_float32(inputs.logits).amax(-1)
+
+
+@OOD_SCORES.register("energy")
+def energy(inputs: ScoreInputs) -> Tensor:
+    """Negative free energy at T = 1: log sum_c exp(logit_c) (Liu et al. 2020, eq. 4). ``[n]`` in nats."""
+    return _at_least_float32(inputs.logits).logsumexp(-1)
+
+
+@OOD_SCORES.register("entropy")
+def entropy(inputs: ScoreInputs) -> Tensor:
+    """Negated Shannon entropy of the softmax of the logits. ``[n]`` in nats, in [-log C, 0]."""
+    log_probs = _at_least_float32(inputs.logits).log_softmax(-1)
+    probs = log_probs.exp()
+    return (probs * log_probs.where(probs > 0, 0.0)).sum(-1)  # p log p is 0 at p = 0
+
+
+@OOD_SCORES.register("gl_mcm")
+def gl_mcm(inputs: ScoreInputs, temperature: float = 1.0, local_weight: float = 1.0) -> Tensor:
+    """Global-local MCM: MCM + weight * max over patches and classes of softmax_c(local cosine / T) (Miyai et al. 2023).
+
+    ``[n]`` in (0, 1 + weight]. Needs ``local_cosine``.
+    """
+    (local,) = inputs.need("gl_mcm", "local_cosine")
+    return mcm(inputs, temperature) + local_weight * (local / _positive(temperature)).softmax(-1).amax((-2, -1))
+
+
+def _feature_pair(score: str, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
+    features, reference = inputs.need(score, "features", "calibration_features")
+    if reference.ndim != 2 or reference.shape[1] != features.shape[1] or len(reference) == 0:
+        raise VLMQError(
+            f"calibration_features must be [m, {features.shape[1]}] with m > 0, got {tuple(reference.shape)}"
+        )
+    return features, reference
+
+
+@OOD_SCORES.register("knn")
+def knn(inputs: ScoreInputs, k: int = 50) -> Tensor:
+    """Negated distance to the k-th nearest calibration feature, all features normalised (Sun et al. 2022). ``[n]``.
+
+    Needs ``features`` and at least ``k`` ``calibration_features``. In [-2, 0].
+    """
+    features, reference = _feature_pair("knn", inputs)
+    if not 1 <= k <= len(reference):
+        raise VLMQError(f"the {k}-th nearest of {len(reference)} calibration features does not exist: set k lower")
+    reference = torch.nn.functional.normalize(reference, dim=-1)
+    distances = [
+        torch.cdist(chunk, reference).kthvalue(k, dim=-1).values
+        for chunk in torch.nn.functional.normalize(features, dim=-1).split(4096)
+    ]
+    return -torch.cat(distances)
+
+
+@OOD_SCORES.register("mahalanobis")
+def mahalanobis(inputs: ScoreInputs) -> Tensor:
+    """Negated squared Mahalanobis distance to the nearest class mean of the calibration features (Lee et al. 2018).
+
+    One covariance for all classes, with Ledoit-Wolf shrinkage (2004), as there are often fewer calibration samples than
+    dimensions. Without ``calibration_target`` all calibration features are one class. ``[n]``, at most 0; a row of
+    features with a NaN scores NaN. Needs ``features`` and at least two finite ``calibration_features``.
+    """
+    from sklearn.covariance import LedoitWolf  # here, not at the top: seconds to import, for one score
+
+    features, reference = _feature_pair("mahalanobis", inputs)
+    reference = reference.to(torch.float64)
+    if len(reference) < 2 or not bool(reference.isfinite().all()):
+        raise VLMQError("the OOD score 'mahalanobis' needs at least two calibration features, all finite")
+    label = inputs.calibration_target
+    label = torch.zeros(len(reference), dtype=torch.int64) if label is None else label
+    classes, member = label.to(reference.device).unique(return_inverse=True)
+    sums = torch.zeros(len(classes), reference.shape[1], dtype=torch.float64, device=reference.device)
+    means = sums.index_add(0, member, reference) / member.bincount().unsqueeze(1)
+    fitted = LedoitWolf(assume_centered=True).fit((reference - means[member]).cpu().numpy())
+    covariance = torch.from_numpy(fitted.covariance_).to(reference.device)
+    whiten = torch.linalg.cholesky(covariance)
+
+    def whitened(rows: Tensor) -> Tensor:
+        return torch.linalg.solve_triangular(whiten, rows.to(torch.float64).mT, upper=False).mT
+
+    centres = whitened(means)
+    nearest = [torch.cdist(chunk, centres).amin(-1).square() for chunk in whitened(features).split(4096)]
+    return -torch.cat(nearest).to(features.dtype)

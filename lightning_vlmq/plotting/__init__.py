@@ -1,0 +1,1 @@
+"""Figures that callbacks and the report share."""

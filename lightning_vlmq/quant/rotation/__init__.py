@@ -1,0 +1,1 @@
+"""Rotations of a model that leave its function as it is."""

@@ -1,0 +1,226 @@
+"""The results store: one Parquet part per run, appended atomically, read by the study's runner and report.
+
+Three files belong to a run, under the store's root (``logs/<study>``):
+
+* ``results/<run_id>.parquet``: long-form rows, one per data set, score and metric (:data:`ROW_SCHEMA`);
+* ``samples/<run_id>.parquet``: per-sample records (:data:`SAMPLE_SCHEMA` and one float column per OOD score);
+* ``curves/<run_id>.parquet``: curves such as singular-value spectra (:data:`CURVE_SCHEMA`).
+
+Each is written under a temporary name and moved into place, the results last: **a run is done if and only if its
+results file is there and readable**. Writers need no lock, because no two runs share a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import fields
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import lightning_vlmq
+from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
+
+_MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
+_WRITTEN = b"lightning_vlmq.written"
+_SECONDS = b"lightning_vlmq.seconds"
+_CORES = b"lightning_vlmq.cpu_count"
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version, with the commit where the package runs from a git checkout.
+
+    Returns:
+        ``"0.1.0"`` when installed, ``"0.1.0+g1a2b3c4"`` in a checkout, ``"0.1.0+g1a2b3c4.dirty"`` with changed files.
+    """
+    version = lightning_vlmq.__version__
+    checkout = Path(lightning_vlmq.__file__).resolve().parent.parent
+    if not (checkout / ".git").exists():
+        return version
+    # `--exclude *` ignores tags: the version already says the release, the hash says the commit.
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        described = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return version
+    commit = described.stdout.strip().replace("-", ".")
+    return f"{version}+g{commit}" if described.returncode == 0 and commit else version
+
+
+class ResultsStore:
+    """Append-only results of a study, one set of Parquet parts per run.
+
+    Args:
+        root: the study's folder, e.g. ``logs/demo``. It is created by the first write.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self.root = Path(root)
+
+    def write(
+        self, run_id: str, rows: pd.DataFrame, samples: pd.DataFrame, curves: pd.DataFrame, seconds: float | None = None
+    ) -> None:
+        """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
+
+        Args:
+            run_id: the run's file name, letters, digits, ``.``, ``_`` and ``-``.
+            rows: results, columns as in :data:`ROW_SCHEMA` in any order, at least one row.
+            samples: per-sample records, columns as in :data:`SAMPLE_SCHEMA` and one per OOD score; may be empty.
+            curves: points, columns as in :data:`CURVE_SCHEMA`; may be empty.
+            seconds: how long the model took to make, see :meth:`seconds`.
+
+        Raises:
+            VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
+                the rows belong to another run or to several.
+        """
+        if rows.empty:
+            raise VLMQError(f"run '{run_id}' has no results rows; a run without results is not stored")
+        row_table = _as_table(rows, ROW_SCHEMA, "results")
+        scores = [pa.field(str(name), pa.float32()) for name in samples.columns if name not in SAMPLE_SCHEMA.names]
+        sample_table = _as_table(samples, pa.schema([*SAMPLE_SCHEMA, *scores]), "samples")
+        curve_table = _as_table(curves, CURVE_SCHEMA, "curves")
+        _check_rows(run_id, rows)
+        sample_roles = set(samples["role"].unique()) if len(samples) else set()
+        for role in sorted((set(rows["role"].unique()) - {""}) | sample_roles):
+            if role not in ROLES:
+                raise unknown("role", role, ROLES)
+        self._write_part("samples", run_id, sample_table)
+        self._write_part("curves", run_id, curve_table)
+        metadata = {_WRITTEN: datetime.now(UTC).isoformat().encode()}
+        if seconds is not None:
+            metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
+        self._write_part("results", run_id, row_table.replace_schema_metadata(metadata))
+
+    def has(self, run_id: str) -> bool:
+        """Whether the run is done: its results file is there and can be read.
+
+        A results file that cannot be read (a full disk, a broken copy) counts as not done, so that running the study
+        again replaces it and nothing else.
+        """
+        path = self._path("results", run_id)
+        if not path.exists():
+            return False
+        try:
+            pq.read_metadata(path)
+        except (pa.ArrowInvalid, OSError):
+            return False
+        return True
+
+    def run_ids(self) -> list[str]:
+        """Run ids with a results file, sorted. Empty for a store nothing was written to."""
+        return sorted(path.stem for path in (self.root / "results").glob("[!.]*.parquet"))
+
+    def written(self, run_id: str) -> datetime:
+        """When the run was filed (UTC). Raises :class:`VLMQError` like :meth:`rows`."""
+        metadata = self._read("results", run_id).schema.metadata or {}
+        if _WRITTEN not in metadata:
+            raise VLMQError(f"{self._path('results', run_id)} was not written by a results store; delete it")
+        return datetime.fromisoformat(metadata[_WRITTEN].decode())
+
+    def seconds(self, run_id: str) -> tuple[float, int]:
+        """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores.
+
+        Raises:
+            VLMQError: like :meth:`rows`, or nothing was measured.
+        """
+        metadata = self._read("results", run_id).schema.metadata or {}
+        if _SECONDS not in metadata:
+            raise VLMQError(
+                f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again"
+            )
+        return float(metadata[_SECONDS]), int(metadata[_CORES])
+
+    def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
+        """Results rows of the given runs (default: all), with the columns of :data:`ROW_SCHEMA`.
+
+        Raises:
+            VLMQError: a run is not there, or a part cannot be read (the message names the file to delete).
+        """
+        names = self.run_ids() if run_ids is None else list(run_ids)
+        tables = [self._read("results", run_id).replace_schema_metadata(None) for run_id in names]
+        return pa.concat_tables(tables or [ROW_SCHEMA.empty_table()]).to_pandas()
+
+    def samples(self, run_id: str) -> pd.DataFrame:
+        """Per-sample records of one run; text columns are categorical. Raises like :meth:`rows`."""
+        return self._read("samples", run_id).to_pandas(strings_to_categorical=True)
+
+    def curves(self, run_id: str) -> pd.DataFrame:
+        """Curves of one run; text columns are categorical. Raises like :meth:`rows`."""
+        return self._read("curves", run_id).to_pandas(strings_to_categorical=True)
+
+    def _path(self, kind: str, run_id: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run_id):
+            raise VLMQError(f"'{run_id}' cannot be a run id; use letters, digits, '.', '_' and '-'")
+        return self.root / kind / f"{run_id}.parquet"
+
+    def _read(self, kind: str, run_id: str) -> pa.Table:
+        path = self._path(kind, run_id)
+        if not path.exists():
+            raise VLMQError(f"the store has no {kind} of run '{run_id}': {path} is missing; run it (again)")
+        try:
+            # ParquetFile, not read_table: a folder name like "seed=1" above must not become a column.
+            table = pq.ParquetFile(path).read()
+        except (pa.ArrowInvalid, OSError) as error:
+            reason = str(error).splitlines()[0]
+            advice = f"delete {self._path('results', run_id)} and run the study again"
+            raise VLMQError(f"{path} cannot be read ({reason}); {advice}") from error
+        schema = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA}[kind]
+        missing = [name for name in schema.names if name not in table.column_names]
+        if missing:
+            raise VLMQError(f"{path} lacks the columns {', '.join(missing)}; delete it and run the study again")
+        return table
+
+    def _write_part(self, kind: str, run_id: str, table: pa.Table) -> None:
+        path = self._path(kind, run_id)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial, open(partial, "wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _as_table(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
+    """Convert to the schema's columns, order and types; an empty frame needs no columns."""
+    if frame.empty:
+        return schema.empty_table()
+    missing = [name for name in schema.names if name not in frame.columns]
+    if missing:
+        raise VLMQError(f"the {what} lack the columns {', '.join(missing)}")
+    extra = [str(name) for name in frame.columns if name not in schema.names]
+    if extra:
+        raise VLMQError(f"the {what} have unknown columns {', '.join(extra)}; known: {', '.join(schema.names)}")
+    try:
+        table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise VLMQError(f"the {what} do not fit their columns' types: {str(error).splitlines()[0]}") from error
+    for name in schema.names:
+        optional = name in _MAY_BE_UNDEFINED or (what == "samples" and name not in SAMPLE_SCHEMA.names)
+        if table[name].null_count and not optional:
+            raise VLMQError(f"column {name} of the {what} has {table[name].null_count} empty cells; fill them")
+    return table
+
+
+def _check_rows(run_id: str, rows: pd.DataFrame) -> None:
+    """Refuse rows of another run, of several runs, or the same evaluation twice."""
+    strangers = set(rows["run_id"]) - {run_id}
+    if strangers:
+        raise VLMQError(f"rows of run '{sorted(map(str, strangers))[0]}' cannot be stored as run '{run_id}'")
+    key_columns = [field.name for field in fields(RunKey)]
+    if len(rows[key_columns].drop_duplicates()) > 1:
+        raise VLMQError(f"the rows of run '{run_id}' differ in {', '.join(key_columns)}; store one run at a time")
+    evaluation = ["dataset", "role", "corruption", "severity", "score", "metric"]
+    twice = rows[rows.duplicated(evaluation)]
+    if len(twice):
+        cell = " ".join(str(value) for value in twice.iloc[0][evaluation] if value != "")
+        raise VLMQError(f"run '{run_id}' has two rows for {cell}; keep one")

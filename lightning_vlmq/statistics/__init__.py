@@ -1,0 +1,53 @@
+"""Pure statistics: bootstrap, replicates of whole metrics, significance."""
+
+from lightning_vlmq.statistics.bootstrap import (
+    BootstrapResult,
+    bootstrap,
+    bootstrap_indices,
+    bootstrap_means,
+    bootstrap_replicates,
+    bootstrap_standard_error,
+    difference,
+    paired_bootstrap,
+    summarise,
+)
+from lightning_vlmq.statistics.replicates import (
+    ConfidenceMetrics,
+    RankingMetrics,
+    confidence_metrics,
+    ranking_metrics,
+    resample_counts,
+)
+from lightning_vlmq.statistics.significance import (
+    DeLongResult,
+    ShareImproved,
+    benjamini_hochberg,
+    delong,
+    delong_standard_error,
+    share_improved,
+    standard_error_of_mean,
+)
+
+__all__ = [
+    "BootstrapResult",
+    "ConfidenceMetrics",
+    "DeLongResult",
+    "RankingMetrics",
+    "ShareImproved",
+    "benjamini_hochberg",
+    "bootstrap",
+    "bootstrap_indices",
+    "bootstrap_means",
+    "bootstrap_replicates",
+    "bootstrap_standard_error",
+    "confidence_metrics",
+    "delong",
+    "delong_standard_error",
+    "difference",
+    "paired_bootstrap",
+    "ranking_metrics",
+    "resample_counts",
+    "share_improved",
+    "standard_error_of_mean",
+    "summarise",
+]

@@ -1,0 +1,1 @@
+"""What a study found: runs side by side, comparisons, diagnostics."""

@@ -1,0 +1,295 @@
+"""Every quantized setting against full precision: changes, intervals, and p-values corrected over the whole grid."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import norm
+
+from lightning_vlmq.evaluation.estimates import Array, Estimate, estimate_all, stored_estimates
+from lightning_vlmq.evaluation.measures import Measure
+from lightning_vlmq.metrics.functional import TrajectoryBins, relative_change
+from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.statistics import benjamini_hochberg, summarise
+from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
+from lightning_vlmq.study.analysis.runs import Setting, StudyResults, align, reference_of
+
+FULL = Setting(FULL_PRECISION, 32, 32, "none")
+"""The setting every VLM is compared with."""
+
+
+class Interval(NamedTuple):
+    """An estimate with its standard error and 95 % interval over test samples."""
+
+    estimate: float
+    stderr: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A measure of one VLM in one setting, beside full precision; means over seeds.
+
+    Attributes:
+        value: the measure, NaN where the setting lacks a data set.
+        stderr: its standard error over test samples.
+        reference: the measure of full precision.
+        n_seeds: number of runs averaged.
+        change: value minus reference, in the measure's unit; Vuln_add, a change in itself, is taken as it is. ``None``
+            for full precision, and for agreement, of which full precision has none.
+        effect: the change as the figures show it: delta = (reference - value) / reference for measures whose change is
+            relative, else the change itself.
+        p_value: two-sided, that there is no change; NaN where nothing is tested.
+        q_value: the p-value adjusted over every comparison of the study (Benjamini & Hochberg).
+        effects: the effect's bootstrap replicates ``[R]``; empty where the standard error is DeLong's.
+    """
+
+    value: float
+    stderr: float
+    reference: float
+    n_seeds: int
+    change: Interval | None = None
+    effect: Interval | None = None
+    p_value: float = float("nan")
+    q_value: float = float("nan")
+    effects: Array = field(default_factory=lambda: np.empty(0), repr=False)
+
+
+Key = tuple[str, Setting, Measure]
+
+
+@dataclass(frozen=True, eq=False)
+class StudyAnalysis:
+    """A study's comparisons.
+
+    Attributes:
+        results: what they were computed from.
+        comparisons: by VLM, setting (:data:`FULL` included) and measure; settings with a tuned logit scale have only those measures
+            that follow it.
+        diagnostics: by VLM and setting.
+        trajectories: by VLM and setting, from full precision to the setting and on to its tuned one where there is one; of :data:`FULL`
+            only where it has a tuned one.
+        unreferenced: VLMs without a full-precision run; nothing of theirs can be compared.
+        score: the OOD score that stands for detection in summaries.
+    """
+
+    results: StudyResults
+    comparisons: dict[Key, Comparison]
+    diagnostics: dict[tuple[str, Setting], Diagnostics]
+    trajectories: dict[tuple[str, Setting], TrajectoryBins]
+    unreferenced: list[str]
+    score: str
+
+    @property
+    def vlms(self) -> list[str]:
+        """VLMs that have something to compare."""
+        return [vlm for vlm in self.results.vlms if vlm not in self.unreferenced]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """Quantized settings in display order."""
+        return self.results.settings
+
+    @property
+    def measures(self) -> list[Measure]:
+        """Every measure that some comparison is of, in display order."""
+        return list(dict.fromkeys(measure for _, _, measure in self.comparisons))
+
+    @property
+    def n_tests(self) -> int:
+        """Number of p-values that were corrected for each other."""
+        return sum(not np.isnan(comparison.p_value) for comparison in self.comparisons.values())
+
+    def changes(
+        self, measure: Measure, vlm: str | None = None, is_tuned: bool = False, **setting: Any
+    ) -> list[Comparison]:
+        """Comparisons of a measure that have an effect: of all VLMs or one, of settings with the given fields.
+
+        Args:
+            measure: what is compared.
+            vlm: one VLM, or ``None`` for all.
+            is_tuned: settings with a tuned logit scale in place of those without.
+            setting: fields of :class:`~lightning_vlmq.study.analysis.runs.Setting` and their values.
+        """
+        return [
+            comparison
+            for (name, which, what), comparison in self.comparisons.items()
+            if what == measure
+            and vlm in (None, name)
+            and which.is_tuned == is_tuned
+            and comparison.effect is not None
+            and not np.isnan(comparison.effect.estimate)
+            and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
+        ]
+
+    def table(self) -> pd.DataFrame:
+        """Every comparison as one row of plain numbers."""
+        rows = []
+        for (vlm, setting, measure), c in self.comparisons.items():
+            row: dict[str, Any] = {"vlm": vlm, "method": setting.method, "weight_bits": setting.weight_bits}
+            row |= {"act_bits": setting.act_bits, "scope": setting.scope, "variant": setting.variant}
+            row |= {"role": measure.role}
+            row |= {"dataset": measure.dataset, "score": measure.score, "metric": measure.metric}
+            row |= {"value": c.value, "stderr": c.stderr, "full_precision": c.reference, "n_seeds": c.n_seeds}
+            for name, interval in (("change", c.change), ("effect", c.effect)):
+                for part, number in zip(Interval._fields, interval or [np.nan] * 4):
+                    row[name if part == "estimate" else f"{name}_{part}"] = number
+            rows.append(row | {"p_value": c.p_value, "q_value": c.q_value})
+        return pd.DataFrame(rows)
+
+
+def average_effect(comparisons: list[Comparison]) -> Interval:
+    """Mean effect of several comparisons of one measure.
+
+    Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images.
+    """
+    replicates = torch.from_numpy(np.mean([comparison.effects for comparison in comparisons], axis=0))
+    return _interval(float(np.mean([c.effect.estimate for c in comparisons if c.effect])), replicates)
+
+
+def analyse(results: StudyResults, seed: int = 0) -> StudyAnalysis:
+    """Compare every run of a study with the full-precision run of its VLM (of its seed, where there is one).
+
+    The p-value of a change is that of z = change / standard error: DeLong's for AUROC on one data set, the paired
+    bootstrap's elsewhere. (Counting the resamples beyond zero has a floor, 2 / (R + 1), that a correction over hundreds
+    of comparisons does not get past.) Intervals are the bootstrap's percentiles, centred on the estimate.
+
+    Args:
+        results: the study's runs.
+        seed: seed of the bootstrap.
+
+    Raises:
+        VLMQError: a part of the store cannot be read, or a run saw other samples than full precision.
+    """
+    found: dict[Key, list[_Pair]] = defaultdict(list)
+    diagnostics: dict[tuple[str, Setting], list[Diagnostics]] = defaultdict(list)
+    trajectories: dict[tuple[str, Setting], list[TrajectoryBins]] = defaultdict(list)
+    unreferenced = []
+    for vlm in results.vlms:
+        references, quantized = results.runs_of(vlm)
+        if not references:
+            unreferenced.append(vlm)
+        for reference in references:
+            runs = [reference, *(run for run in quantized if reference_of(run, references) is reference)]
+            settings = [FULL, *(run.setting for run in runs[1:])]
+            sets = align(runs)
+            estimates = estimate_all(sets, seed) | stored_estimates(results.rows, [run.run_id for run in runs])
+            for measure, estimate in estimates.items():
+                for position, setting in enumerate(settings):
+                    if measure.follows_logit_scale or not setting.is_tuned:
+                        found[vlm, setting, measure].append(_Pair(estimate, position))
+            tuned = {run.key: position for position, run in enumerate(runs)}
+            for position, (run, setting) in enumerate(zip(runs, settings)):
+                if setting.is_tuned:
+                    continue
+                if diagnosis := diagnose(sets, position):
+                    diagnostics[vlm, setting].append(diagnosis)
+                stages = dict.fromkeys([0, position, tuned.get(run.key.tuned, position)])
+                if len(stages) > 1 and (followed := trajectory(sets, list(stages))):
+                    trajectories[vlm, setting].append(followed)
+    comparisons = {key: _compare(key[1], key[2], pairs) for key, pairs in found.items()}
+    return StudyAnalysis(
+        results=results,
+        comparisons=_corrected({key: c for key, c in comparisons.items() if not np.isnan(c.value)}),
+        diagnostics={key: merge(seeds) for key, seeds in diagnostics.items()},
+        trajectories={key: merge_trajectories(_alike(seeds)) for key, seeds in trajectories.items()},
+        unreferenced=unreferenced,
+        score=next((measure.score for _, _, measure in comparisons if measure.score and not measure.dataset), ""),
+    )
+
+
+def _alike(seeds: list[TrajectoryBins]) -> list[TrajectoryBins]:
+    """Those of the seeds that have all stages: a seed may lack the tuned run."""
+    stages = max(len(bins.confidence) for bins in seeds)
+    return [bins for bins in seeds if len(bins.confidence) == stages]
+
+
+@dataclass(frozen=True, eq=False)
+class _Pair:
+    """One run's part of an estimate, beside full precision's (position 0)."""
+
+    estimate: Estimate
+    position: int
+
+
+def _compare(setting: Setting, measure: Measure, pairs: list[_Pair]) -> Comparison:
+    value = float(np.mean([pair.estimate.value[pair.position] for pair in pairs]))
+    reference = float(np.mean([pair.estimate.value[0] for pair in pairs]))
+    if pairs[0].estimate.closed_form is not None:
+        return _compare_closed_form(setting, measure, pairs, value, reference)
+    drawn = torch.from_numpy(np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0))
+    bare = Comparison(value, _interval(value, drawn).stderr, reference, len(pairs))
+    if setting == FULL or measure.metric == "agreement":
+        return bare
+    if measure.metric == "vuln_add":  # a comparison with full precision already
+        change = effect = _interval(value, drawn)
+        drawn_effect = drawn
+    else:
+        drawn_reference = torch.from_numpy(np.mean([pair.estimate.replicates[:, 0] for pair in pairs], axis=0))
+        change = effect = _interval(value - reference, drawn - drawn_reference)
+        drawn_effect = drawn - drawn_reference
+        if measure.info.is_relative:
+            drawn_effect = relative_change(drawn_reference, drawn)
+            effect = _interval(float(relative_change(reference, value)), drawn_effect)
+    p_value = p_value_of(change)
+    return replace(bare, change=change, effect=effect, p_value=p_value, effects=drawn_effect.numpy())
+
+
+def _compare_closed_form(
+    setting: Setting, measure: Measure, pairs: list[_Pair], value: float, reference: float
+) -> Comparison:
+    """As :func:`_compare`, with standard errors known without resampling.
+
+    Over seeds, standard errors are averaged: one test set's error is nearly the same in all, so averaging runs does not
+    shrink it.
+    """
+    errors = [pair.estimate.closed_form[:, pair.position] for pair in pairs if pair.estimate.closed_form is not None]
+    stderr, change_stderr = (float(error) for error in np.mean(errors, axis=0))
+    bare = Comparison(value, stderr, reference, len(pairs))
+    if setting == FULL:
+        return bare
+    half = float(norm.ppf(0.975)) * change_stderr
+    change = Interval(value - reference, change_stderr, value - reference - half, value - reference + half)
+    effect = change
+    if measure.info.is_relative:
+        effect = Interval(*(float(part) for part in _relative(change, reference)))
+    return replace(bare, change=change, effect=effect, p_value=p_value_of(change))
+
+
+def _relative(change: Interval, reference: float) -> Interval:
+    """Delta from a change, the reference taken as known."""
+    if reference == 0:
+        return Interval(*[float("nan")] * 4)
+    estimate, stderr, low, high = change
+    return Interval(-estimate / reference, stderr / abs(reference), -high / reference, -low / reference)
+
+
+def _interval(estimate: float, replicates: torch.Tensor) -> Interval:
+    """Percentile interval of replicates centred on the estimate.
+
+    A calibration error is biased upwards in a resample (noise adds to every bin's gap), so that its plain percentiles can
+    leave the estimate out; the other measures' replicates are centred already.
+    """
+    summary = summarise(estimate, replicates + (estimate - replicates.nanmean()))
+    return Interval(summary.estimate, summary.stderr, summary.low, summary.high)
+
+
+def p_value_of(change: Interval) -> float:
+    """Two-sided p-value of z = estimate / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
+    if np.isnan(change.estimate) or np.isnan(change.stderr):
+        return float("nan")
+    if change.stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each
+        return 1.0 if abs(change.estimate) < 1e-9 else float("nan")
+    return float(2 * norm.sf(abs(change.estimate) / change.stderr))
+
+
+def _corrected(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
+    p_values = torch.tensor([comparison.p_value for comparison in comparisons.values()], dtype=torch.float64)
+    adjusted = benjamini_hochberg(p_values).tolist()
+    return {key: replace(c, q_value=q_value) for (key, c), q_value in zip(comparisons.items(), adjusted)}

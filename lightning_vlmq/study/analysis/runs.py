@@ -1,0 +1,217 @@
+"""A study's stored results, arranged for comparison: runs by VLM and setting, samples aligned across runs."""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
+from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.quant.scheme import SCOPES
+from lightning_vlmq.results.schema import TUNED, RunKey
+from lightning_vlmq.results.store import ResultsStore
+
+_DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
+
+
+@dataclass(frozen=True, order=True)
+class Setting:
+    """One way to quantize: a row of every table, a line of every figure.
+
+    Attributes:
+        method: method's name, ``"fp32"`` for full precision, followed by ``"+lst"`` with a tuned logit scale.
+        weight_bits: bits per weight.
+        act_bits: bits per activation.
+        scope: which towers.
+        variant: what else sets the scheme apart, empty for the plain one; see :class:`~lightning_vlmq.results.schema.RunKey`.
+    """
+
+    method: str
+    weight_bits: int
+    act_bits: int
+    scope: str
+    variant: str = ""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether the logit scale was tuned (LST)."""
+        return self.method.endswith(TUNED)
+
+    @property
+    def tuned(self) -> Setting:
+        """The same with the logit scale tuned."""
+        return replace(self, method=self.method + TUNED)
+
+    @property
+    def bits(self) -> str:
+        """E.g. ``"W4A8"``."""
+        return f"W{self.weight_bits}A{self.act_bits}"
+
+    @property
+    def details(self) -> str:
+        """Everything but the method, e.g. ``"W4A8 vision"``; a long variant is cut."""
+        return textwrap.shorten(f"{self.bits} {self.scope} {self.variant}", 70, placeholder=" …")
+
+    @property
+    def label(self) -> str:
+        """E.g. ``"minmax W4A8 vision"``."""
+        return f"{self.method} {self.details}"
+
+    @property
+    def sort_key(self) -> tuple[int, str, int, int, str, int]:
+        """Methods as the registry lists them, from many bits to few, small scopes first."""
+        order = list(METHODS)
+        method = self.method.removesuffix(TUNED)
+        known = order.index(method) if method in order else len(order)
+        scopes = list(SCOPES)
+        scope = scopes.index(self.scope) if self.scope in scopes else len(scopes)
+        return known, self.method, -self.weight_bits, -self.act_bits, self.variant, scope
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRun:
+    """One finished run.
+
+    Attributes:
+        key: what was evaluated.
+        run_id: its name in the store.
+        store: where its samples and curves lie.
+    """
+
+    key: RunKey
+    run_id: str
+    store: ResultsStore
+
+    @property
+    def setting(self) -> Setting:
+        """The run's quantization, without model and seed."""
+        return Setting(self.key.method, self.key.weight_bits, self.key.act_bits, self.key.scope, self.key.variant)
+
+    @property
+    def sort_key(self) -> tuple[bool, tuple[int, str, int, int, str, int], int]:
+        """Full precision first, then by setting and seed."""
+        return not self.key.is_full_precision, self.setting.sort_key, self.key.seed
+
+    def samples(self) -> dict[EvaluationSet, Columns]:
+        """Per-sample columns ``[n]`` by data set, sorted by sample index."""
+        table = self.store.samples(self.run_id)
+        if table.empty:
+            return {}
+        # One sort of plain arrays; grouping a frame costs more than all statistics together.
+        codes = [table[name].cat.codes if table[name].dtype == "category" else table[name] for name in _DESCRIBES_SET]
+        order = np.lexsort([table["index"].to_numpy(), *(code.to_numpy() for code in reversed(codes))])
+        ordered = np.stack([code.to_numpy()[order] for code in codes])
+        starts = np.flatnonzero(np.r_[True, (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)])
+        columns = {str(n): table[n].to_numpy()[order] for n in table.columns if n not in _DESCRIBES_SET}
+        sets = {}
+        for start, stop in zip(starts, [*starts[1:], len(order)]):
+            first = table.iloc[int(order[start])]
+            where = EvaluationSet(str(first["dataset"]), first["role"], first["corruption"], int(first["severity"]))
+            sets[where] = {name: column[start:stop] for name, column in columns.items()}
+        return sets
+
+
+@dataclass(frozen=True, eq=False)
+class StudyResults:
+    """Every run of a study that counts.
+
+    Attributes:
+        root: the study's folder.
+        runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
+        rows: the results rows of these runs.
+        superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
+    """
+
+    root: Path
+    runs: tuple[StoredRun, ...]
+    rows: pd.DataFrame
+    superseded: int
+
+    @classmethod
+    def load(cls, root: str | Path) -> StudyResults:
+        """Read a study's store.
+
+        Raises:
+            VLMQError: there is nothing at ``root``, or a part cannot be read.
+        """
+        store = ResultsStore(root)
+        run_ids = store.run_ids()
+        if not run_ids:
+            raise VLMQError(f"no results in '{root}'; run the study first, e.g. vlmq-study study=demo")
+        rows = store.rows()
+        names = [field.name for field in fields(RunKey)]
+        newest: dict[RunKey, StoredRun] = {}
+        firsts = rows.drop_duplicates("run_id").set_index("run_id")[names]
+        for run_id in sorted(run_ids, key=store.written):
+            key = RunKey(**{name: firsts.loc[run_id, name] for name in names})
+            newest[key] = StoredRun(key, run_id, store)
+        runs = sorted(
+            newest.values(), key=lambda run: (not run.key.is_full_precision, run.setting.sort_key, run.key.seed)
+        )
+        replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "method"].endswith(TUNED)}
+        replaced -= {run.run_id for run in runs}
+        kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
+        return cls(Path(root), tuple(runs), kept, len(replaced))
+
+    @cached_property
+    def vlms(self) -> list[str]:
+        """Names of the VLMs, with ``@weights`` only where one architecture comes with several weights. Sorted."""
+        return sorted({self.vlm_of(run) for run in self.runs})
+
+    @cached_property
+    def _ambiguous(self) -> set[str]:
+        weights = {(run.key.model, run.key.pretrained) for run in self.runs}
+        models = [model for model, _ in weights]
+        return {model for model in models if models.count(model) > 1}
+
+    def vlm_of(self, run: StoredRun) -> str:
+        """The name that tells the run's VLM from the study's others."""
+        key = run.key
+        return f"{key.model}@{key.pretrained}" if key.model in self._ambiguous else key.model
+
+    def runs_of(self, vlm: str) -> tuple[list[StoredRun], list[StoredRun]]:
+        """Full-precision runs of a VLM, and all others: quantized ones, and those with a tuned logit scale."""
+        own = [run for run in self.runs if self.vlm_of(run) == vlm]
+        return [r for r in own if r.key.is_full_precision], [r for r in own if not r.key.is_full_precision]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """Every quantized setting that some VLM was run with, in display order; without those that differ by the logit scale alone."""
+        found = {run.setting for run in self.runs if not run.key.is_full_precision and not run.setting.is_tuned}
+        return sorted(found, key=lambda s: s.sort_key)
+
+
+def reference_of(run: StoredRun, references: list[StoredRun]) -> StoredRun | None:
+    """The full-precision run to compare with: the one of the same seed, else the one of the smallest seed."""
+    same = [reference for reference in references if reference.key.seed == run.key.seed]
+    return next(iter(same or sorted(references, key=lambda reference: reference.key.seed)), None)
+
+
+def align(runs: list[StoredRun]) -> dict[str, list[SampleMatrix]]:
+    """Samples of several runs of one VLM side by side, by role. The first run says which data sets there are.
+
+    Raises:
+        VLMQError: a run was evaluated on other samples of a data set than the first.
+    """
+    loaded = [run.samples() for run in runs]
+    matrices: dict[str, list[SampleMatrix]] = {}
+    for where, first in loaded[0].items():
+        tables: dict[int, Columns] = {}
+        for number, samples in enumerate(loaded):
+            if where not in samples:
+                continue
+            for column in ("index", "target"):
+                if not np.array_equal(first[column], samples[where][column]):
+                    raise VLMQError(
+                        f"run '{runs[number].run_id}' has other samples of '{where.dataset}' than '{runs[0].run_id}'; "
+                        "evaluate both on the same data (delete one and run the study again)"
+                    )
+            tables[number] = samples[where]
+        matrices.setdefault(where.role, []).append(SampleMatrix(where, tables, len(runs)))
+    return matrices

@@ -1,0 +1,21 @@
+"""The report's figures: each a function of the analysis that returns a matplotlib figure, or ``None`` without data."""
+
+from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
+from lightning_vlmq.study.report.figures.reliability import reliability_diagrams, reliability_trajectories
+from lightning_vlmq.study.report.figures.robustness import corruption_changes, corruption_curves, prediction_flips
+from lightning_vlmq.study.report.figures.spectra import singular_value_heatmaps, singular_value_ratios
+from lightning_vlmq.study.report.figures.style import as_png, as_svg
+
+__all__ = [
+    "as_png",
+    "as_svg",
+    "corruption_changes",
+    "corruption_curves",
+    "overview",
+    "prediction_flips",
+    "reliability_diagrams",
+    "reliability_trajectories",
+    "singular_value_heatmaps",
+    "singular_value_ratios",
+    "spurious_gap_slopes",
+]

@@ -1,0 +1,165 @@
+"""The change in every reliability dimension at one glance, and the spurious gap before and after."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
+from lightning_vlmq.study.analysis.comparison import FULL, StudyAnalysis, average_effect
+from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.report.figures.style import (
+    BLACK,
+    GREY,
+    LIGHT,
+    in_percent,
+    label_last_line,
+    method_colours,
+    new_figure,
+    scope_dashes,
+    styled,
+    vlm_styles,
+)
+
+_MANY_ROWS = 16
+"""From here on, the scale is written above the rows too."""
+
+
+def overview(analysis: StudyAnalysis) -> Figure | None:
+    """Change against full precision by dimension, setting and VLM, with 95 % intervals; right is always worse."""
+    shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
+    if not shown:
+        return None
+    rows = {setting: -position for position, setting in _spaced(analysis.settings)}
+    columns = min(len(shown) + 1, 4)
+    lines = -(-(len(shown) + 1) // columns)
+    with styled():
+        row_height = 0.16 + 0.035 * len(analysis.vlms)
+        figure = new_figure(11.5, lines * (row_height * (1 - min(rows.values())) + 1.05))
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for place, (axis, dimension) in enumerate(zip(grid.flat, shown)):
+            _panel(axis, analysis, dimension, rows)
+            _label_rows(axis, rows, place % columns == 0)
+        for axis in grid.flat[len(shown) :]:
+            axis.axis("off")
+        _legend(grid.flat[len(shown)], analysis)
+    return figure
+
+
+def _spaced(settings: list[Setting]) -> list[tuple[float, Setting]]:
+    """Row positions from the top, a little room between methods."""
+    placed, position = [], 0.0
+    for _, members in groupby(settings, key=lambda setting: setting.method):
+        for setting in members:
+            placed.append((position, setting))
+            position += 1
+        position += 0.8
+    return placed
+
+
+def _panel(axis: Axes, analysis: StudyAnalysis, dimension: Dimension, rows: dict[Setting, float]) -> None:
+    styles = vlm_styles(analysis.vlms)
+    spread = 0.62 / max(len(styles), 1)
+    axis.axvline(0, color=GREY, linewidth=1)
+    for setting, y in rows.items():
+        found = []
+        for place, (vlm, (colour, marker)) in enumerate(styles.items()):
+            comparison = analysis.comparisons.get((vlm, setting, dimension.measure))
+            if comparison is None or comparison.effect is None:
+                continue
+            found.append(comparison)
+            effect, height = comparison.effect, y + 0.31 - spread * (place + 0.5)
+            axis.plot([effect.low, effect.high], [height, height], color=colour, linewidth=0.9, alpha=0.55)
+            axis.plot(effect.estimate, height, marker, color=colour, markersize=3.6, markeredgewidth=0)
+        if len(found) > 1:
+            mean = average_effect(found)
+            axis.plot([mean.low, mean.high], [y, y], color=BLACK, linewidth=2, solid_capstyle="butt")
+            axis.plot(mean.estimate, y, "D", color="white", markeredgecolor=BLACK, markeredgewidth=1.3, markersize=5)
+    axis.set_title(dimension.title)
+    axis.set_xlabel(f"{dimension.effect}   (worse →)")
+    axis.tick_params(axis="x", labeltop=len(rows) > _MANY_ROWS)
+    in_percent(axis, "x", signed=True)
+    axis.margins(x=0.06)
+    axis.grid(axis="y", visible=False)
+    axis.locator_params(axis="x", nbins=5)
+    if not dimension.measure.worse_is_positive:
+        axis.invert_xaxis()
+
+
+def _label_rows(axis: Axes, rows: dict[Setting, float], is_first: bool) -> None:
+    axis.set_ylim(min(rows.values()) - 0.7, 0.9)
+    axis.set_yticks(list(rows.values()), [s.details for s in rows] if is_first else [])
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    for setting, y in rows.items():
+        if y == max(other for s, other in rows.items() if s.method == setting.method):
+            axis.axhline(y + 0.55, color=LIGHT, linewidth=0.8)
+            if is_first:
+                place = axis.get_yaxis_transform()
+                axis.text(-0.03, y + 0.62, setting.method, transform=place, ha="right", va="bottom", weight="bold")
+
+
+def _legend(axis: Axes, analysis: StudyAnalysis) -> None:
+    handles = [
+        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1, label=vlm)
+        for vlm, (colour, marker) in vlm_styles(analysis.vlms).items()
+    ]
+    if len(handles) > 1:
+        mean = Line2D([], [], color=BLACK, linewidth=2, marker="D", markersize=5, label="mean over VLMs")
+        mean.set_markerfacecolor("white")
+        handles.append(mean)
+    handles.append(Line2D([], [], color=GREY, linewidth=1, label="full precision"))
+    axis.legend(handles=handles, loc="center left", title="lines: 95 % intervals", alignment="left")
+
+
+def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
+    """Relative spurious gap of full precision and of every setting, one panel a VLM."""
+    measure = Measure("rsg", "spurious")
+    vlms = [vlm for vlm in analysis.vlms if analysis.changes(measure, vlm)]
+    if not vlms:
+        return None
+    colours, dashes = method_colours(analysis.settings), scope_dashes(analysis.settings)
+    bits = list(dict.fromkeys(setting.bits for setting in analysis.settings))
+    columns = min(len(vlms), 4)
+    lines = -(-len(vlms) // columns)
+    with styled():
+        figure = new_figure(11.5, 3.1 * lines + 0.7)
+        grid = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True)
+        for axis, vlm in zip(grid.flat, vlms):
+            full = analysis.comparisons[vlm, FULL, measure]
+            for setting in analysis.settings:
+                comparison = analysis.comparisons.get((vlm, setting, measure))
+                if comparison is None or comparison.change is None:
+                    continue
+                beside = [other for other in analysis.settings if other.bits == setting.bits]
+                x = 1 + bits.index(setting.bits) + 0.55 * ((beside.index(setting) + 0.5) / len(beside) - 0.5)
+                colour, end = colours[setting.method], comparison.value
+                axis.plot(
+                    [0, x], [full.value, end], linewidth=1.2, alpha=0.7, color=colour, linestyle=dashes[setting.scope]
+                )
+                ends = [full.value + comparison.change.low, full.value + comparison.change.high]
+                axis.plot([x, x], ends, linewidth=1, alpha=0.5, color=colour)
+                face = colour if comparison.q_value < 0.05 else "white"
+                axis.plot(x, end, "o", color=colour, markerfacecolor=face, markersize=5)
+            axis.plot(0, full.value, "o", color=BLACK, markersize=6)
+            axis.set_title(vlm)
+            axis.set_xticks(range(len(bits) + 1), ["FP32", *bits])
+            axis.set_xlim(-0.25, len(bits) + 0.45)
+            axis.grid(axis="x", visible=False)
+            in_percent(axis, "y")
+        for axis in grid[:, 0]:
+            axis.set_ylabel("relative spurious gap, %")
+        for axis in grid.flat[len(vlms) :]:
+            axis.axis("off")
+        label_last_line(grid)
+        handles = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
+        handles += [Line2D([], [], color=GREY, linestyle=dash, label=scope) for scope, dash in dashes.items()]
+        handles += [
+            Line2D([], [], color=GREY, marker="o", linestyle="", label="significant"),
+            Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="not significant"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
+    return figure

@@ -1,0 +1,82 @@
+"""The report's tables of what gets better: shares of improved runs, and calibration before and after tuning the logit scale."""
+
+from __future__ import annotations
+
+from html import escape
+
+import numpy as np
+import torch
+
+from lightning_vlmq.evaluation.measures import Measure, dimensions
+from lightning_vlmq.statistics import share_improved
+from lightning_vlmq.study.analysis.comparison import FULL, Comparison, StudyAnalysis
+from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.report.tables import comparison_cell, html_table
+
+ECE = Measure("ece", "id")
+TUNED_MEASURES = (ECE, Measure("adaptive_ece", "id"), Measure("nll", "id"), Measure("brier", "id"))
+
+
+def improvement_table(analysis: StudyAnalysis) -> str:
+    """Share of (VLM, setting) pairs better than full precision, by dimension and bit-widths."""
+    shown = [(escape(d.title), d.measure, False) for d in dimensions(analysis.score)]
+    shown.insert(2, ("Calibration, logit scale tuned", ECE, True))
+    widths = {s.bits: {"weight_bits": s.weight_bits, "act_bits": s.act_bits} for s in analysis.settings}
+    columns: dict[str, dict[str, int]] = ({"all": {}} if len(widths) > 1 else {}) | widths
+    body = []
+    for title, measure, is_tuned in shown:
+        if analysis.changes(measure, is_tuned=is_tuned):
+            found = [_share(measure, analysis.changes(measure, None, is_tuned, **where)) for where in columns.values()]
+            body.append([f"{title} <small>{escape(measure.info.title)}</small>", *found])
+    return html_table([["", *columns]], body) if body else ""
+
+
+def _share(measure: Measure, comparisons: list[Comparison]) -> str:
+    """Share with its Wilson interval above the numbers of significant changes."""
+    higher = measure.info.higher_is_better
+    references, values = (torch.tensor([getattr(c, name) for c in comparisons]) for name in ("reference", "value"))
+    share = share_improved(references, values, better="higher" if higher else "lower")
+    if share.n_compared == 0:
+        return "–"
+    significant = [c.value > c.reference for c in comparisons if c.q_value < 0.05]
+    better = sum(rises == higher for rises in significant)
+    text = f"{100 * share.share:.0f} % <i>[{100 * share.low:.0f}, {100 * share.high:.0f}]</i>"
+    counts = (
+        f"{share.n_improved} of {share.n_compared}; significantly {better} better, {len(significant) - better} worse"
+    )
+    return f"{text}<br><i>{counts}</i>"
+
+
+def tuning_table(analysis: StudyAnalysis, vlm: str) -> str:
+    """Calibration of one VLM with the logit scale it came with and with the tuned one, both against full precision as it came.
+
+    Empty where nothing of the VLM was tuned.
+    """
+    scales = _scales(analysis, vlm)
+    rows = [s for s in (FULL, *analysis.settings) if (vlm, s.tuned, ECE) in analysis.comparisons]
+    if not rows:
+        return ""
+    top = ["<th></th>", "<th colspan='2' class='group'>logit scale</th>"]
+    top += [
+        f"<th colspan='2' class='group'>{escape(m.info.title)}{'' if m.metric == 'nll' else ', %'}</th>"
+        for m in TUNED_MEASURES
+    ]
+    head = ["setting", *["as it came", "tuned"] * (1 + len(TUNED_MEASURES))]
+    body = []
+    for setting in rows:
+        stages = (setting, setting.tuned)
+        cells = [f"{scales[stage]:.2f}" if stage in scales else "–" for stage in stages]
+        for measure in TUNED_MEASURES:
+            cells += [comparison_cell(measure, analysis.comparisons.get((vlm, stage, measure))) for stage in stages]
+        body.append(["full precision" if setting == FULL else escape(setting.label), *cells])
+    return html_table([top, head], body)
+
+
+def _scales(analysis: StudyAnalysis, vlm: str) -> dict[Setting, float]:
+    """Logit scales by setting, means over seeds."""
+    rows = analysis.results.rows
+    stored = rows[rows["metric"] == "logit_scale"].set_index("run_id")["value"]
+    found: dict[Setting, list[float]] = {}
+    for run in (run for runs in analysis.results.runs_of(vlm) for run in runs if run.run_id in stored.index):
+        found.setdefault(run.setting, []).append(float(stored[run.run_id]))
+    return {setting: float(np.mean(values)) for setting, values in found.items()}

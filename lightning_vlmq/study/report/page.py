@@ -1,0 +1,123 @@
+"""One self-contained HTML page from a study's stored results; nothing is computed from models or data here.
+
+Usage:
+    python -m lightning_vlmq.study.report.page logs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from html import escape
+from pathlib import Path
+from string import Template
+
+from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
+from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.report import figures
+from lightning_vlmq.study.report.sections import LINKS, sections
+
+TEMPLATE = Path(__file__).with_name("page.html")
+
+
+def build_report(root: str | os.PathLike[str], readme_figure: str | os.PathLike[str] | None = None) -> Path:
+    """Analyse a study's store and write its report.
+
+    Args:
+        root: the study's folder, e.g. ``logs/demo``.
+        readme_figure: where to save the overview figure as PNG too.
+
+    Returns:
+        ``<root>/report.html``; ``<root>/comparisons.csv`` beside it holds every comparison as numbers.
+
+    Raises:
+        VLMQError: there are no results, or a part of the store cannot be read.
+    """
+    analysis = analyse(StudyResults.load(Path(root)))
+    if readme_figure is not None:
+        save_overview(analysis, Path(readme_figure))
+    return write_report(analysis)
+
+
+def save_overview(analysis: StudyAnalysis, path: Path) -> None:
+    """Write the overview figure as PNG. Raises :class:`VLMQError` if there is nothing to compare."""
+    figure = figures.overview(analysis)
+    if figure is None:
+        raise VLMQError(f"'{analysis.results.root}' has no quantized run beside a full-precision one; nothing to draw")
+    figures.as_png(figure, path)
+
+
+def write_report(analysis: StudyAnalysis) -> Path:
+    """Write ``report.html`` and ``comparisons.csv`` into the study's folder; returns the page's path."""
+    root = analysis.results.root
+    _replace(root / "comparisons.csv", analysis.table().to_csv(index=False))
+    page = root / "report.html"
+    _replace(page, _page(analysis))
+    return page
+
+
+def _replace(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def _page(analysis: StudyAnalysis) -> str:
+    name = escape(analysis.results.root.name)
+    shown = [(anchor, title, body) for anchor, title, body in sections(analysis) if body]
+    links = "".join(f"<a href='#{anchor}'>{LINKS.get(anchor, title)}</a>" for anchor, title, _ in shown)
+    content = "".join(f"<section id='{anchor}'><h2>{title}</h2>{body}</section>" for anchor, title, body in shown)
+    template = Template(TEMPLATE.read_text(encoding="utf-8"))
+    return template.substitute(name=name, facts=_facts(analysis), links=links, content=_warnings(analysis) + content)
+
+
+def _facts(analysis: StudyAnalysis) -> str:
+    results = analysis.results
+    tested = [c for c in analysis.comparisons.values() if c.p_value == c.p_value]
+    significant = sum(c.q_value < 0.05 for c in tested)
+    tuned = sum(run.setting.is_tuned for run in results.runs)
+    facts = {
+        "runs": f"{len(results.runs) - tuned:,}",
+        "VLMs": f"{len(results.vlms):,}",
+        "quantized settings": f"{len(results.settings):,}",
+        **({"logit scales tuned": f"{tuned:,}"} if tuned else {}),
+        "result rows": f"{len(results.rows):,}",
+        "comparisons tested": f"{len(tested):,}",
+        "significant (5 % FDR)": f"{significant:,}",
+    }
+    return "<dl>" + "".join(f"<div><dd>{value}</dd><dt>{title}</dt></div>" for title, value in facts.items()) + "</dl>"
+
+
+def _warnings(analysis: StudyAnalysis) -> str:
+    notes = []
+    if analysis.unreferenced:
+        names = ", ".join(escape(vlm) for vlm in analysis.unreferenced)
+        notes.append(f"No full-precision run of {names}: nothing of theirs is compared.")
+    cells = len(analysis.vlms) * len(analysis.settings)
+    present = {(vlm, setting) for vlm, setting, _ in analysis.comparisons if setting in set(analysis.settings)}
+    if len(present) < cells:
+        notes.append(
+            f"{cells - len(present)} of {cells} cells of the grid have no results yet; averages leave them out."
+        )
+    return "".join(f"<p class='warning'>{note}</p>" for note in notes)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line: write the report of a study's folder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_vlmq.study.report.page", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("root", help="the study's folder, e.g. logs/demo")
+    parser.add_argument("--readme-figure", metavar="PNG", help="save the overview figure here too")
+    options = parser.parse_args(arguments)
+    try:
+        print(build_report(options.root, options.readme_figure))
+    except VLMQError as error:
+        print(f"vlmq-study: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""What the report's page says, section by section."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+
+from matplotlib.figure import Figure
+
+from lightning_vlmq.evaluation.measures import N_BINS, N_RESAMPLES, N_RESAMPLES_SLOW
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.report import figures, improvement, tables
+from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
+from lightning_vlmq.study.report.figures.spectra import read_spectra
+from lightning_vlmq.study.report.published import compare_with_published
+
+Section = tuple[str, str, str]
+"""Anchor, heading, and content; without content the section is left out."""
+
+LINKS = {"spurious": "Spurious", "tables": "Tables", "published": "Published", "zero-shot": "Zero-shot"}
+"""Shorter names of sections, by anchor."""
+LINKS |= {"coverage": "Coverage", "how": "How"}
+
+
+def sections(analysis: StudyAnalysis) -> list[Section]:
+    """The page's sections in order."""
+    return [*_figure_sections(analysis), *_table_sections(analysis), _provenance(analysis)]
+
+
+def _figure(figure: Figure | None, alternative: str, caption: str) -> str:
+    if figure is None:
+        return ""
+    # As an image, not inline: identifiers inside one figure's SVG must not meet those of another.
+    data = base64.b64encode(figures.as_svg(figure).encode()).decode()
+    width = round(100 * figure.get_figwidth())  # pixels at which the smallest labels read well
+    least = min(width, 720) if width < 1400 else round(0.8 * width)  # what is wider than the page is scrolled
+    style = f"width:{width}px;min-width:{least}px"
+    image = f"<img alt='{escape(alternative, quote=True)}' style='{style}' src='data:image/svg+xml;base64,{data}'>"
+    return f"<figure><div class='scroll'>{image}</div><figcaption>{caption}</figcaption></figure>"
+
+
+def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
+    overview = _figure(
+        figures.overview(analysis),
+        "Change against full precision in each reliability dimension, by setting and VLM",
+        "Change against full precision, one panel a dimension. δ = (A<sub>FP32</sub> − A<sub>quantized</sub>) / "
+        "A<sub>FP32</sub>; every panel is turned so that <b>right is worse</b>. Small marks: one VLM each; diamonds: mean "
+        "over VLMs; lines: 95 % paired bootstrap intervals over test images.",
+    )
+    slopes = _figure(
+        figures.spurious_gap_slopes(analysis),
+        "Relative spurious gap of full precision and each quantized setting",
+        "Relative spurious gap, RSG = (accuracy on common − on counter backgrounds) / accuracy on common. Bars: 95 % "
+        "intervals of the change. Filled marks: the change is significant after correction.",
+    )
+    reliability = _figure(
+        figures.reliability_diagrams(analysis),
+        "Reliability diagrams of full precision and quantized models",
+        f"Accuracy over mean confidence in {N_BINS} equal-width bins of the in-distribution images (bins of fewer than "
+        f"{MIN_COUNT} left out). Below the diagonal: overconfident; above: underconfident.",
+    )
+    curves = _figure(
+        figures.corruption_curves(analysis),
+        "Accuracy over corruption severity",
+        "Top-1 accuracy over severity, mean over corruptions; severity 0 is the in-distribution set. Band: 95 % interval of "
+        "full precision alone; changes are paired and known more precisely, see the tables.",
+    )
+    changes = _figure(
+        figures.corruption_changes(analysis),
+        "Accuracy change by corruption and setting",
+        "Change of top-1 accuracy by corruption in points, mean over severities and VLMs.",
+    )
+    flips = _figure(
+        figures.prediction_flips(analysis),
+        "Share of changed predictions by kind",
+        "Predictions on in-distribution images that quantization changes. The rest agrees with full precision.",
+    )
+    return [
+        ("overview", "Overview", overview + _averages(analysis) if overview else ""),
+        ("calibration", "Calibration", reliability + _tuning(analysis)),
+        ("spectra", "Spectra", _spectra(analysis)),
+        ("spurious", "Spurious correlation", slopes),
+        ("corruption", "Corruption", curves + changes),
+        ("flips", "Flips", flips),
+    ]
+
+
+def _averages(analysis: StudyAnalysis) -> str:
+    is_open = " open" if len(analysis.settings) <= 12 else ""
+    note = "<p class='note'>* q &lt; 0.05, ** q &lt; 0.01, *** q &lt; 0.001, corrected over the table (Benjamini-Hochberg).</p>"
+    means = f"{note}{tables.average_table(analysis)}"
+    note = (
+        "<p class='note'>Value ± half its 95 % interval; below it the change against full precision likewise, in "
+        "points (ECE and RSG: lower is better). Marks as everywhere corrected over the whole study.</p>"
+    )
+    each = f"{note}{tables.dimension_table(analysis)}"
+    note = (
+        "<p class='note'>Share of (VLM, setting) pairs better than full precision, with Wilson intervals that take the pairs as "
+        "independent.</p>"
+    )
+    shares = f"{note}{improvement.improvement_table(analysis)}"
+    return (
+        f"<details{is_open}><summary>Means over VLMs with 95 % intervals</summary>{means}</details>"
+        f"<details{is_open}><summary>Share of improved runs</summary>{shares}</details>"
+        f"<details><summary>Every VLM in every dimension</summary>{each}</details>"
+    )
+
+
+def _tuning(analysis: StudyAnalysis) -> str:
+    trajectories = _figure(
+        figures.reliability_trajectories(analysis),
+        "Each confidence bin followed from full precision to quantized to tuned",
+        f"Where the images of each of full precision's {N_BINS} confidence bins (of at least {MIN_COUNT} images) go when the model "
+        "is quantized, and when its logit scale is then tuned: accuracy over mean confidence. Of each method the fewest bits and "
+        "the widest scope.",
+    )
+    parts = {vlm: improvement.tuning_table(analysis, vlm) for vlm in analysis.vlms}
+    found = {vlm: table for vlm, table in parts.items() if table}
+    if not found:
+        return trajectories
+    note = (
+        "<p class='note'>Logit scale tuning (LST): the backbone as it is, the logit scale (and a sigmoid model's bias) fitted on the "
+        "calibration pairs. Everything against full precision with the scale it came with.</p>"
+    )
+    body = "".join(
+        f"<details{'' if position else ' open'}><summary>{escape(vlm)}</summary>{table}</details>"
+        for position, (vlm, table) in enumerate(found.items())
+    )
+    return f"{trajectories}<h3>Logit scale tuning</h3>{note}{body}"
+
+
+def _spectra(analysis: StudyAnalysis) -> str:
+    parts: list[str] = []
+    for vlm in analysis.vlms:
+        spectra = read_spectra(analysis, vlm)
+        if not spectra:
+            continue
+        setting = next(iter(spectra))
+        where = f"{escape(vlm)}, {setting.weight_bits}-bit weights, {escape(setting.scope)}"
+        lines = _figure(
+            figures.singular_value_ratios(spectra),
+            f"Singular values of {vlm} by layer group",
+            f"Singular values of the weights, mean over the layers of a group ({where}). Above: relative to the largest of "
+            "full precision; below: relative to full precision at the same rank.",
+        )
+        heatmap = _figure(
+            figures.singular_value_heatmaps(spectra),
+            f"Change of singular values of {vlm} by layer and rank",
+            f"log₂ ratio of quantized to full-precision singular values by layer and relative rank, 0 the largest ({where}).",
+        )
+        is_open = "" if parts else " open"
+        parts.append(f"<details{is_open}><summary>{escape(vlm)}</summary>{lines}{heatmap}</details>")
+    return "".join(parts)
+
+
+def _table_sections(analysis: StudyAnalysis) -> list[Section]:
+    legend = (
+        "<p class='note'>Value ± standard error over test images; below it the change against full precision, red where "
+        "significantly worse, green where significantly better. * q &lt; 0.05, ** q &lt; 0.01, *** q &lt; 0.001, "
+        "corrected over the whole grid; hover over a cell for interval and p-value.</p>"
+    )
+    by_vlm = "".join(
+        f"<details{'' if position else ' open'}><summary>{escape(vlm)}</summary>{tables.vlm_table(analysis, vlm)}</details>"
+        for position, vlm in enumerate(analysis.vlms)
+    )
+    detection = tables.detection_table(analysis)
+    if detection:
+        detection = f"<details><summary>AUROC by data set and score (DeLong)</summary>{detection}</details>"
+    claims = compare_with_published(analysis)
+    published = ""
+    if claims:
+        published = (
+            "<p class='note'>Published figures are of <i>Less Precise Can Be More Reliable</i> (ICML 2026, arXiv "
+            "2509.21173): ten large VLMs, other data. Here as measured, with 95 % intervals over test images; relative "
+            "changes are (A<sub>quantized</sub> − A<sub>FP32</sub>) / A<sub>FP32</sub>.</p>"
+        ) + tables.published_table(claims)
+    zero_shot = tables.zero_shot_table(analysis)
+    if zero_shot:
+        zero_shot = (
+            "<p class='note'>Top-1 accuracy in percent ± standard error; corruptions are means over severities.</p>"
+        ) + zero_shot
+    spectrum = tables.spectrum_table(analysis)
+    coverage = tables.coverage_table(analysis)
+    if spectrum:
+        coverage += f"<details><summary>Spectral summaries by layer group</summary>{spectrum}</details>"
+    return [
+        ("tables", "Every metric against full precision", legend + by_vlm + detection if by_vlm else ""),
+        ("published", "Beside the published results", published),
+        ("zero-shot", "Zero-shot accuracy in full precision", zero_shot),
+        ("coverage", "What was quantized", coverage),
+    ]
+
+
+def _provenance(analysis: StudyAnalysis) -> Section:
+    results = analysis.results
+    versions = ", ".join(sorted(results.rows["code_version"].unique()))
+    seeds = ", ".join(str(seed) for seed in sorted(results.rows["seed"].unique()))
+    notes = [
+        f"Code version {escape(versions)}; seed {escape(seeds)} (several seeds are averaged; intervals then still cover the "
+        "sampling of test images, not of seeds).",
+        "Every quantized run is compared with the full-precision run of its VLM on the same images in the same order.",
+        f"Intervals: percentiles of a paired bootstrap over images, {N_RESAMPLES:,} resamples ({N_RESAMPLES_SLOW} for "
+        "adaptive ECE, MCE, AURC, coverage at risk, and the OOD metrics averaged over data sets); all models see the same "
+        "resamples. Resamples are centred on the estimate, because calibration errors are biased upwards in them. Class-wise ECE: "
+        "a jackknife over groups of images.",
+        "p-values: z = change / standard error, the bootstrap's or jackknife's, or DeLong's for AUROC on one data set; "
+        f"Benjamini-Hochberg over all {analysis.n_tests:,} comparisons of this study.",
+        f"ECE, class-wise ECE, MCE: {N_BINS} equal-width bins; adaptive ECE: {N_BINS} bins of equal mass; Brier: sum over classes, "
+        "in [0, 2], shown in percent like the other fractions. Every convention: docs/metrics.md.",
+        "<code>fpr95</code> takes in-distribution as positive (CLIP and MCM papers), <code>fpr95_openood</code> takes OOD as "
+        "positive (OpenOOD v1.5). AUPR-in and AUPR-out likewise name the positive class.",
+        f"Near- and far-OOD columns are means over the data sets of the role, with the score "
+        f"<code>{escape(analysis.score or '–')}</code>.",
+        "RSG = (A<sub>common</sub> − A<sub>counter</sub>) / A<sub>common</sub>; ΔRSG is its change in points; "
+        "Vuln_add = δ<sub>counter</sub> − δ<sub>common</sub>.",
+    ]
+    if results.superseded:
+        notes.append(
+            f"{results.superseded} stored runs were run again later with another configuration and are left out."
+        )
+    items = "".join(f"<li>{note}</li>" for note in notes)
+    return "how", "How this was made", f"<ul>{items}</ul>{tables.data_table(analysis)}"

@@ -1,0 +1,299 @@
+"""The report's tables as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
+from lightning_vlmq.statistics import benjamini_hochberg
+from lightning_vlmq.study.analysis.comparison import (
+    FULL,
+    Comparison,
+    Interval,
+    StudyAnalysis,
+    average_effect,
+    p_value_of,
+)
+from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.report.notation import percent_interval, signed
+from lightning_vlmq.study.report.published import Claim
+
+_NOT_IN_PERCENT = ("nll",)
+_ROLE_TITLES = {
+    "id": "in-distribution",
+    "corruption": "corruptions (mean)",
+    "shift": "semantic shift (mean)",
+    "near_ood": "near-OOD",
+    "far_ood": "far-OOD",
+    "spurious": "spurious correlation",
+}
+
+
+def html_table(head: Sequence[Sequence[str]], body: Iterable[Sequence[str]], caption: str = "") -> str:
+    """A table of ready HTML cells. A cell that starts with ``<t`` brings its own tag (``<td …>``, ``<th …>``)."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        own = (cell if cell.startswith(("<td", "<th")) else f"<{tag}>{cell}</{tag}>" for cell in cells)
+        return f"<tr>{''.join(own)}</tr>"
+
+    title = f"<caption>{caption}</caption>" if caption else ""
+    rows = "".join(line([f"<th scope='row'>{cells[0]}</th>", *cells[1:]], "td") for cells in body)
+    heads = "".join(line(cells, "th") for cells in head)
+    return f"<div class='scroll'><table>{title}<thead>{heads}</thead><tbody>{rows}</tbody></table></div>"
+
+
+def stars(q_value: float) -> str:
+    """Significance mark of a corrected p-value."""
+    return "***" if q_value < 0.001 else "**" if q_value < 0.01 else "*" if q_value < 0.05 else ""
+
+
+def number(measure: Measure, value: float) -> str:
+    """A measure's value as the tables write it: in percent, or as it is."""
+    if np.isnan(value):
+        return "–"
+    text = f"{value:.3f}" if measure.metric in _NOT_IN_PERCENT else f"{100 * value:.1f}"
+    return text.replace("-", "−")
+
+
+def signed_number(measure: Measure, value: float) -> str:
+    """A change of a measure as the tables write it."""
+    return signed(value, 3) if measure.metric in _NOT_IN_PERCENT else signed(100 * value, 1)
+
+
+def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
+    """Value ± standard error above the change with its mark, coloured where it is significant."""
+    if comparison is None:
+        return "<td class='none'>–</td>"
+    stderr = "" if np.isnan(comparison.stderr) else f" <i>±{number(measure, comparison.stderr)}</i>"
+    value = "" if measure.metric == "vuln_add" else f"{number(measure, comparison.value)}{stderr}"
+    if comparison.change is None:
+        return f"<td>{value or '–'}</td>"
+    change = comparison.change
+    improved = (change.estimate > 0) == measure.info.higher_is_better
+    kind = "" if not comparison.q_value < 0.05 else " class='better'" if improved else " class='worse'"
+    error = f" ±{number(measure, change.stderr)}" if measure.metric == "vuln_add" else ""
+    mark = f"{signed_number(measure, change.estimate)}{error}<sup>{stars(comparison.q_value)}</sup>"
+    title = f"change {signed_number(measure, change.estimate)} ± {number(measure, change.stderr)}, "
+    title += f"95 % interval {signed_number(measure, change.low)} to {signed_number(measure, change.high)}, "
+    title += f"p = {comparison.p_value:.2g}, corrected {comparison.q_value:.2g}"
+    return f"<td{kind} title='{title}'>{value}{'<br>' if value else ''}<span>{mark}</span></td>"
+
+
+def average_table(analysis: StudyAnalysis) -> str:
+    """Effects averaged over VLMs, by setting and dimension, with p-values corrected over the table."""
+    shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
+    names = ("method", "weight_bits", "act_bits", "scope", "variant")
+    means: dict[tuple[Setting, Dimension], Interval] = {}
+    for setting in analysis.settings:
+        for dimension in shown:
+            if found := analysis.changes(dimension.measure, **{name: getattr(setting, name) for name in names}):
+                means[setting, dimension] = average_effect(found)
+    p_values = torch.tensor([p_value_of(mean) for mean in means.values()], dtype=torch.float64)
+    q_values = dict(zip(means, benjamini_hochberg(p_values).tolist()))
+    body = []
+    for setting in analysis.settings:
+        cells = [escape(setting.label)]
+        for dimension in shown:
+            key = setting, dimension
+            if key not in means:
+                cells.append("–")
+                continue
+            estimate, interval = percent_interval(means[key].estimate, means[key].low, means[key].high)
+            worse = (means[key].estimate > 0) == dimension.measure.worse_is_positive
+            kind = "" if not q_values[key] < 0.05 else " class='worse'" if worse else " class='better'"
+            cells.append(f"<td{kind}>{estimate}<sup>{stars(q_values[key])}</sup><br><i>{interval}</i></td>")
+        body.append(cells)
+    head = ["setting", *(f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)]
+    return html_table([head], body)
+
+
+def dimension_table(analysis: StudyAnalysis) -> str:
+    """The number that stands for each dimension, of every VLM in every setting, with intervals."""
+    shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
+    body = []
+    for vlm in analysis.vlms:
+        for setting in [FULL, *analysis.settings]:
+            found = [analysis.comparisons.get((vlm, setting, d.measure)) for d in shown]
+            if any(found):
+                label = f"<small>{escape(setting.label)}</small>"
+                if setting == FULL:
+                    label = f"{escape(vlm)} <small>full precision</small>"
+                body.append([label, *(_interval_cell(d.measure, c) for d, c in zip(shown, found))])
+    titles = (f"{escape(d.title)}<br><small>{escape(d.measure.info.title)}, %</small>" for d in shown)
+    return html_table([["VLM and setting", *titles]], body)
+
+
+def _interval_cell(measure: Measure, comparison: Comparison | None) -> str:
+    if comparison is None:
+        return "<td class='none'>–</td>"
+    value = f"{number(measure, comparison.value)} <i>±{number(measure, 1.96 * comparison.stderr)}</i>"
+    change = comparison.change
+    if change is None:
+        return f"<td>{value}</td>"
+    improved = (change.estimate > 0) == measure.info.higher_is_better
+    kind = "" if not comparison.q_value < 0.05 else " class='better'" if improved else " class='worse'"
+    estimate, interval = percent_interval(change.estimate, change.low, change.high)
+    half = percent_interval(0.5 * (change.high - change.low), change.low, change.high)[0].lstrip("+")
+    mark = f"{estimate} ±{half}<sup>{stars(comparison.q_value)}</sup>"
+    return f"<td{kind} title='{interval}'>{value}<br><span>{mark}</span></td>"
+
+
+def vlm_table(analysis: StudyAnalysis, vlm: str) -> str:
+    """Every measure of one VLM: full precision, then each setting beside it."""
+    own = {measure for name, _, measure in analysis.comparisons if name == vlm}
+    measures = [m for m in analysis.measures if m in own and not m.dataset]
+    measures.sort(key=lambda m: list(_ROLE_TITLES).index(m.role))  # stable: display order inside a role
+    groups: dict[str, list[Measure]] = {}
+    for measure in measures:
+        score = f", {measure.score}" if measure.score else ""
+        groups.setdefault(_ROLE_TITLES[measure.role] + score, []).append(measure)
+    top = ["<th></th>"] + [f"<th colspan='{len(m)}' class='group'>{escape(t)}</th>" for t, m in groups.items()]
+    head = ["setting", *(escape(m.info.title) + ("" if m.metric in _NOT_IN_PERCENT else " %") for m in measures)]
+    body = []
+    for setting in [FULL, *analysis.settings]:
+        found = [analysis.comparisons.get((vlm, setting, measure)) for measure in measures]
+        if any(found):
+            label = "full precision" if setting == FULL else escape(setting.label)
+            body.append([label, *(comparison_cell(m, c) for m, c in zip(measures, found))])
+    return html_table([top, head], body)
+
+
+def detection_table(analysis: StudyAnalysis) -> str:
+    """AUROC of every data set and score, tested with DeLong's method."""
+    measures = [m for m in analysis.measures if m.metric == "auroc" and m.dataset]
+    if not measures:
+        return ""
+    top = ["<th></th>", "<th></th>"]
+    top += [f"<th class='group'>{escape(f'{m.dataset} ({_ROLE_TITLES[m.role]})')}</th>" for m in measures]
+    head = ["VLM", "<th class='left'>setting</th>", *(f"{escape(m.score)}, %" for m in measures)]
+    body = []
+    for vlm in analysis.vlms:
+        for setting in [FULL, *analysis.settings]:
+            found = [analysis.comparisons.get((vlm, setting, measure)) for measure in measures]
+            if any(found):
+                label = "full precision" if setting == FULL else escape(setting.label)
+                cells = [comparison_cell(m, c) for m, c in zip(measures, found)]
+                body.append([escape(vlm), f"<td class='left'>{label}</td>", *cells])
+    return html_table([top, head], body)
+
+
+def zero_shot_table(analysis: StudyAnalysis) -> str:
+    """Top-1 of the full-precision models on every labelled data set, corruptions averaged over severities."""
+    results = analysis.results
+    references = {run.run_id: vlm for vlm in analysis.vlms for run in results.runs_of(vlm)[0]}
+    rows = results.rows[(results.rows["metric"] == "top1") & results.rows["run_id"].isin(references)].copy()
+    if rows.empty:
+        return ""
+    rows["vlm"] = rows["run_id"].map(references)
+    is_corrupted = rows["role"] == "corruption"
+    rows["set"] = rows["dataset"].where(~is_corrupted, rows["corruption"].str.replace("_", " "))
+    grouped = rows.groupby(["vlm", "role", "set"], sort=False)[["value", "stderr"]].mean()
+    order = rows.drop_duplicates(["role", "set"])[["role", "set"]].itertuples(index=False, name=None)
+    columns = sorted(order, key=lambda pair: list(_ROLE_TITLES).index(pair[0]))
+    roles = list(dict.fromkeys(role for role, _ in columns))
+    top = ["<th></th>"]
+    for role in roles:
+        span = sum(own == role for own, _ in columns)
+        top.append(f"<th colspan='{span}' class='group'>{_ROLE_TITLES[role].replace(' (mean)', '')}</th>")
+    body = []
+    for vlm in analysis.vlms:
+        cells = [escape(vlm)]
+        for role, name in columns:
+            if (vlm, role, name) not in grouped.index:
+                cells.append("–")
+                continue
+            value, stderr = grouped.loc[(vlm, role, name)]
+            cells.append(f"{100 * value:.1f} <i>±{100 * stderr:.1f}</i>")
+        body.append(cells)
+    return html_table([top, ["VLM", *(escape(name) for _, name in columns)]], body)
+
+
+def coverage_table(analysis: StudyAnalysis) -> str:
+    """Shares of the scope's matrix weights and multiply-accumulates that are quantized, by VLM and scope."""
+    rows = analysis.results.rows
+    rows = rows[rows["metric"].isin(["coverage_weights", "coverage_macs"])]
+    if rows.empty:
+        return ""
+    names = {run.run_id: analysis.results.vlm_of(run) for run in analysis.results.runs}
+    rows = rows.assign(vlm=rows["run_id"].map(names))
+    body = []
+    for keys, own in rows.groupby(["vlm", "scope", "score"], sort=True):
+        vlm, scope, part = map(str, keys)  # type: ignore[call-overload]
+        shares = [_range(own.loc[own["metric"] == metric, "value"]) for metric in ("coverage_weights", "coverage_macs")]
+        label = f"{escape(scope)} ({escape(part)})" if part else escape(scope)
+        body.append([escape(vlm), f"<td class='left'>{label}</td>", *shares, str(own["run_id"].nunique())])
+    head = ["VLM", "<th class='left'>scope</th>", "matrix weights, %", "multiply-accumulates, %", "runs"]
+    return html_table([head], body)
+
+
+def _range(values: pd.Series) -> str:
+    if values.empty:
+        return "–"
+    low, high = 100 * values.min(), 100 * values.max()
+    return f"{low:.1f}" if high - low < 0.05 else f"{low:.1f} – {high:.1f}"
+
+
+def spectrum_table(analysis: StudyAnalysis) -> str:
+    """Stable rank, effective rank and top energy by layer group, full precision and every setting."""
+    titles = {"stable_rank": "stable rank", "effective_rank": "effective rank", "top_energy": "top energy, %"}
+    rows = analysis.results.rows
+    rows = rows[rows["metric"].isin(titles)]
+    if rows.empty:
+        return ""
+    names = {run.run_id: (analysis.results.vlm_of(run), run.setting) for run in analysis.results.runs}
+    values: dict[tuple[str, Setting], dict[tuple[str, str], list[float]]] = {}
+    for run_id, group, metric, value in rows[["run_id", "score", "metric", "value"]].itertuples(index=False, name=None):
+        values.setdefault(names[run_id], {}).setdefault((group, metric), []).append(value)
+    columns = sorted(
+        {column for own in values.values() for column in own}, key=lambda c: (c[0], list(titles).index(c[1]))
+    )
+    groups = list(dict.fromkeys(group for group, _ in columns))
+    top = ["<th></th>", "<th></th>"]
+    top += [
+        f"<th colspan='{sum(g == group for g, _ in columns)}' class='group'>{escape(group)}</th>" for group in groups
+    ]
+    body = []
+    for (vlm, setting), own in sorted(
+        values.items(), key=lambda item: (item[0][0], item[0][1] != FULL, item[0][1].sort_key)
+    ):
+        label = "full precision" if setting == FULL else escape(setting.label)
+        cells = []
+        for column in columns:
+            factor, digits = (100, 1) if column[1] == "top_energy" else (1, 2)
+            cells.append(f"{factor * float(np.mean(own[column])):.{digits}f}" if column in own else "–")
+        body.append([escape(vlm), f"<td class='left'>{label}</td>", *cells])
+    return html_table([top, ["VLM", "<th class='left'>setting</th>", *(titles[metric] for _, metric in columns)]], body)
+
+
+def published_table(claims: list[Claim]) -> str:
+    """Published figures beside the study's own."""
+    head = [f"<th class='left'>{title}</th>" for title in ("claim", "published", "here", "from")]
+    body = [
+        [escape(c.claim), *(f"<td class='left'>{escape(text)}</td>" for text in (c.published, c.own, c.basis))]
+        for c in claims
+    ]
+    return html_table([head], body)
+
+
+def data_table(analysis: StudyAnalysis) -> str:
+    """The evaluation data sets with their numbers of samples."""
+    rows = analysis.results.rows
+    rows = rows[rows["role"].isin(_ROLE_TITLES) & rows["metric"].isin(["top1", "auroc"])]
+    body = []
+    for role in _ROLE_TITLES:
+        own = rows[rows["role"] == role]
+        if own.empty:
+            continue
+        names = list(dict.fromkeys(own["corruption"] if role == "corruption" else own["dataset"]))
+        severities = sorted(own["severity"].unique())
+        suffix = f", severities {severities[0]}–{severities[-1]}" if role == "corruption" else ""
+        low, high = own["n"].min(), own["n"].max()
+        n = f"{low:,}" if low == high else f"{low:,} – {high:,}"
+        sets = f"<td class='left'>{escape(', '.join(names) + suffix)}</td>"
+        body.append([_ROLE_TITLES[role].replace(" (mean)", ""), sets, n])
+    return html_table([["role", "<th class='left'>data sets</th>", "images each"]], body)

@@ -1,0 +1,241 @@
+"""The grid of a study: which runs it consists of, as LightningCLI argument lists. Nothing here builds a model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import yaml
+
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.models import zoo
+from lightning_vlmq.quant.methods import METHODS, QATMethod
+from lightning_vlmq.quant.scheme import SCOPES, QuantScheme
+from lightning_vlmq.results.schema import FULL_PRECISION
+
+KINDS = ("fp32", "ptq", "qat")
+"""Kinds of runs: full precision, post-training quantization, quantization-aware training. Each has its command."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study's config, as ``configs/study/*.yaml`` spells it.
+
+    Attributes:
+        name: the study's folder below ``logs/``.
+        root: that folder; results, TensorBoard logs, failures and the report go there.
+        axes: ``vlm``, ``method``, ``bits`` and ``scope``, each a list of names; the grid is their product.
+        commands: by kind (:data:`KINDS`), the start of the argument list: subcommand and config files.
+        arguments: templates of the arguments that decide the result: under ``all`` for every run, under ``pretrained``
+            for VLMs written ``name@weights``, under ``quantized`` for all but full precision, and under ``extra``
+            whatever the user adds to every run.
+        output: templates of the arguments that only say where things go; they do not count for what a run is.
+    """
+
+    name: str
+    root: str
+    axes: Mapping[str, Sequence[str]]
+    commands: Mapping[str, Sequence[str]]
+    arguments: Mapping[str, Sequence[str]]
+    output: Sequence[str]
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Study:
+        """Check a plain (resolved) config. Raises :class:`VLMQError` for what is missing or unknown."""
+        names = list(cls.__dataclass_fields__)
+        for name in config:
+            if name not in names:
+                raise unknown("entry of the study config", str(name), names)
+        if missing := [name for name in names if name not in config]:
+            raise VLMQError(f"the study config lacks {', '.join(missing)}; compare configs/study/base.yaml")
+        tables = {"axes": ("vlm", "method", "bits", "scope"), "commands": KINDS, "arguments": None}
+        for table, keys in tables.items():
+            _check_table(table, config[table], keys)
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(config["name"])):
+            raise VLMQError(f"study.name '{config['name']}' is no folder name; use letters, digits, '.', '_' and '-'")
+        return cls(**config)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid.
+
+    Attributes:
+        vlm: name, with ``@weights`` where it has several.
+        scope: ``"vision"``, ``"vision_text"`` or ``"none"``.
+        method: method's name.
+        bits: e.g. ``"W4A8"``, ``"W32A32"`` for full precision.
+        kind: one of :data:`KINDS`.
+        seed: of everything random in the run.
+        run_id: the name of its files in the results store, made of what it is and a digest of what decides its result.
+        arguments: what ``vlmq`` is called with.
+    """
+
+    vlm: str
+    scope: str
+    method: str
+    bits: str
+    kind: str
+    seed: int
+    run_id: str = field(compare=False)
+    arguments: tuple[str, ...] = field(compare=False, repr=False)
+
+    @property
+    def label(self) -> str:
+        """The run in words, e.g. ``"vit_clean minmax W4A8 vision"``."""
+        parts = [self.vlm, self.method] + ([] if self.kind == "fp32" else [self.bits, self.scope])
+        return " ".join(parts) + (f" seed {self.seed}" if self.seed else "")
+
+
+def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
+    """Spell the grid out, each VLM's full precision first: it is what all others of that VLM are compared with.
+
+    Args:
+        study: the study.
+        seed: seed of every run.
+        config_folder: the folder of the study's configs; a file of ``study.commands`` that is not found from the
+            working directory is looked for beside it.
+
+    Raises:
+        VLMQError: an axis names something unknown or nothing, a config file is missing, or a template has a
+            placeholder that no run fills.
+    """
+    methods = [name for name in study.axes["method"] if name != FULL_PRECISION]
+    kinds = {name: _kind_of(name) for name in methods}
+    for vlm in study.axes["vlm"]:
+        _check_vlm(vlm)
+    for scope in study.axes["scope"]:
+        if scope not in SCOPES:
+            raise unknown("scope", scope, SCOPES)
+    widths = {bits: _parse_bits(bits) for bits in study.axes["bits"]}
+    commands = {kind: _locate_configs(words, config_folder) for kind, words in study.commands.items()}
+    runs = []
+    for vlm in dict.fromkeys(study.axes["vlm"]):
+        cells = [(FULL_PRECISION, "W32A32", "none", 32, 32)]
+        cells += [
+            (method, bits, scope, *widths[bits])
+            for method in dict.fromkeys(methods)
+            for bits in widths
+            for scope in dict.fromkeys(study.axes["scope"])
+        ]
+        for method, bits, scope, weight_bits, act_bits in cells:
+            kind = "fp32" if method == FULL_PRECISION else kinds[method]
+            name, _, pretrained = vlm.partition("@")
+            values: dict[str, Any] = {"vlm": name, "pretrained": pretrained, "method": method}
+            values |= {"scope": scope, "weight_bits": weight_bits, "act_bits": act_bits, "seed": seed}
+            runs.append(_run(study, commands[kind], kind, bits, vlm, values))
+    return runs
+
+
+def _run(study: Study, command: Sequence[str], kind: str, bits: str, vlm: str, values: dict[str, Any]) -> Run:
+    groups = ["all", *(["pretrained"] if values["pretrained"] else []), *(["quantized"] if kind != "fp32" else [])]
+    templates = [template for group in [*groups, "extra"] for template in study.arguments.get(group, ())]
+    decisive = [*command, *(_fill(template, values) for template in templates)]
+    parts = [vlm, values["method"], *([bits, values["scope"]] if kind != "fp32" else []), f"s{values['seed']}"]
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", str(part)) for part in parts)
+    run_id = f"{name}-{_digest(decisive)}"
+    places = values | {"study": study.name, "root": study.root, "run_id": run_id, "run_name": name}
+    output = [_fill(template, places) for template in study.output]
+    identity = {"vlm": vlm, "scope": values["scope"], "method": values["method"], "bits": bits, "kind": kind}
+    return Run(**identity, seed=values["seed"], run_id=run_id, arguments=(*decisive, *output))
+
+
+def _check_table(name: str, table: Any, keys: Sequence[str] | None) -> None:
+    if not isinstance(table, Mapping):
+        raise VLMQError(f"study.{name} must be a table; compare configs/study/base.yaml")
+    for key, entries in table.items():
+        if keys is not None and key not in keys:
+            raise unknown(f"entry of study.{name}", str(key), keys)
+        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+            raise VLMQError(
+                f"study.{name}.{key} must be a list of words, e.g. study.{name}.{key}=[a,b]; got {entries!r}"
+            )
+        if not entries and keys is not None:
+            raise VLMQError(f"study.{name}.{key} is empty; give it at least one entry")
+    if keys is not None and (missing := [key for key in keys if key not in table]):
+        raise VLMQError(f"study.{name} lacks {', '.join(missing)}; compare configs/study/base.yaml")
+
+
+def _kind_of(method: str) -> str:
+    return "qat" if issubclass(METHODS[method], QATMethod) else "ptq"
+
+
+def _check_vlm(vlm: str) -> None:
+    """Refuse names that no loader knows, before hours are spent on the others."""
+    name, _, weights = vlm.partition("@")
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return
+    if name not in zoo.names() and name not in open_clip.list_models():
+        raise unknown("VLM", name, [*zoo.names(), *open_clip.list_models()])
+    if weights and not Path(weights).is_file():
+        tags = [] if name in zoo.names() else open_clip.list_pretrained_tags_by_model(name)
+        if weights not in tags:
+            raise unknown(f"weights of {name}", weights, tags)
+
+
+def _parse_bits(bits: str) -> tuple[int, int]:
+    found = re.fullmatch(r"W(\d+)A(\d+)", bits, re.IGNORECASE)
+    if not found:
+        raise VLMQError(f"bits '{bits}' are not of the form W4A8 (bits per weight, bits per activation)")
+    weight_bits, act_bits = int(found[1]), int(found[2])
+    QuantScheme(weight_bits=weight_bits, act_bits=act_bits)  # says which widths exist
+    return weight_bits, act_bits
+
+
+def _fill(template: str, values: Mapping[str, Any]) -> str:
+    try:
+        return template.format_map(values)
+    except KeyError as error:
+        known = ", ".join(f"{{{name}}}" for name in values)
+        raise VLMQError(f"'{template}' asks for {{{error.args[0]}}}, which no run has; known here: {known}") from None
+    except (ValueError, IndexError, AttributeError) as error:
+        raise VLMQError(f"'{template}' is no template ({error}); write {{{{ and }}}} for literal braces") from None
+
+
+def _locate_configs(words: Sequence[str], config_folder: Path) -> list[str]:
+    located = list(words)
+    for position, word in enumerate(words[:-1]):
+        if word != "--config":
+            continue
+        beside = config_folder.parent / words[position + 1]
+        found = [path for path in (Path(words[position + 1]), beside) if path.is_file()]
+        if not found:
+            raise VLMQError(
+                f"config file '{words[position + 1]}' is neither here nor at {beside}; correct study.commands"
+            )
+        located[position + 1] = str(found[0])
+    return located
+
+
+def _digest(words: Sequence[str]) -> str:
+    """Hash of an argument list in which config files count by what they say, not by where they are."""
+    content = [_config_content(Path(word)) or word for word in words]
+    return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _config_content(path: Path) -> Any:
+    """A YAML file's parsed content, without comments, with the config files it names; ``None`` for other words."""
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return None
+
+    def expand(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: expand(value) for key, value in node.items()}
+        if isinstance(node, list):
+            return [expand(value) for value in node]
+        if isinstance(node, str):
+            for nested in (path.parent / node, Path(node)):
+                if nested != path and (content := _config_content(nested)) is not None:
+                    return content
+        return node
+
+    try:
+        return expand(yaml.safe_load(path.read_text()))
+    except yaml.YAMLError as error:
+        raise VLMQError(f"{path} is not valid YAML ({str(error).splitlines()[0]}); repair it") from error

@@ -1,0 +1,167 @@
+"""A store filled with made-up but plausible runs, through the real store and the real metrics.
+
+Images have a latent difficulty; a VLM's logits are a class signal and noise, and quantization adds noise of its own and
+shrinks the signal, more with fewer bits. What comes out has the shapes a study has, not its findings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lightning_vlmq.metrics import functional
+from lightning_vlmq.metrics.scores import OOD_SCORES, ScoreInputs
+from lightning_vlmq.results.schema import TUNED, RunKey
+from lightning_vlmq.results.store import ResultsStore
+
+CLASSES = 8
+SCALE = 12.0
+TUNED_SCALE = 1.6  # what tuning multiplies the logits by
+CORRUPTIONS = ("gaussian_noise", "defocus_blur", "contrast")
+LAYERS = [
+    *((f"model.visual.transformer.resblocks.{i}.attn.{p}_proj", "vision/attention") for i in range(3) for p in "qkv"),
+    *((f"model.visual.transformer.resblocks.{i}.mlp.{p}", "vision/mlp") for i in range(3) for p in ("c_fc", "c_proj")),
+    *((f"model.transformer.resblocks.{i}.mlp.c_fc", "text/mlp") for i in range(2)),
+    ("model.visual.proj", "vision/projection"),
+]
+
+
+def grid(
+    vlms: Sequence[str] = ("vit_clean", "convnext_noisy"),
+    methods: Sequence[str] = ("minmax", "lsq_contrastive"),
+    bits: Sequence[tuple[int, int]] = ((8, 8), (4, 8)),
+    scopes: Sequence[str] = ("vision", "vision_text"),
+    seed: int = 0,
+    tuned: bool = False,
+) -> list[RunKey]:
+    keys = []
+    for vlm in vlms:
+        pretrained = vlm.rpartition("_")[2]
+        keys.append(RunKey(vlm, pretrained, "none", "fp32", 32, 32, seed))
+        keys += [RunKey(vlm, pretrained, s, m, w, a, seed) for m in methods for w, a in bits for s in scopes]
+    return keys + [key.tuned for key in keys if tuned]
+
+
+def write_study(root: Path, keys: Sequence[RunKey], size: float = 1.0, code_version: str = "0.1.0") -> ResultsStore:
+    store = ResultsStore(root)
+    for key in keys:
+        run_id = f"{key.model}-{key.method}-{key.bits}-{key.scope}-s{key.seed}".replace("+", ".")
+        store.write(run_id, *make_run(key, run_id, size, code_version))
+    return store
+
+
+def make_run(
+    key: RunKey, run_id: str, size: float = 1.0, code_version: str = "0.1.0"
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    samples = [
+        _evaluate(key, name, role, corruption, severity, n, size) for name, role, corruption, severity, n in _sets()
+    ]
+    table = pd.concat(samples, ignore_index=True)
+    rows = _rows(key, table) if len(table) else []
+    inside = {"dataset": "garments", "role": "id"}
+    rows.append(_row("logit_scale", _scale(key), 0.0, **inside))
+    if "fp32" not in key.method:
+        rows += [_row("coverage_weights", 0.985, 0.0, **inside), _row("coverage_macs", 0.97, 0.0, **inside)]
+    if not key.method.endswith(TUNED):
+        rows.append(_row("stable_rank", 5.2 + key.weight_bits / 10, 0.0, score="vision/mlp", **inside))
+    frame = pd.DataFrame(rows).assign(**key.columns(), code_version=code_version, run_id=run_id)
+    return frame, table, pd.DataFrame() if key.method.endswith(TUNED) else _curves(key)
+
+
+def _sets() -> list[tuple[str, str, str, int, int]]:
+    sets = [("garments", "id", "", 0, 1600), ("held_out", "near_ood", "", 0, 400)]
+    sets += [("digits", "far_ood", "", 0, 400), ("textures", "far_ood", "", 0, 400)]
+    sets += [(f"{c}_{s}", "corruption", c, s, 320) for c in CORRUPTIONS for s in range(1, 6)]
+    sets += [(name, "shift", name, 0, 320) for name in ("inverted", "outline", "rotated", "posterised")]
+    return sets + [(f"backgrounds_{name}", "spurious", "", 0, 800) for name in ("common", "counter")]
+
+
+def _stream(*words: object) -> np.random.Generator:
+    return np.random.default_rng(list("/".join(map(str, words)).encode()))
+
+
+def _scale(key: RunKey) -> float:
+    return (9 if "noisy" in key.model else SCALE) * (TUNED_SCALE if key.method.endswith(TUNED) else 1)
+
+
+def _strength(key: RunKey) -> float:
+    """Noise of quantization, relative to that of the images."""
+    if "fp32" in key.method:
+        return 0.0
+    base = {8: 0.06, 6: 0.15, 4: 0.55}[key.weight_bits] * (0.45 if "lsq" in key.method else 1.0)
+    return base * (1.3 if key.scope == "vision_text" else 1.0)
+
+
+def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int, n: int, size: float) -> pd.DataFrame:
+    n = max(int(n * size), 12)
+    base = name.rsplit("_", 1)[0] if role == "corruption" else name
+    images, model = _stream("images", base, role), _stream("model", key.model, name)
+    quantized = _stream("quantized", key.model, key.method.removesuffix(TUNED), key.bits, key.scope, key.seed, name)
+    is_ood = role.endswith("ood")
+    target = images.integers(0, CLASSES, n)
+    signal = {"near_ood": 0.9, "far_ood": 0.35, "shift": 1.3}.get(role, 2.4) * images.gamma(4, 0.25, n)
+    signal = (
+        signal
+        * (1 - 0.13 * severity)
+        * (0.72 if name.endswith("_counter") else 1)
+        * (0.9 if "noisy" in key.model else 1)
+    )
+    strength = _strength(key)
+    noise = 0.8 * images.normal(size=(n, CLASSES)) + 0.4 * model.normal(size=(n, CLASSES))
+    noise = noise + strength * quantized.normal(size=(n, CLASSES))
+    cosine = (np.eye(CLASSES)[target] * (signal * (1 - 0.25 * strength))[:, None] + noise) / 10
+    logits = torch.from_numpy(cosine * _scale(key)).float()
+    records = functional.per_sample(logits, torch.from_numpy(np.where(is_ood, -1, target)))
+    inputs = ScoreInputs(cosine=torch.from_numpy(cosine).float(), logits=logits)
+    records |= {score: OOD_SCORES[score](inputs) for score in ("mcm", "energy")}
+    frame = pd.DataFrame({column: values.numpy() for column, values in records.items()})
+    where = {"dataset": name, "role": role, "corruption": corruption, "severity": severity}
+    return frame.assign(index=np.arange(n), target=np.where(is_ood, -1, target), **where)
+
+
+def _row(metric: str, value: float, stderr: float = np.nan, n: int = 0, score: str = "", **where: object) -> dict:
+    empty = {"dataset": "", "role": "", "corruption": "", "severity": 0}
+    return {**empty, **where, "score": score, "metric": metric, "value": value, "stderr": stderr, "n": n}
+
+
+def _rows(key: RunKey, samples: pd.DataFrame) -> list[dict]:
+    rows = []
+    for keys, group in samples.groupby(["dataset", "role", "corruption", "severity"], sort=False):
+        where = dict(zip(("dataset", "role", "corruption", "severity"), keys))
+        if str(where["role"]).endswith("ood"):
+            continue
+        correct = torch.from_numpy(group["correct"].to_numpy().copy())
+        confidence = torch.from_numpy(group["confidence"].to_numpy().copy())
+        ece = float(functional.calibration_error(confidence, correct))
+        rows.append(
+            _row(
+                "top1",
+                float(correct.double().mean()),
+                float(correct.double().std() / len(group) ** 0.5),
+                len(group),
+                **where,
+            )
+        )
+        rows.append(_row("ece", ece, 0.01, len(group), **where))
+        if where["role"] == "id":
+            rows.append(_row("classwise_ece", ece / 4, 0.004, len(group), **where))
+            if key.method != "fp32":
+                rows.append(_row("delta_classwise_ece", 0.1, 0.02, len(group), **where))
+    return rows
+
+
+def _curves(key: RunKey) -> pd.DataFrame:
+    parts = []
+    for layer, group in LAYERS:
+        rank = np.arange(1, (24 if "attn" in layer else 48) + 1)
+        reference = (
+            3 * np.exp(-rank / (10 if "attn" in layer else 20)) * (1 + 0.05 * _stream(layer).normal(size=len(rank)))
+        )
+        noise = _strength(key) * (0.15 if "text" not in layer or key.scope == "vision_text" else 0)
+        values = np.sqrt(reference**2 + (noise * 2) ** 2 * _stream(layer, key.bits).gamma(20, 1 / 20, len(rank)))
+        parts.append(pd.DataFrame({"layer": layer, "group": group, "x": rank, "y": values, "y_reference": reference}))
+    return pd.concat(parts, ignore_index=True).assign(kind="singular_values")

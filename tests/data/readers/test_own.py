@@ -1,0 +1,131 @@
+"""Data sets of one's own: class folders, image lists, Parquet; and real images where they are at hand."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from cases.files import encode, names_and_targets, random_pixels, reading, refused, shared_file, write_tree
+from PIL import Image
+
+from lightning_vlmq.data.readers import Folder, ImageList, Parquet
+from lightning_vlmq.data.readers.names import CIFAR10, IMAGENET
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng()
+
+
+class TestFolder:
+    def test_sorted_folders_are_the_classes(self, tmp_path, rng):
+        write_tree(tmp_path / "mine", rng, ["cat/b.png", "cat/a.jpg", "an owl/c.webp", "dog/deep/er/d.JPG"])
+        (s,) = Folder("mine", "mine", "id").read(reading(tmp_path))
+        assert s.class_names == ("an owl", "cat", "dog") and s.templates
+        assert names_and_targets(s) == (["c.webp", "a.jpg", "b.png", "d.JPG"], [0, 1, 1, 2])
+        (s,) = Folder("mine", "mine", "shift", class_names=["owl", "tabby", "pug"]).read(reading(tmp_path))
+        assert s.class_names == ("owl", "tabby", "pug") and s.templates is None
+
+    def test_ood_takes_any_image(self, tmp_path, rng):
+        write_tree(tmp_path / "any", rng, ["z.png", "x/a.png"])
+        (s,) = Folder("any", "any", "far_ood").read(reading(tmp_path))
+        assert names_and_targets(s) == (["a.png", "z.png"], [-1, -1])
+
+    def test_gone_wrong(self, tmp_path, rng):
+        refused(lambda: Folder("mine", "mine", "id").read(reading(tmp_path)), tmp_path / "mine")
+        (tmp_path / "mine").mkdir()
+        refused(lambda: Folder("mine", "mine", "id").read(reading(tmp_path)), "no class folders")
+        refused(lambda: Folder("mine", "mine", "near_ood").read(reading(tmp_path)), "'mine' (near_ood) is empty")
+        write_tree(tmp_path / "mine", rng, ["cat/a.png", "dog/b.png"])
+        refused(
+            lambda: Folder("mine", "m", "id", class_names=["x", "y", "z"]).read(reading(tmp_path)), "2 class folders"
+        )
+        refused(lambda: Folder("mine", "m", "id", class_names="imagnet").read(reading(tmp_path)), "imagnet", "imagenet")
+        refused(lambda: Folder("mine", "m", "id", templates=["a photo"]).read(reading(tmp_path)), "'a photo'")
+        refused(lambda: Folder("mine", "m", "idd").read(reading(tmp_path)), "idd", "near_ood")
+        refused(lambda: Folder("mine", "m", "id", expected=3).read(reading(tmp_path)), "has 2 images", "3")
+
+    def test_class_names_from_a_file(self, tmp_path, rng):
+        write_tree(tmp_path / "mine", rng, ["n1/a.png", "n2/b.png"])
+        (tmp_path / "names.txt").write_text("tench\n\ngoldfish\n")
+        (s,) = Folder("mine", "m", "id", class_names=str(tmp_path / "names.txt")).read(reading(tmp_path))
+        assert s.class_names == ("tench", "goldfish")
+
+
+class TestImageList:
+    def test_lines_in_order_with_paths_from_the_lists_folder_or_another(self, tmp_path, rng):
+        write_tree(tmp_path / "images", rng, ["a b.png", "c.png"])
+        (tmp_path / "list.txt").write_text("images/c.png 1\nimages/a b.png 0\n")
+        (s,) = ImageList("list.txt", "l", "shift").read(reading(tmp_path))
+        assert names_and_targets(s) == (["c.png", "a b.png"], [1, 0]) and s.class_names is None
+        (tmp_path / "list.txt").write_text("c.png 1\n")
+        (s,) = ImageList("list.txt", "l", "id", images="images", class_names="cifar10").read(reading(tmp_path))
+        assert names_and_targets(s) == (["c.png"], [1]) and s.class_names == CIFAR10 and s.templates
+
+    def test_gone_wrong(self, tmp_path, rng):
+        (tmp_path / "list.txt").write_text("c.png 1\nd.png\n")
+        refused(lambda: ImageList("list.txt", "l", "id").read(reading(tmp_path)), "line 2", "d.png")
+        (tmp_path / "list.txt").write_text("c.png 1\n")
+        refused(lambda: ImageList("list.txt", "l", "id").read(reading(tmp_path)), "'c.png'")
+
+
+class TestParquet:
+    def write(self, path, rng, n=6, **columns):
+        files = [encode(random_pixels(rng, 16, 16)) for _ in range(n)]
+        path.parent.mkdir(exist_ok=True, parents=True)
+        pq.write_table(pa.table({"image": files, **columns}), path, row_group_size=4)
+        return files
+
+    def test_numbers_and_names(self, tmp_path, rng):
+        self.write(tmp_path / "x.parquet", rng, label=[2, 0, 1, 1, 0, 2], name=["c", "a", "b", "b", "a", "c"])
+        (s,) = Parquet("x.parquet", "x", "id", class_name="name").read(reading(tmp_path))
+        assert s.class_names == ("a", "b", "c") and s.images.columns["target"].tolist() == [2, 0, 1, 1, 0, 2]
+        (s,) = Parquet("x.parquet", "x", "shift").read(reading(tmp_path))
+        assert s.class_names is None
+        (s,) = Parquet("x.parquet", "x", "id", label="name").read(reading(tmp_path))
+        assert s.class_names == ("a", "b", "c") and s.images.columns["target"].tolist() == [2, 0, 1, 1, 0, 2]
+        (s,) = Parquet("x.parquet", "x", "far_ood", label="none").read(reading(tmp_path))
+        assert s.images.columns["target"].tolist() == [-1] * 6
+
+    def test_a_folder_of_shards(self, tmp_path, rng):
+        self.write(tmp_path / "set" / "b.parquet", rng, 2, label=[1, 0])
+        files = self.write(tmp_path / "set" / "a.parquet", rng, 5, label=[0, 1, 0, 1, 1])
+        (s,) = Parquet("set", "x", "id").read(reading(tmp_path))
+        assert s.images.columns["target"].tolist() == [0, 1, 0, 1, 1, 1, 0]
+        assert s.images.source.encoded(4) == files[4] and "b.parquet, row 1" in s.images.source.name(6)
+
+    def test_gone_wrong(self, tmp_path, rng):
+        refused(lambda: Parquet("x.parquet", "x", "id").read(reading(tmp_path)), "x.parquet", "does not exist")
+        (tmp_path / "empty").mkdir()
+        refused(lambda: Parquet("empty", "x", "id").read(reading(tmp_path)), "no Parquet file")
+        self.write(tmp_path / "x.parquet", rng, 3, label=[0, 1, 1], name=["a", "b", "c"])
+        how = Parquet("x.parquet", "x", "id", class_name="name")
+        refused(lambda: how.read(reading(tmp_path)), "label 1 has several names", "x.parquet")
+        self.write(tmp_path / "x.parquet", rng, 2, label=[0, 2], name=["a", "c"])
+        refused(lambda: how.read(reading(tmp_path)), "labels are not 0..1")
+        refused(lambda: Parquet("x.parquet", "x", "id", label="y").read(reading(tmp_path)), "lacks the column y")
+
+
+def test_real_cifar10_images():
+    path = shared_file("cifar10-test.parquet")
+    how = Parquet(path.name, "cifar10", "id", class_name="class_name", expected=10_000)
+    (s,) = how.read(reading(path.parent, size=32))
+    assert s.class_names == CIFAR10
+    assert torch.equal(s.images.columns["target"].bincount(), torch.full((10,), 1000))
+    batch = s.images.__getitems__([9999, 0])
+    raw = pq.read_table(path)["image"]
+    for row, image in zip((9999, 0), batch["image"]):
+        import io
+
+        decoded = np.array(Image.open(io.BytesIO(raw[row].as_py())).convert("RGB"))
+        assert torch.equal(image, torch.from_numpy(decoded).permute(2, 0, 1))
+
+
+def test_real_imagenet_images_by_wnid():
+    path = shared_file("imagenet-sample-224.parquet")
+    how = Parquet(path.name, "sample", "id", label="wnid", class_name="class_name", expected=1000)
+    (s,) = how.read(reading(path.parent, size=224))
+    assert len(s.class_names) == 1000 and s.images[0]["image"].shape == (3, 224, 224)
+    target = s.images.columns["target"]
+    assert sorted(target.tolist()) == list(range(1000))  # one a class: sorted wnids are ImageNet's labels
+    assert s.class_names[0] == IMAGENET[0] == "tench"

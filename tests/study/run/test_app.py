@@ -1,0 +1,132 @@
+"""The console script: what it refuses, what it reports, and a small study through the real command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cases.small_data import SMALL_DATA
+from cases.study import grid, write_study
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.study.run import app as runner
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def vlmq_study(monkeypatch, capfd, tmp_path):
+    """Call the entry point in this process from the repository; returns exit code, standard output and error."""
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.chdir(REPOSITORY)
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+        monkeypatch.setattr(sys, "argv", ["vlmq-study", f"study.root={tmp_path / 'logs'}", *arguments])
+        try:
+            runner.entry_point()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("study=dmo", "Could not find 'study/dmo' Available options in 'study':"),
+        ("study.axes.vlms=[vit_clean]", "Could not override 'study.axes.vlms'"),
+        ("study.axes.method=[minmx]", "unknown method 'minmx'; did you mean minmax"),
+        ("study.axes.bits=[W4]", "bits 'W4' are not of the form"),
+        ("seed=-1", "seed must be a whole number from 0, got -1"),
+        ("seed=[0,1]", "seed must be a whole number from 0"),
+        ("study.axes.vlm=[vit_clean", "no viable alternative"),
+        ("report_only=true", "no results in"),
+        ("--config-dir=/nowhere", "'/nowhere' holds no sweep.yaml"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(vlmq_study, argument, message):
+    code, _, error = vlmq_study(argument)
+    lines = [line for line in error.splitlines() if line]
+    assert code == 2 and len(lines) == 1
+    assert lines[0].startswith("vlmq-study: error: ") and message in lines[0]
+
+
+def test_bad_input_in_a_multirun_is_exit_code_2(vlmq_study):
+    code, _, error = vlmq_study("-m", "study.axes.method=[minmx],[minmax]", "study.axes.vlm=[]")
+    assert code == 2 and "vlmq-study: error:" in error and "Traceback" not in error
+
+
+def test_configs_are_found_beside_the_package_from_anywhere(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert runner.find_configs(["study=demo"]) == REPOSITORY / "configs"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "sweep.yaml").touch()
+    assert runner.find_configs([]) == tmp_path / "configs"
+    assert runner.find_configs(["--config-dir", str(REPOSITORY / "configs")]) == REPOSITORY / "configs"
+    with pytest.raises(VLMQError, match=r"--config-dir .* holds no sweep\.yaml"):
+        runner.find_configs(["-m", "--config-dir"])
+
+
+def test_no_configs_anywhere_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        runner.lightning_vlmq, "__file__", str(tmp_path / "site-packages" / "lightning_vlmq" / "__init__.py")
+    )
+    with pytest.raises(VLMQError, match=r"no configs/sweep\.yaml here; .* give --config-dir=FOLDER"):
+        runner.find_configs([])
+
+
+def test_report_only(vlmq_study, tmp_path):
+    keys = grid(["vit_clean"], ["minmax"], [(8, 8), (4, 8)], ["vision"])
+    write_study(tmp_path / "logs", keys, size=0.05)
+    code, output, error = vlmq_study("report_only=true")
+    assert code == 0, error
+    assert (tmp_path / "logs" / "report.html").exists() and str(tmp_path / "logs" / "report.html") in output
+    for word in (
+        "vit_clean",
+        "minmax W4A8 vision",
+        "top-1",
+        "AUROC near",
+        "corrupted",
+        "RSG",
+        "seconds per stage",
+        "tensorboard",
+    ):
+        assert word in output
+
+
+def test_help_shows_studies_and_config(vlmq_study):
+    code, output, _ = vlmq_study("--help")
+    assert code == 0 and "study: " in output and "axes:" in output and "demo" in output
+
+
+def test_a_small_study_with_a_failing_vlm(tmp_path):
+    """Two VLMs, one of which cannot be loaded: its runs fail and are named, the others end in the report."""
+    quoted = ",".join(f'"--data.{key}={value}"'.replace("'", "").replace(" ", "") for key, value in SMALL_DATA.items())
+    arguments = [
+        f"study.root={tmp_path}",
+        "study.axes.vlm=[vit_clean,'local-dir:/nowhere']",
+        "study.axes.method=[minmax]",
+        "study.axes.bits=[W4A8]",
+        "study.axes.scope=[vision]",
+        f"study.arguments.extra=[{quoted}]",
+    ]
+    command = [sys.executable, "-m", "lightning_vlmq.study.run.app", "study=demo", *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    assert (tmp_path / "report.html").exists()
+    runs = {path.stem for path in (tmp_path / "results").glob("*.parquet")}
+    own = {run for run in runs if not run.endswith(".lst")}
+    assert len(own) == 2 and runs - own == {f"{run}.lst" for run in own}
+    assert len(list((tmp_path / "failures").glob("*.txt"))) == 2
+    assert (
+        done.stdout.count("✓") == 2
+        and done.stdout.count("✗") == 2
+        and done.stdout.count("failed local-dir:/nowhere") == 2
+    )
+    assert "minmax W4A8 vision" in done.stdout and "Traceback" not in done.stdout + done.stderr
+    assert list((tmp_path / "tensorboard" / "vit_clean-fp32-s0").rglob("events.out.*"))

@@ -1,0 +1,184 @@
+"""The grid: what a study config spells out, what makes a run another run, and what is refused before anything runs."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from omegaconf import OmegaConf
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.quant import METHODS
+from lightning_vlmq.study.run.grid import Study, compose
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+@cache
+def _composed(*overrides: str) -> dict:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        composed = hydra_compose("sweep", overrides=list(overrides))
+    return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)["study"]
+
+
+def config(*overrides: str) -> dict:
+    return copy.deepcopy(_composed(*overrides))
+
+
+@pytest.fixture
+def demo() -> dict:
+    return config("study=demo")
+
+
+def runs(plain: dict, seed: int = 0, folder: Path = CONFIGS):
+    return compose(Study.from_config(plain), seed, folder)
+
+
+def test_the_demo_is_four_vlms_in_eight_settings_and_full_precision(demo):
+    grid = runs(demo)
+    assert len(grid) == 4 * (1 + 2 * 2 * 2)
+    for start in range(0, 36, 9):  # each VLM's full precision comes before what is compared with it
+        assert grid[start].kind == "fp32" and len({run.vlm for run in grid[start : start + 9]}) == 1
+        assert all(run.kind != "fp32" for run in grid[start + 1 : start + 9])
+    assert len({run.run_id for run in grid}) == 36
+    assert {run.kind for run in grid if run.method == "lsq_contrastive"} == {"qat"}
+    assert {run.kind for run in grid if run.method == "minmax"} == {"ptq"}
+
+
+def test_argument_lists(demo):
+    full, quantized = runs(demo, seed=3)[0], runs(demo, seed=3)[-1]
+    configs = str(CONFIGS)
+    assert [word.replace(configs, "configs") for word in full.arguments] == [
+        *("validate", "--config", "configs/eval.yaml"),
+        *("--seed_everything=3", "--model.vlm=vit_clean", "--model.quant.method=fp32"),
+        *("--results.root=logs/demo", f"--results.run_id={full.run_id}"),
+        *(
+            "--trainer.logger.init_args.save_dir=logs/demo/tensorboard",
+            "--trainer.logger.init_args.name=vit_clean-fp32-s3",
+        ),
+    ]
+    assert quantized.arguments[0] == "fit" and quantized.arguments[2].endswith("configs/qat.yaml")
+    assert set(quantized.arguments[3:9]) == {
+        "--seed_everything=3",
+        "--model.vlm=convnext_noisy",
+        "--model.quant.method=lsq_contrastive",
+        "--model.quant.scope=vision_text",
+        "--model.quant.weight_bits=4",
+        "--model.quant.act_bits=8",
+    }
+
+
+@pytest.mark.parametrize("path", sorted(p.stem for p in (CONFIGS / "study").glob("*.yaml") if p.stem != "base"))
+def test_committed_studies_are_complete(path):
+    plain = config(f"study={path}")
+    unknown_methods = [name for name in plain["axes"]["method"] if name not in METHODS]
+    assert not unknown_methods
+    grid = runs(plain)
+    cells = len(plain["axes"]["method"]) * len(plain["axes"]["bits"]) * len(plain["axes"]["scope"])
+    assert len(grid) == len(plain["axes"]["vlm"]) * (1 + cells)
+
+
+def test_where_output_goes_does_not_change_what_a_run_is(demo):
+    elsewhere = config("study=demo", "study.name=other", "study.root=/somewhere/else")
+    assert [run.run_id for run in runs(elsewhere)] == [run.run_id for run in runs(demo)]
+    assert "--results.root=/somewhere/else" in runs(elsewhere)[0].arguments
+
+
+def test_what_decides_a_result_changes_what_a_run_is(demo):
+    first = runs(demo)[0].run_id
+    assert runs(demo, seed=1)[0].run_id != first
+    longer = copy.deepcopy(demo)
+    longer["arguments"]["extra"] = ["--data.per_class=5"]
+    assert runs(longer)[0].run_id != first
+
+
+def test_config_files_count_by_what_they_say(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "configs"
+    folder.mkdir()
+    files = {"eval.yaml": "data: nested.yaml\nseed: 1\n", "qat.yaml": "seed: 1\n", "nested.yaml": "n: 5\n"}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+
+    def ids() -> list[str]:
+        return [run.run_id for run in runs(demo, folder=folder)]
+
+    before = ids()
+    (folder / "eval.yaml").write_text("# a remark\nseed:   1\ndata: nested.yaml\n")
+    assert ids() == before
+    (folder / "nested.yaml").write_text("n: 6\n")
+    after = ids()
+    assert after[0] != before[0]
+    assert [run for run, old in zip(after, before) if "lsq" in run and run != old] == []
+    (folder / "qat.yaml").write_text("seed: [\n")
+    with pytest.raises(VLMQError, match=r"qat\.yaml is not valid YAML"):
+        ids()
+    (folder / "qat.yaml").unlink()
+    with pytest.raises(VLMQError, match=r"'configs/qat\.yaml' is neither here nor at"):
+        ids()
+
+
+def test_weights_after_an_at_sign(demo):
+    demo["axes"]["vlm"] = ["ViT-B-32@laion2b_s34b_b79k"]
+    full = runs(demo)[0]
+    assert "--model.vlm=ViT-B-32" in full.arguments and "--model.pretrained=laion2b_s34b_b79k" in full.arguments
+    assert full.run_id.startswith("ViT_B_32_laion2b_s34b_b79k-fp32-s0-")
+    assert not any("pretrained" in word for word in runs(config("study=demo"))[0].arguments)
+
+
+def test_entries_named_twice_count_once(demo):
+    demo["axes"]["vlm"] = ["vit_clean", "vit_clean"]
+    demo["axes"]["method"] = ["minmax", "fp32", "minmax"]
+    assert len(runs(demo)) == 1 + 4
+
+
+@pytest.mark.parametrize(
+    ("axis", "entries", "message"),
+    [
+        ("vlm", ["vit_cleen"], "unknown VLM 'vit_cleen'; did you mean vit_clean"),
+        (
+            "vlm",
+            ["ViT-B-32@laion2b_s34b_b79"],
+            "unknown weights of ViT-B-32 'laion2b_s34b_b79'; did you mean laion2b_s34b_b79k",
+        ),
+        ("method", ["minmx"], "unknown method 'minmx'; did you mean minmax"),
+        ("scope", ["text_vision"], "unknown scope 'text_vision'; did you mean"),
+        ("bits", ["W4"], "bits 'W4' are not of the form W4A8"),
+        ("bits", ["W9A8"], "weight_bits must be 2 to 8"),
+        ("bits", ["W16A16"], "nothing would be quantized"),
+        ("bits", [], "study.axes.bits is empty"),
+        ("method", "minmax", "study.axes.method must be a list of words"),
+        ("method", [4], "study.axes.method must be a list of words"),
+    ],
+)
+def test_bad_axes_are_refused_in_one_line(demo, axis, entries, message):
+    demo["axes"][axis] = entries
+    with pytest.raises(VLMQError) as error:
+        runs(demo)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("axes"), "the study config lacks axes"),
+        (lambda c: c["axes"].pop("vlm"), "study.axes lacks vlm"),
+        (lambda c: c["axes"].update(vlms=["vit_clean"]), "unknown entry of study.axes 'vlms'; did you mean vlm"),
+        (lambda c: c.update(comand=1), "unknown entry of the study config 'comand'; did you mean commands"),
+        (lambda c: c.update(name="a/b"), "study.name 'a/b' is no folder name"),
+        (
+            lambda c: c["arguments"].update(extra=["--model.x={vln}"]),
+            "'--model.x={vln}' asks for {vln}, which no run has",
+        ),
+        (lambda c: c["arguments"].update(extra=["{"]), "'{' is no template"),
+    ],
+)
+def test_bad_configs_are_refused_in_one_line(demo, change, message):
+    change(demo)
+    with pytest.raises(VLMQError) as error:
+        runs(demo)
+    assert message in str(error.value) and "\n" not in str(error.value)
