@@ -16,7 +16,7 @@ import pandas as pd
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant.methods import METHODS
-from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.results.store import ResultsStore
 
 ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+
+from lightning_vlmq.core.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,15 @@ class Role:
     is_classwise: bool = False
 
 
-ROLES: Mapping[str, Role] = {
+ROLES: Registry[Role] = Registry("role")
+"""Every role by name, in display order. Every sample has one, and every row but those about the model alone (role ``""``)."""
+
+for _name, _role in {
     "id": Role("in-distribution", is_classwise=True),
     "near_ood": Role("near out-of-distribution", is_ood=True),
     "far_ood": Role("far out-of-distribution", is_ood=True),
     "corruption": Role("corruptions"),
     "shift": Role("semantic shift", is_classwise=True),
     "spurious": Role("spurious correlation", is_classwise=True),
-}
-"""Every role by name, in display order. Every sample has one, and every row but those about the model alone (role ``""``)."""
+}.items():
+    ROLES.register(_name)(_role)

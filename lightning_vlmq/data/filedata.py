@@ -27,7 +27,7 @@ class FileData(ReliabilityDataModule):
     by batch by the loader's processes, the caption pairs once, in ``setup``.
 
     Args:
-        sets: readers of evaluation sets, see :mod:`lightning_vlmq.data.files`; ``sets+`` in a config file adds to those of the
+        sets: readers of evaluation sets, see :mod:`lightning_vlmq.data.readers`; ``sets+`` in a config file adds to those of the
             configs before it.
         root: folder below which the readers' paths lie.
         pairs: reader of caption pairs, needed to calibrate or train.

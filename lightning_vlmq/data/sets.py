@@ -19,7 +19,7 @@ Batch = dict[str, Any]
 
 
 class ImageSet(Protocol):
-    """Images of a data set, in memory (:class:`TensorImages`) or decoded when asked for (``data.files.FileImages``)."""
+    """Images of a data set, in memory (:class:`TensorImages`) or decoded when asked for (``data.images.FileImages``)."""
 
     def __len__(self) -> int: ...
 
@@ -104,7 +104,7 @@ class EvalSet:
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
-            raise VLMQError(f"data set '{self.name}' has the role '{self.role}'; use one of {', '.join(ROLES)}")
+            raise unknown("role", self.role, ROLES)
         if len(self.images) == 0:
             raise VLMQError(f"data set '{self.name}' ({self.role}) is empty; check its path or leave it out")
         object.__setattr__(self, "digest", self.images.digest())

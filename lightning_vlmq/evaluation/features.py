@@ -18,8 +18,7 @@ import lightning_vlmq
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM
-from lightning_vlmq.quant.scheme import QuantScheme
-from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 
 
 class FeatureCache:

@@ -39,7 +39,8 @@ from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import METHODS, CoverageReport, load_quantized, quantize
 from lightning_vlmq.quant.methods import Quantization
-from lightning_vlmq.results.schema import FULL_PRECISION, RunKey
+from lightning_vlmq.quant.scheme import FULL_PRECISION
+from lightning_vlmq.results.schema import RunKey
 
 log = logging.getLogger(__name__)
 

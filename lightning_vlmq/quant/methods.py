@@ -28,8 +28,7 @@ from lightning_vlmq.quant.layers import (
     swap_layers,
     weight_quantized_layers,
 )
-from lightning_vlmq.quant.scheme import QuantScheme
-from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 
 METHODS: Registry[type[PTQMethod]] = Registry("method")
 

@@ -207,3 +207,7 @@ def _check_values(values: Mapping[str, Any]) -> None:
     size = values.get("group_size", 2)
     if not isinstance(size, int) or isinstance(size, bool) or size < 2:
         raise VLMQError(f"group_size must be a whole number of at least 2; got {size!r}")
+
+
+FULL_PRECISION = "fp32"
+"""Method name of the model nothing was done to (scope ``"none"``, 32 bits)."""

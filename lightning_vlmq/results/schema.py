@@ -6,9 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
-FULL_PRECISION = "fp32"
-"""Method name of the model nothing was done to (scope ``"none"``, 32 bits)."""
-
+from lightning_vlmq.quant.scheme import FULL_PRECISION
 
 TUNED = "+lst"
 """What follows a method's name where the logit scale was tuned on the calibration pairs: ``"minmax+lst"``, ``"fp32+lst"``."""

@@ -9,7 +9,7 @@ import yaml
 
 from lightning_vlmq.cli import VLMQCLI, main
 from lightning_vlmq.commands.data import parser
-from lightning_vlmq.data import FileData, files
+from lightning_vlmq.data import FileData, readers
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs" / "data").glob("*.yaml"))
@@ -53,8 +53,8 @@ def test_commands_in_its_comment_are_accepted(path):
 def test_there_is_a_config_for_every_published_set():
     named = {entry.split(".")[-1] for p in CONFIGS for entry in re.findall(r"class_path: (\S+)", p.read_text())}
     own = {"ImageList", "Parquet", "TablePairs"}  # told in docs/data.md, with folder.yaml as the example
-    readers = {n for n in files.__all__ if issubclass(getattr(files, n), (files.Reader, files.PairReader))}
-    assert readers - {"Reader", "PairReader"} - own == named - {"FileData"}
+    known = {n for n in readers.__all__ if issubclass(getattr(readers, n), (readers.Reader, readers.PairReader))}
+    assert known - {"Reader", "PairReader"} - own == named - {"FileData"}
 
 
 def test_several_add_up_behind_an_experiment(tmp_path, monkeypatch):
@@ -67,7 +67,7 @@ def test_several_add_up_behind_an_experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli = VLMQCLI(args=[*args, "--data.root=/r", f"--data.sets+={extra}"], run=False)
     assert [type(r).__name__ for r in cli.datamodule.readers] == ["ImageNet", "OpenOOD", "Folder"]
-    assert cli.datamodule.pair_reader == files.ShardPairs("cc3m") and type(cli.model).__name__ == "EvaluationModule"
+    assert cli.datamodule.pair_reader == readers.ShardPairs("cc3m") and type(cli.model).__name__ == "EvaluationModule"
 
 
 def documented():

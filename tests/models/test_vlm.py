@@ -72,7 +72,8 @@ def test_caption_logits_are_those_of_open_clip():
         logits = vlm.caption_logits(vlm.image_tokens(pixels), tokens)
         own = vlm.model(vlm.preprocess(pixels), tokens)
     assert vlm.has_decoder and logits.shape == (3, 24, vlm.model.text.vocab_size)
-    assert torch.equal(logits[:, :-1], own["logits"]) and torch.equal(own["labels"], tokens[:, 1:])
+    torch.testing.assert_close(logits[:, :-1], own["logits"])  # kernels differ by the shapes they are given
+    assert torch.equal(own["labels"], tokens[:, 1:])
 
 
 def test_only_coca_has_a_decoder():

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from lightning_vlmq.evaluation.estimates import Array, Estimate, estimate_all, stored_estimates
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.metrics.functional import TrajectoryBins, relative_change
-from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.statistics import benjamini_hochberg, summarise
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults, align, reference_of

@@ -16,8 +16,7 @@ import yaml
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.models import zoo
 from lightning_vlmq.quant.methods import METHODS, QATMethod
-from lightning_vlmq.quant.scheme import SCOPES, QuantScheme
-from lightning_vlmq.results.schema import FULL_PRECISION
+from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 
 KINDS = ("fp32", "ptq", "qat")
 """Kinds of runs: full precision, post-training quantization, quantization-aware training. Each has its command."""

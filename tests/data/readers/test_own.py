@@ -42,7 +42,7 @@ class TestFolder:
         )
         refused(lambda: Folder("mine", "m", "id", class_names="imagnet").read(reading(tmp_path)), "imagnet", "imagenet")
         refused(lambda: Folder("mine", "m", "id", templates=["a photo"]).read(reading(tmp_path)), "'a photo'")
-        refused(lambda: Folder("mine", "m", "idd").read(reading(tmp_path)), "idd", "near_ood")
+        refused(lambda: Folder("mine", "m", "idd").read(reading(tmp_path)), "role 'idd'", "did you mean id")
         refused(lambda: Folder("mine", "m", "id", expected=3).read(reading(tmp_path)), "has 2 images", "3")
 
     def test_class_names_from_a_file(self, tmp_path, rng):

@@ -1,0 +1,71 @@
+"""What a thing is, as plain values that can be hashed: the one way in which runs and cache keys say what decides a number."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_vlmq.core.errors import VLMQError
+
+
+def describe(value: Any) -> Any:
+    """A value as nested lists, dicts with text keys, texts, numbers, booleans and ``None``.
+
+    Dataclasses are their class and fields (those with ``compare=False`` do not count), other objects what their method
+    ``identity()`` returns.
+
+    Raises:
+        VLMQError: something in it does not say what it is. An object that would be described by its address or by its class
+            alone is refused: two runs that differ in it would pass for one.
+    """
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else repr(float(value))
+    if isinstance(value, Enum):
+        return [_name(type(value)), value.name]
+    if isinstance(value, PurePath | torch.dtype | torch.device):
+        return str(value)
+    if hasattr(value, "identity") and not isinstance(value, type):
+        return {"type": _name(type(value)), "is": describe(value.identity())}
+    if is_dataclass(value) and not isinstance(value, type):
+        own = {field.name: describe(getattr(value, field.name)) for field in fields(value) if field.compare}
+        return {"type": _name(type(value)), **own}
+    if isinstance(value, Mapping):
+        strangers = [key for key in value if not isinstance(key, str)]
+        if strangers:
+            raise VLMQError(f"a key that is no text cannot be part of an identity: {strangers[0]!r}")
+        return {key: describe(value[key]) for key in sorted(value)}
+    if isinstance(value, Set):
+        return sorted((describe(entry) for entry in value), key=lambda entry: json.dumps(entry, sort_keys=True))
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [describe(entry) for entry in value]
+    raise VLMQError(
+        f"a {_name(type(value))} cannot be part of a run's identity: make it a dataclass of its settings, "
+        "or give it a method identity() that returns what decides its results"
+    )
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hash of :func:`describe`: ``length`` hexadecimal digits of SHA-256. Equal for equal descriptions only.
+
+    Raises:
+        VLMQError: as :func:`describe`.
+    """
+    text = json.dumps(describe(value), sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
