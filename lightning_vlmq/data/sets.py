@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.images.fingerprints import Fingerprints, shown
 
