@@ -109,7 +109,7 @@ class ResultsWriter(Callback):
 def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
     parts = []
     for s in sets:
-        where = {key: getattr(s, "name" if key == "dataset" else key) for key in _SET_COLUMNS}
+        where = {key: getattr(s, "name" if key == "dataset" else key) for key in (*_SET_COLUMNS, "group")}
         parts.append(pd.DataFrame({key: column.numpy() for key, column in records[s.name].items()}).assign(**where))
     return pd.concat(parts)
 

@@ -85,11 +85,14 @@ class EvalSet:
         role: one of :data:`ROLES`.
         images: the samples; batches hold ``image``, ``index`` and ``target`` (class index, -1 in OOD sets).
         corruption: name of the corruption or rendition, empty where there is none.
-        severity: 1..5, or 0.
+        severity: 1..5; 0 of images as they are.
         class_names: the set's own classes, where they are not the data module's.
         templates: the prompts that go with them; the data module's if not given.
         classes: the classes that can be predicted, as indices into the class names, where they are not all of them.
             ``target`` counts along this tuple.
+        group: sets with the same group show the same scenes in the same order, sample i of one is sample i of the other: corruptions
+            of the same images, drawings on two backgrounds. They are resampled together, all others independently. Of a group
+            of corrupted sets, the one of severity 0 holds the originals: ``corruption`` role and name ``<suite>_clean``, or the id set.
     """
 
     name: str
@@ -100,6 +103,7 @@ class EvalSet:
     class_names: tuple[str, ...] | None = None
     templates: tuple[str, ...] | None = None
     classes: tuple[int, ...] | None = None
+    group: str = ""
     digest: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:

@@ -72,7 +72,9 @@ def estimate_all(sets: Mapping[str, list[SampleMatrix]], seed: int = 0) -> dict[
     estimates: dict[Measure, Estimate] = {}
     for role in ("id", "corruption", "shift"):
         if role in sets:
-            estimates |= _classification(role, sets[role], seed)
+            changed = [matrix for matrix in sets[role] if role != "corruption" or matrix.where.severity]
+            if changed:
+                estimates |= _classification(role, changed, seed)
     if "id" in sets:
         estimates |= _confidence(sets["id"], seed)
         for role in ("near_ood", "far_ood"):

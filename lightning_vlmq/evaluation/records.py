@@ -16,12 +16,13 @@ Columns = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """Which data set a table of samples comes from; see :class:`~lightning_vlmq.results.schema.RunKey` for the run."""
+    """Which data set a table of samples comes from, as :class:`~lightning_vlmq.data.EvalSet` has it."""
 
     dataset: str
     role: str
     corruption: str
     severity: int
+    group: str = ""
 
 
 class SampleMatrix:

@@ -51,6 +51,7 @@ ROW_SCHEMA = pa.schema(
 SAMPLE_SCHEMA = pa.schema(
     [
         *_SET_COLUMNS,
+        ("group", pa.string()),
         ("index", pa.int64()),
         ("target", pa.int64()),
         ("prediction", pa.int64()),
@@ -61,7 +62,10 @@ SAMPLE_SCHEMA = pa.schema(
         ("brier", pa.float32()),
     ]
 )
-"""Columns every per-sample record has; each further column is one OOD score (float32, higher = in-distribution)."""
+"""Columns every per-sample record has; each further column is one OOD score (float32, higher = in-distribution).
+
+Sets of one ``group`` are of the same scenes, see :class:`~lightning_vlmq.data.EvalSet`.
+"""
 
 
 CURVE_SCHEMA = pa.schema(

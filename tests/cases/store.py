@@ -25,7 +25,9 @@ def make_rows(run_id: str, metrics: tuple[str, ...] = ("top1", "ece"), key: RunK
 
 def make_samples(n: int = 100) -> pd.DataFrame:
     rng = np.random.default_rng(n)
-    frame = pd.DataFrame({"dataset": "fashion", "role": "id", "corruption": "", "severity": 0, "index": np.arange(n)})
+    frame = pd.DataFrame(
+        {"dataset": "fashion", "role": "id", "corruption": "", "severity": 0, "group": "", "index": np.arange(n)}
+    )
     frame["target"] = rng.integers(0, 10, n)
     frame["prediction"] = rng.integers(0, 10, n)
     frame["confidence"] = rng.random(n).astype(np.float32)

@@ -119,7 +119,8 @@ def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int,
     inputs = ScoreInputs(cosine=torch.from_numpy(cosine).float(), logits=logits)
     records |= {score: OOD_SCORES[score](inputs) for score in ("mcm", "energy")}
     frame = pd.DataFrame({column: values.numpy() for column, values in records.items()})
-    where = {"dataset": name, "role": role, "corruption": corruption, "severity": severity}
+    group = {"corruption": "corruptions", "spurious": ""}.get(role, "")
+    where = {"dataset": name, "role": role, "corruption": corruption, "severity": severity, "group": group}
     return frame.assign(index=np.arange(n), target=np.where(is_ood, -1, target), **where)
 
 

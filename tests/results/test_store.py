@@ -28,7 +28,7 @@ def test_what_is_written_comes_back(tmp_path):
     pd.testing.assert_frame_equal(store.rows(), rows[ROW_SCHEMA.names], check_dtype=False)
     read = store.samples("a")
     assert isinstance(read["dataset"].dtype, pd.CategoricalDtype)
-    text = ["dataset", "role", "corruption"]
+    text = ["dataset", "role", "corruption", "group"]
     pd.testing.assert_frame_equal(
         read.astype(dict.fromkeys(text, str)), samples.astype(dict.fromkeys(text, str)), check_dtype=False
     )

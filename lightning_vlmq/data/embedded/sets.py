@@ -110,28 +110,38 @@ def _textures(recipe: Recipe) -> list[EvalSet]:
 
 @DATASETS.register("corruptions")
 def _corruptions(recipe: Recipe) -> list[EvalSet]:
+    """The corrupted images, after those that they were made of (severity 0), whose error the relative corruption error needs."""
     base = _composed(_trained(recipe, recipe.per_class_shifted), 1.0, recipe.generator(5))
     seeds = torch.arange(len(base)) + recipe.data_seed * 1_000_003
-    return [
+    corrupted = [
         EvalSet(
-            f"{name}_{severity}", "corruption", _with(base, corrupt(base.images, name, severity, seeds)), name, severity
+            f"{name}_{severity}",
+            "corruption",
+            _with(base, corrupt(base.images, name, severity, seeds)),
+            name,
+            severity,
+            group="corruptions",
         )
         for name in recipe.corruptions
         for severity in recipe.severities
     ]
+    return [EvalSet("corruptions_clean", "corruption", base, group="corruptions"), *corrupted]
 
 
 @DATASETS.register("renditions")
 def _renditions(recipe: Recipe) -> list[EvalSet]:
     base = _composed(_trained(recipe, recipe.per_class_shifted), 1.0, recipe.generator(6))
-    return [EvalSet(name, "shift", _with(base, rendition(base.images, name)), name) for name in recipe.renditions]
+    return [
+        EvalSet(name, "shift", _with(base, rendition(base.images, name)), name, group="renditions")
+        for name in recipe.renditions
+    ]
 
 
 @DATASETS.register("backgrounds")
 def _backgrounds(recipe: Recipe) -> list[EvalSet]:
     garments = _trained(recipe, max(recipe.per_class // 2, 1))
     return [
-        EvalSet(f"backgrounds_{name}", "spurious", _composed(garments, share, recipe.generator(7)))
+        EvalSet(f"backgrounds_{name}", "spurious", _composed(garments, share, recipe.generator(7)), group="backgrounds")
         for name, share in (("common", 1.0), ("counter", 0.0))
     ]
 

@@ -48,6 +48,7 @@ class CIFAR(Reader):
         names = CIFAR10 if self.classes == 10 else tuple(name.replace("_", " ") for name in data.classes)
         source = ArrayRows(data.data, folder / kind.base_folder / kind.test_list[0][0])
         about: dict[str, Any] = {"class_names": names, "templates": TEMPLATES["cifar"]}
+        about["group"] = f"cifar{self.classes}"  # CIFAR-C's images are these, in this order
         return [reading.eval_set(f"cifar{self.classes}", self.role, source, data.targets, self.expected, **about)]
 
 
@@ -100,6 +101,7 @@ class CIFARC(Reader):
                         rows=rows,
                         corruption=corruption,
                         severity=severity,
+                        group=f"cifar{self.classes}",
                         **about,
                     )
                 )

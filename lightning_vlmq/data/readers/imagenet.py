@@ -56,16 +56,18 @@ class ImageNet(Reader):
         """One set over all 1,000 classes."""
         folder = reading.folder(self.path)
         source: FileTree
+        about: dict[str, Any] = dict(OF_IMAGENET)
         if self.labels is None:
             if not any(entry.is_dir() for entry in os.scandir(folder)):
                 raise VLMQError(
                     f"'{folder}' has no class folders; for the flat layout set labels to the ground-truth list"
                 )
             source, labels = class_folders(folder, imagenet_labels(), self.expected is not None)
+            about["group"] = "imagenet"  # ImageNet-C's images are these, in this order
         else:
             source = FileTree.scan(folder)
             labels = _flat_labels(reading.file(self.labels), source)
-        return [reading.eval_set(self.name, self.role, source, labels, self.expected, **OF_IMAGENET)]
+        return [reading.eval_set(self.name, self.role, source, labels, self.expected, **about)]
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,12 @@ class ImageNetC(Reader):
                 reading.folder(f"{self.path}/{below}")
                 source, labels = class_folders(folder, imagenet_labels(), self.expected is not None, below)
                 name = f"imagenet_c_{corruption}_{severity}"
-                about: dict[str, Any] = {"corruption": corruption, "severity": severity, **OF_IMAGENET}
+                about: dict[str, Any] = {
+                    "corruption": corruption,
+                    "severity": severity,
+                    "group": "imagenet",
+                    **OF_IMAGENET,
+                }
                 sets.append(reading.eval_set(name, "corruption", source, labels, self.expected, **about))
         return sets
 

@@ -66,6 +66,7 @@ def diagnose(sets: dict[str, list[SampleMatrix]], position: int) -> Diagnostics 
         corruption={
             (m.where.corruption, m.where.severity): _accuracy(m.tables[position]["correct"])
             for m in own.get("corruption", [])
+            if m.where.severity
         },
     )
 

@@ -108,11 +108,12 @@ class StoredRun:
         order = np.lexsort([table["index"].to_numpy(), *(code.to_numpy() for code in reversed(codes))])
         ordered = np.stack([code.to_numpy()[order] for code in codes])
         starts = np.flatnonzero(np.r_[True, (ordered[:, 1:] != ordered[:, :-1]).any(axis=0)])
-        columns = {str(n): table[n].to_numpy()[order] for n in table.columns if n not in _DESCRIBES_SET}
+        columns = {str(n): table[n].to_numpy()[order] for n in table.columns if n not in (*_DESCRIBES_SET, "group")}
         sets = {}
         for start, stop in zip(starts, [*starts[1:], len(order)]):
             first = table.iloc[int(order[start])]
-            where = EvaluationSet(str(first["dataset"]), first["role"], first["corruption"], int(first["severity"]))
+            text = (str(first[name]) for name in ("dataset", "role", "corruption"))
+            where = EvaluationSet(*text, int(first["severity"]), str(first["group"]))
             sets[where] = {name: column[start:stop] for name, column in columns.items()}
         return sets
 
