@@ -1,64 +1,50 @@
-"""The command line: an experiment (``vlmq fit | validate | test | predict``), or another of :data:`~lightning_vlmq.commands.COMMANDS`."""
+"""The program ``vlmq``: finds the command, and says errors in one line. Nothing heavy is imported until a command needs it."""
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
-import warnings
+from importlib import metadata
+from itertools import groupby
 
-import jsonargparse
-from lightning import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+import lightning_vlmq
+from lightning_vlmq.commands import COMMANDS, GROUPS
+from lightning_vlmq.core.errors import VLMQError, unknown
 
-from lightning_vlmq import data, modules  # noqa: F401 - so that class names work without their module
-from lightning_vlmq.callbacks import ResultsWriter
-from lightning_vlmq.commands import COMMANDS
-from lightning_vlmq.core.errors import VLMQError
+_USAGE = """usage: vlmq COMMAND [--config NAME]... [options]
 
-_EPILOG = """The model's and the data's own options: 'vlmq {0} --model.help EvaluationModule' (or QATModule, PretrainingModule), and
-'vlmq {0} --data.help EmbeddedData'. Committed configs to start from: configs/eval.yaml, configs/qat.yaml, configs/pretrain."""
+{about}
+
+{commands}
+Many models and settings: vlmq-study study=demo; vlmq-study --help
+
+Start with
+  vlmq validate --config eval --model.quant.method minmax --model.quant.weight_bits 4
+  vlmq list methods
+
+Every command has a --help of its own. vlmq --version names the versions, vlmq doctor what is there and what is missing.
+"""
 
 
-class VLMQCLI(LightningCLI):
-    """LightningCLI with a seed by default, no padding of evaluation data under DDP, and a writer of results."""
+def usage() -> str:
+    """What ``vlmq`` and ``vlmq --help`` print: every command by group, in one line each."""
+    parts = []
+    width = max(map(len, COMMANDS))
+    commands = sorted(COMMANDS, key=lambda name: GROUPS.index(COMMANDS[name].group))
+    for group, names in groupby(commands, key=lambda name: COMMANDS[name].group):
+        lines = (f"  {name:<{width}}  {COMMANDS[name].summary}" for name in names)
+        parts.append("\n".join([group, *lines, ""]))
+    return _USAGE.format(about=lightning_vlmq.__doc__, commands="\n".join(parts))
 
-    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
-        self._has_commands = run
-        super().__init__(
-            model_class=LightningModule,
-            datamodule_class=LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=0,
-            save_config_callback=None,
-            auto_configure_optimizers=False,
-            trainer_defaults={"use_distributed_sampler": False},  # the data modules shard, without repeating samples
-            parser_kwargs={
-                "prog": "vlmq",
-                "epilog": f"Further commands, each with a --help of its own: vlmq {', vlmq '.join(COMMANDS)}.",
-                "exit_on_error": False,
-                **{name: {"exit_on_error": False, "epilog": _EPILOG.format(name)} for name in self.subcommands()},
-            },
-            args=args,
-            run=run,
-        )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands, and the arguments of the Trainer's methods that a command line should not offer."""
-        commands = LightningCLI.subcommands()
-        return {name: commands[name] for name in ("fit", "validate", "test", "predict")}
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, with Lightning's table of results off by default: it repeats what :class:`HeadlinePrinter` prints for every set."""
-        if self._has_commands:
-            parser.set_defaults({f"{name}.verbose": False for name in ("validate", "test")})
-        super().parse_arguments(parser, args)
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--results.*``, the writer of results that every command has."""
-        parser.add_lightning_class_args(ResultsWriter, "results")
+def version() -> str:
+    """The package's version and those of what decides numbers."""
+    packages = ("torch", "torchvision", "torchao", "open_clip_torch", "lightning")
+    return (
+        f"vlmq {lightning_vlmq.__version__} ("
+        + ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+        + ")"
+    )
 
 
 def main(args: list[str] | None = None) -> None:
@@ -71,23 +57,21 @@ def main(args: list[str] | None = None) -> None:
         VLMQError: bad input, said in one line.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    warnings.filterwarnings(
-        "ignore", message=".*does not have many workers.*"
-    )  # images are in memory: workers slow it down
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
-    warnings.filterwarnings(
-        "ignore", message=".*in eval mode at the start of training.*"
-    )  # towers keep their statistics in QAT
-    warnings.filterwarnings(
-        "ignore", message=".*intended to run from within Python like.*"
-    )  # which is what a study does
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    args = sys.argv[1:] if args is None else args
+    name, *rest = (sys.argv[1:] if args is None else args) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return
+    if name == "--version":
+        print(version())
+        return
+    if name not in COMMANDS:
+        if name.startswith("-"):
+            raise VLMQError(f"'{name}' comes after a command, e.g. vlmq validate {name} …; vlmq --help lists them")
+        raise unknown("command", name, COMMANDS)
+    import jsonargparse
+
     try:
-        if args and args[0] in COMMANDS:
-            COMMANDS[args[0]](args[1:])
-        else:
-            VLMQCLI(args=args)
+        COMMANDS[name].run(rest)
     except (jsonargparse.ArgumentError, ValueError) as error:
         if (own := _own_error(error)) is not None:
             raise own from error

@@ -1,16 +1,23 @@
 """The command line as a user runs it: help, configs, bad input, predictions, and two processes."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 
+import lightning_vlmq
 from lightning_vlmq.cli import main
+from lightning_vlmq.commands import COMMANDS
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import zoo
 from lightning_vlmq.results.store import ResultsStore
 
+REPOSITORY = Path(__file__).parents[1]
 EVAL = ["validate", "--config", "configs/eval.yaml"]
 MINMAX = ["--model.quant.method=minmax", "--model.quant.scope=vision_text", "--model.quant.weight_bits=4"]
 
@@ -19,14 +26,53 @@ def quiet(root):
     return [f"--results.root={root}", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
 
 
-def test_help_is_readable(vlmq):
+def test_the_program_answers_before_torch_is_imported(vlmq):
+    """``vlmq``, ``vlmq --help``, ``vlmq --version``: all commands, by group, from modules that take no time to import."""
+    bare, told = vlmq(), vlmq("--help")
+    assert bare.returncode == told.returncode == 0 and bare.stdout == told.stdout and not told.stderr
+    for name, command in ((name, COMMANDS[name]) for name in COMMANDS):
+        assert f"  {name} " in told.stdout and command.summary in told.stdout and command.group in told.stdout
+    assert max(map(len, told.stdout.splitlines())) <= 120
+    assert f"vlmq {lightning_vlmq.__version__} (torch {torch.__version__.split('+')[0]}" in vlmq("--version").stdout
+    script = "import sys; from lightning_vlmq.cli import main; main([]); sys.exit(len({'torch', 'numpy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=REPOSITORY).returncode == 0
+
+
+def test_help_says_the_model_first_and_the_trainer_last(vlmq):
     done = vlmq("validate", "--help")
-    assert done.returncode == 0 and not done.stderr
-    assert "--results.root" in done.stdout and "usage: vlmq" in done.stdout
-    assert "--model.help" in done.stdout and "configs/eval.yaml" in done.stdout
-    assert vlmq("--help").stdout.count("validate") >= 1
+    assert done.returncode == 0 and not done.stderr and "usage: vlmq validate --config eval" in done.stdout
+    places = [
+        done.stdout.index(word) for word in ("gptq", "--model.vlm", "--data.", "--results.root", "--trainer.devices")
+    ]
+    assert places == sorted(places)
+    assert not re.search(r":\w+:`|``", done.stdout) and len(done.stdout.splitlines()) < 260
+    assert "--model.lr" in vlmq("fit", "--help").stdout
+    assert "--trainer.gradient_clip_val" in vlmq("validate", "--help-all").stdout
     model = vlmq("validate", "--model.help", "EvaluationModule").stdout
-    assert "--model.quant.weight_bits" in model and "2 to 8" in model
+    assert "--model.quant.weight_bits" in model and "2 to 8" in model and not re.search(r":\w+:`|``", model)
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        ([], "add --config eval"),
+        (["--model.quant.method=minmax"], "--model.quant.method belongs to .* add --config eval"),
+        (["--config=eval", "--data.root=/x"], "--data.root .* --config data/"),
+        (["--config=eval", "--model.lr=1"], "--model.lr .* --config qat"),
+        (["--config=eval", "--trainer.callbacks.folder=x"], "callbacks.QuantizedModelWriter"),
+    ],
+)
+def test_an_option_without_its_config_says_which(args, hint):
+    with pytest.raises(VLMQError, match=hint):
+        main(["validate", *args])
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"), [(["valdate"], "did you mean validate"), (["--config", "eval"], "after a command")]
+)
+def test_what_is_no_command(args, hint):
+    with pytest.raises(VLMQError, match=hint):
+        main(args)
 
 
 def test_printed_config_round_trips(vlmq, tmp_path, small_data_args):

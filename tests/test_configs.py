@@ -18,7 +18,7 @@ EXPERIMENTS = sorted(
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda p: str(p.relative_to(REPOSITORY / "configs")))
 def test_experiment_is_instantiated(path, monkeypatch, tmp_path):
-    from lightning_vlmq.cli import VLMQCLI
+    from lightning_vlmq.experiment import VLMQCLI
 
     monkeypatch.chdir(tmp_path)  # TensorBoard folders are made on the way
     config = yaml.safe_load(path.read_text())

@@ -15,6 +15,7 @@ LAYERS = (
     ("evaluation",),
     ("plotting",),
     ("modules", "callbacks"),
+    ("experiment",),
     ("commands", "cli"),
     ("study",),
 )

@@ -41,7 +41,7 @@ class ZooExport(Callback):
             if key.startswith("val/")
         }
         description = {
-            "command": f"vlmq fit --config configs/pretrain/{vlm.name}.yaml",
+            "command": f"vlmq fit --config pretrain/{vlm.name}",
             "model": dict(pl_module.hparams),
             "data": dict(trainer.datamodule.hparams),  # type: ignore[attr-defined]
             "epochs": trainer.max_epochs,

@@ -1,15 +1,50 @@
-"""Commands of ``vlmq`` beside LightningCLI's: a module a command, which files a function of its argument list by name."""
+"""The commands of ``vlmq``: a module each (or a few that belong together), which files a function of an argument list by name.
+
+These modules are imported to answer ``vlmq --help``: what is heavy is imported inside the function.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from lightning_vlmq.core.registry import Registry
 
-COMMANDS: Registry[Callable[[list[str]], None]] = Registry("command")
-"""What runs ``vlmq <name> <arguments>``; raises :class:`~lightning_vlmq.core.errors.VLMQError` or jsonargparse's ``ArgumentError``."""
+GROUPS = ("Run one model", "Read results", "Look around", "Data and models")
+"""Headings of ``vlmq --help``, in order."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+        run: takes the words after the command's name; raises :class:`~lightning_vlmq.core.errors.VLMQError` or jsonargparse's
+            ``ArgumentError``.
+        group: one of :data:`GROUPS`.
+        summary: one line.
+    """
+
+    run: Callable[[list[str]], None]
+    group: str
+    summary: str
+
+
+COMMANDS: Registry[Command] = Registry("command")
+"""What ``vlmq <name>`` runs."""
+
+
+def command(name: str, group: str) -> Callable[[Callable[[list[str]], None]], Callable[[list[str]], None]]:
+    """Decorator that files a function as a command; the first line of its docstring is the summary."""
+
+    def file(run: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
+        COMMANDS.register(name)(Command(run, group, (run.__doc__ or "").strip().splitlines()[0].rstrip(".")))
+        return run
+
+    return file
+
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import jsonargparse
-
-from lightning_vlmq.commands import COMMANDS
+from lightning_vlmq.commands import command
 
 
-@COMMANDS.register("convert")
+@command("convert", "Data and models")
 def run(args: list[str]) -> None:
-    """Convert a model.
+    """Turn a saved quantized model into one that holds integers, check and measure it.
 
     Args:
         args: the command line after ``vlmq convert``.
@@ -17,8 +15,8 @@ def run(args: list[str]) -> None:
     Raises:
         VLMQError: what :func:`~lightning_vlmq.lowbit.pipeline.convert` raises.
     """
-    from lightning_vlmq.lowbit.pipeline import (
-        convert,
-    )  # compilers and exporters come with it, which other commands do without
+    import jsonargparse
+
+    from lightning_vlmq.lowbit.pipeline import convert
 
     jsonargparse.auto_cli(convert, args=args, as_positional=False, prog="vlmq convert", exit_on_error=False)

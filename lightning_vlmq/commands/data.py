@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jsonargparse
-from rich.console import Console
-
-from lightning_vlmq.commands import COMMANDS
+from lightning_vlmq.commands import command
+from lightning_vlmq.core.configs import with_config_files
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.data import ReliabilityDataModule
-from lightning_vlmq.data.check import check, table
+
+if TYPE_CHECKING:
+    import jsonargparse
 
 
-@COMMANDS.register("data")
+@command("data", "Data and models")
 def run(args: list[str]) -> None:
-    """Check the data that a config names, print a table.
+    """Data check: are the data sets of a config there, complete and readable?
 
     Args:
         args: the command line after ``vlmq data``.
@@ -25,8 +24,12 @@ def run(args: list[str]) -> None:
     """
     if args[:1] not in (["check"], ["--help"], ["-h"]):
         raise unknown("action of vlmq data", args[0] if args else "", ["check"])
+    from rich.console import Console
+
+    from lightning_vlmq.data.check import check, table
+
     made = parser()
-    given = made.parse_args(args[1:] if args[0] == "check" else args)
+    given = made.parse_args(with_config_files(args[1:] if args[0] == "check" else args))
     findings = check(made.instantiate(given).data, given.sample, given.full)
     Console().print(table(findings))
     bad = [finding for finding in findings if finding.problem]
@@ -36,6 +39,10 @@ def run(args: list[str]) -> None:
 
 def parser() -> jsonargparse.ArgumentParser:
     """The parser of ``vlmq data check``."""
+    import jsonargparse
+
+    from lightning_vlmq.data import ReliabilityDataModule
+
     result = jsonargparse.ArgumentParser(
         prog="vlmq data check", description="Say what of the data sets is there and readable.", exit_on_error=False
     )

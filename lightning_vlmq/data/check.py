@@ -84,7 +84,7 @@ def check(data: ReliabilityDataModule, sample: int = 16, full: bool = False) -> 
         attempt("together", lambda: data.take(sets))
         for images in pairs:
             attempt("together", partial(require_disjoint, images, sets))
-    return findings or [Finding("data", problem="data.sets is empty; add a config of configs/data")]
+    return findings or [Finding("data", problem="data.sets is empty; add a config, vlmq list data names them")]
 
 
 def table(findings: Sequence[Finding]) -> Table:

@@ -72,7 +72,7 @@ class ReliabilityDataModule(LightningDataModule):
         """
         if self.pairs is None:
             raise VLMQError(
-                "the data has no caption pairs to calibrate, train or tune on; add some, e.g. --config configs/data/cc3m.yaml"
+                "the data has no caption pairs to calibrate, train or tune on; add some, e.g. --config data/cc3m"
             )
         require_disjoint(self.pairs, self.eval_sets)
         return self.pairs

@@ -82,7 +82,7 @@ class FileData(ReliabilityDataModule):
     def setup(self, stage: str | None = None) -> None:
         """List the sets, agree on the classes, decode the caption pairs, and see that none of them is evaluated too."""
         if not self.readers:
-            raise VLMQError("data.sets is empty; add a config of configs/data, or readers of your own")
+            raise VLMQError("data.sets is empty; add a config (vlmq list data names them), or readers of your own")
         self.take([s for reader in self.readers for s in reader.read(self.reading)])
         if self.pair_reader is not None:
             self.pairs = decode_all(self.read_pairs(), self.num_workers, "calibration images")

@@ -147,7 +147,7 @@ class EvaluationModule(LightningModule):
         assert self.scheme is not None
         if METHODS[self.quant.method].needs_training and stage != "fit":
             raise VLMQError(
-                f"{self.quant.method} is trained: run 'vlmq fit' with configs/qat.yaml first, or give its result by --model.checkpoint"
+                f"{self.quant.method} is trained: run 'vlmq fit --config qat' first, or give its result by --model.checkpoint"
             )
         batches = [
             {"image": b["image"].to(device), "tokens": self.vlm.tokenize(b["caption"]).to(device)}

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lightning_vlmq.cli import VLMQCLI, main
+from lightning_vlmq.cli import main
 from lightning_vlmq.commands.data import parser
 from lightning_vlmq.data import FileData, readers
+from lightning_vlmq.experiment import VLMQCLI
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs" / "data").glob("*.yaml"))

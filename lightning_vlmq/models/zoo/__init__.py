@@ -81,9 +81,7 @@ def load(name: str, checkpoint: str | None = None) -> VLM:
     vlm = build(name)
     path = FOLDER / f"{name}.safetensors" if checkpoint is None else Path(checkpoint)
     if not path.is_file():
-        raise VLMQError(
-            f"checkpoint '{path}' does not exist; pre-train it with: vlmq fit --config configs/pretrain/{name}.yaml"
-        )
+        raise VLMQError(f"checkpoint '{path}' does not exist; pre-train it with: vlmq fit --config pretrain/{name}")
     try:
         vlm.load_state_dict(load_file(path))
     except (SafetensorError, OSError) as error:

@@ -25,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-import lightning_vlmq
 from lightning_vlmq import cli
+from lightning_vlmq.core.configs import config_folder
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
@@ -97,25 +97,26 @@ def report(study: Study, outcome: Outcome, console: Console) -> None:
 
 
 def find_configs(arguments: list[str]) -> Path:
-    """The folder with the root config: that of ``--config-dir``, else ``configs`` here, else the repository's.
+    """The folder with the root config: that of ``--config-dir``, else ``configs`` here, else the package's.
+
+    A ``--config-dir`` that holds studies alone (``study/*.yaml``) adds them to the package's: Hydra searches it too.
 
     Raises:
-        VLMQError: none of them holds it.
+        VLMQError: the folder of ``--config-dir`` holds neither.
     """
     for position, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name in ("--config-dir", "-cd", "--config-path", "-cp"):
             folder = Path(value or (arguments[position + 1] if position + 1 < len(arguments) else "")).resolve()
-            if not (folder / f"{ROOT_CONFIG}.yaml").is_file():
-                raise VLMQError(f"{name} '{folder}' holds no {ROOT_CONFIG}.yaml; give the folder of the study configs")
-            return folder
-    repository = Path(lightning_vlmq.__file__).resolve().parent.parent
-    for folder in (Path.cwd() / "configs", repository / "configs"):
-        if (folder / f"{ROOT_CONFIG}.yaml").is_file():
-            return folder
-    raise VLMQError(
-        f"no configs/{ROOT_CONFIG}.yaml here; run vlmq-study in the repository's folder, or give --config-dir=FOLDER"
-    )
+            if (folder / f"{ROOT_CONFIG}.yaml").is_file():
+                return folder
+            if name in ("--config-dir", "-cd") and list((folder / "study").glob("*.yaml")):
+                return config_folder()
+            raise VLMQError(
+                f"{name} '{folder}' holds neither {ROOT_CONFIG}.yaml nor study/*.yaml; give the folder of your study configs"
+            )
+    here = Path.cwd() / "configs"
+    return here if (here / f"{ROOT_CONFIG}.yaml").is_file() else config_folder()
 
 
 def entry_point() -> None:

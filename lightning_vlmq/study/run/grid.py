@@ -13,6 +13,7 @@ from typing import Any
 import open_clip
 import yaml
 
+from lightning_vlmq.core.configs import find_config
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.models import zoo
 from lightning_vlmq.quant.methods import METHODS, QATMethod
@@ -52,7 +53,7 @@ class Study:
             if name not in names:
                 raise unknown("entry of the study config", str(name), names)
         if missing := [name for name in names if name not in config]:
-            raise VLMQError(f"the study config lacks {', '.join(missing)}; compare configs/study/base.yaml")
+            raise VLMQError(f"the study config lacks {', '.join(missing)}; compare the package's config study/base")
         tables = {"axes": ("vlm", "method", "bits", "scope"), "commands": KINDS, "arguments": None}
         for table, keys in tables.items():
             _check_table(table, config[table], keys)
@@ -98,8 +99,8 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
     Args:
         study: the study.
         seed: seed of every run.
-        config_folder: the folder of the study's configs; a file of ``study.commands`` that is not found from the
-            working directory is looked for beside it.
+        config_folder: the folder of the study's configs, where a config of ``study.commands`` is looked for by its name,
+            before the package's.
 
     Raises:
         VLMQError: an axis names something unknown or nothing, a config file is missing, or a template has a
@@ -147,7 +148,7 @@ def _run(study: Study, command: Sequence[str], kind: str, bits: str, vlm: str, v
 
 def _check_table(name: str, table: Any, keys: Sequence[str] | None) -> None:
     if not isinstance(table, Mapping):
-        raise VLMQError(f"study.{name} must be a table; compare configs/study/base.yaml")
+        raise VLMQError(f"study.{name} must be a table; compare the package's config study/base")
     for key, entries in table.items():
         if keys is not None and key not in keys:
             raise unknown(f"entry of study.{name}", str(key), keys)
@@ -158,7 +159,7 @@ def _check_table(name: str, table: Any, keys: Sequence[str] | None) -> None:
         if not entries and keys is not None:
             raise VLMQError(f"study.{name}.{key} is empty; give it at least one entry")
     if keys is not None and (missing := [key for key in keys if key not in table]):
-        raise VLMQError(f"study.{name} lacks {', '.join(missing)}; compare configs/study/base.yaml")
+        raise VLMQError(f"study.{name} lacks {', '.join(missing)}; compare the package's config study/base")
 
 
 def _kind_of(method: str) -> str:
@@ -200,15 +201,8 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
 def _locate_configs(words: Sequence[str], config_folder: Path) -> list[str]:
     located = list(words)
     for position, word in enumerate(words[:-1]):
-        if word != "--config":
-            continue
-        beside = config_folder.parent / words[position + 1]
-        found = [path for path in (Path(words[position + 1]), beside) if path.is_file()]
-        if not found:
-            raise VLMQError(
-                f"config file '{words[position + 1]}' is neither here nor at {beside}; correct study.commands"
-            )
-        located[position + 1] = str(found[0])
+        if word == "--config":
+            located[position + 1] = str(find_config(words[position + 1], config_folder))
     return located
 
 

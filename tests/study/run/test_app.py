@@ -45,7 +45,7 @@ def vlmq_study(monkeypatch, capfd, tmp_path):
         ("seed=[0,1]", "seed must be a whole number from 0"),
         ("study.axes.vlm=[vit_clean", "no viable alternative"),
         ("report_only=true", "no results in"),
-        ("--config-dir=/nowhere", "'/nowhere' holds no sweep.yaml"),
+        ("--config-dir=/nowhere", "'/nowhere' holds neither sweep.yaml nor study"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(vlmq_study, argument, message):
@@ -67,17 +67,17 @@ def test_configs_are_found_beside_the_package_from_anywhere(monkeypatch, tmp_pat
     (tmp_path / "configs" / "sweep.yaml").touch()
     assert runner.find_configs([]) == tmp_path / "configs"
     assert runner.find_configs(["--config-dir", str(REPOSITORY / "configs")]) == REPOSITORY / "configs"
-    with pytest.raises(VLMQError, match=r"--config-dir .* holds no sweep\.yaml"):
+    with pytest.raises(VLMQError, match=r"--config-dir .* holds neither sweep\.yaml"):
         runner.find_configs(["-m", "--config-dir"])
 
 
-def test_no_configs_anywhere_says_what_to_do(monkeypatch, tmp_path):
+def test_studies_of_ones_own_join_those_of_the_package(vlmq_study, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        runner.lightning_vlmq, "__file__", str(tmp_path / "site-packages" / "lightning_vlmq" / "__init__.py")
-    )
-    with pytest.raises(VLMQError, match=r"no configs/sweep\.yaml here; .* give --config-dir=FOLDER"):
-        runner.find_configs([])
+    (tmp_path / "mine" / "study").mkdir(parents=True)
+    (tmp_path / "mine" / "study" / "own.yaml").write_text("defaults: [demo, _self_]\nname: own\n")
+    assert runner.find_configs(["--config-dir=mine"]) == REPOSITORY / "configs"
+    code, _, error = vlmq_study("study=own", "report_only=true", f"--config-dir={tmp_path / 'mine'}")
+    assert code == 2 and "no results in" in error
 
 
 def test_report_only(vlmq_study, tmp_path):

@@ -117,9 +117,8 @@ def test_config_files_count_by_what_they_say(demo, tmp_path, monkeypatch):
     (folder / "qat.yaml").write_text("seed: [\n")
     with pytest.raises(VLMQError, match=r"qat\.yaml is not valid YAML"):
         ids()
-    (folder / "qat.yaml").unlink()
-    with pytest.raises(VLMQError, match=r"'configs/qat\.yaml' is neither here nor at"):
-        ids()
+    (folder / "qat.yaml").unlink()  # the package's then
+    assert ids()[-1] not in (before[-1], after[-1])
 
 
 def test_weights_after_an_at_sign(demo):
