@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.spectral.weights import Spectrum, log_ratio
+from lightning_vlmq.spectral.weights import Spectrum, as_matrix, log_ratio, stacked_singular_values
 
+STACK = 8
+"""Weights of one shape decomposed at a time: bounds what their float64 copies take."""
 _MLP = {"mlp", "fc1", "fc2", "c_fc", "ffn", "intermediate"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "out_proj", "qkv"}
 
@@ -91,21 +93,30 @@ def layer_group(name: str, weight: Tensor, tower: str | None) -> str:
 
 
 def weight_spectra(weights: Mapping[str, Tensor]) -> dict[str, Spectrum]:
-    """Decompose every weight.
+    """Decompose every weight, those of one shape together.
 
     Args:
         weights: by layer name, see :func:`matrix_weights`.
 
+    Returns:
+        By layer name, in the order of ``weights``. A convolution's is that of its unrolled kernel matrix.
+
     Raises:
         VLMQError: naming the layer whose weight is no finite matrix.
     """
-    spectra = {}
+    alike: dict[tuple[torch.Size, torch.device], list[str]] = {}
     for name, weight in weights.items():
         try:
-            spectra[name] = Spectrum.of(weight)
+            alike.setdefault((as_matrix(weight).shape, weight.device), []).append(name)
         except VLMQError as error:
             raise VLMQError(f"layer '{name}': {error}") from error
-    return spectra
+    found: dict[str, Spectrum] = {}
+    for names in alike.values():
+        for start in range(0, len(names), STACK):
+            part = names[start : start + STACK]
+            values = stacked_singular_values([weights[name] for name in part])
+            found |= {name: Spectrum(own) for name, own in zip(part, values)}
+    return {name: found[name] for name in weights}
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +137,7 @@ class LayerSpectrum:
     reference: Spectrum | None
 
     def log_ratio(self) -> Tensor:
-        """``log2`` of the spectrum over its reference, float32 ``[r]``, see :func:`~lightning_vlmq.spectral.log_ratio`.
+        """``log2`` of the spectrum over its reference, ``[r]``, see :func:`~lightning_vlmq.spectral.log_ratio`.
 
         Raises:
             VLMQError: if there is no reference.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.spectral.dimension import effective_rank
 
 
 def as_matrix(weight: Tensor) -> Tensor:
     """View a layer's weight as the matrix that maps one input patch to the outputs.
+
+    For a convolution this is the unrolled kernel matrix. Its singular values are not those of the convolution as a map
+    between whole images (Sedghi, Gupta & Long 2019), which depend on the image's size, padding and stride.
 
     Args:
         weight: float ``[out, in]`` (linear) or ``[out, in / groups, kh, kw]`` (convolution), every size at least 1.
@@ -32,20 +37,54 @@ def as_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)
 
 
-def singular_values(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Singular values of a linear or convolution weight, largest first.
+GRAM_FLOOR = 2e-5
+"""Smallest ratio of two singular values that a float64 Gram matrix gives to 1e-6; below it a full SVD is taken."""
+
+
+def singular_values(weight: Tensor) -> Tensor:
+    """Singular values of a linear weight, or of a convolution's unrolled kernel matrix, largest first.
+
+    Square roots of the eigenvalues of the smaller Gram matrix in float64, by LAPACK: half the work of a float64 SVD and
+    a thousand times as exact as a float32 one. Where the smallest is below :data:`GRAM_FLOOR` of the largest, a
+    float64 SVD of the weight itself takes its place, so that all are right to 1e-6 of themselves down to 1e-7 of the
+    largest.
 
     Args:
-        weight: float ``[out, in]`` or ``[out, in / groups, kh, kw]``, see :func:`as_matrix`.
-        dtype: ``torch.float32`` or ``torch.float64``; the precision of the decomposition and of the result.
+        weight: float ``[out, in]`` or ``[out, in / groups, kh, kw]``, see :func:`as_matrix`; or several of one shape,
+            see :func:`stacked_singular_values`.
 
     Returns:
-        ``[min(out, in')]`` in ``dtype`` on the weight's device, detached.
+        float64 ``[min(out, in')]`` on the CPU, detached.
 
     Raises:
         VLMQError: if the weight is no finite floating-point matrix.
     """
-    return torch.linalg.svdvals(as_matrix(weight.detach()).to(dtype))
+    return stacked_singular_values([weight])[0]
+
+
+def stacked_singular_values(weights: Sequence[Tensor]) -> Tensor:
+    """As :func:`singular_values`, of several weights of one shape on one device: on a GPU in one batch.
+
+    Returns:
+        float64 ``[weights, min(out, in')]`` on the CPU, detached.
+
+    Raises:
+        VLMQError: as :func:`singular_values`, or the shapes differ.
+    """
+    matrices = torch.stack([as_matrix(weight.detach()) for weight in weights]).double()
+    if matrices.shape[1] < matrices.shape[2]:
+        matrices = matrices.mT
+    largest = matrices.abs().amax((1, 2), keepdim=True)
+    matrices = matrices / torch.where(largest > 0, largest, 1.0)  # squares then stay in range
+    if matrices.is_cuda:
+        squares = torch.linalg.eigvalsh(matrices.mT @ matrices).cpu()
+    else:  # numpy's LAPACK and its product of a matrix with its own transpose are faster than torch's
+        arrays = matrices.numpy()
+        squares = torch.from_numpy(np.stack([np.linalg.eigvalsh(array.T @ array) for array in arrays]))
+    values = squares.flip(1).clamp_min(0).sqrt()
+    for row in (values[:, -1] < GRAM_FLOOR * values[:, 0]).nonzero().flatten().tolist():
+        values[row] = torch.from_numpy(np.linalg.svd(matrices[row].cpu().numpy(), compute_uv=False))
+    return values * largest.cpu().flatten().unsqueeze(1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,9 +110,9 @@ class Spectrum:
             raise VLMQError("singular values must be finite, not negative and sorted, largest first")
 
     @classmethod
-    def of(cls, weight: Tensor, dtype: torch.dtype = torch.float32) -> Spectrum:
+    def of(cls, weight: Tensor) -> Spectrum:
         """Decompose a weight, see :func:`singular_values`. The values are kept on the CPU."""
-        return cls(singular_values(weight, dtype).cpu())
+        return cls(singular_values(weight))
 
     def __len__(self) -> int:
         """Number of singular values r."""
@@ -90,11 +129,7 @@ class Spectrum:
     @property
     def effective_rank(self) -> float:
         """``exp`` of the entropy of the singular values normalised to sum 1, in [1, r] (Roy & Vetterli 2007, eq. 3)."""
-        values = self.singular_values.double()
-        if values[0] == 0:
-            return 0.0
-        relative = values / values[0]  # before summing, so that subnormal weights do not underflow
-        return math.exp(float(torch.special.entr(relative / relative.sum()).sum()))
+        return effective_rank(self.singular_values)
 
     def energy_at(self, k: int) -> float:
         """Share of the squared singular values that lies in the ``k`` largest, in [0, 1]; 1 for ``k`` of r or more.
@@ -114,8 +149,8 @@ class Spectrum:
 def log_ratio(quantized: Tensor, reference: Tensor, floor: float = 1e-6) -> Tensor:
     """How much quantization grew or shrank each singular value, in octaves.
 
-    Values below ``floor`` times the largest of both spectra are raised to it first: what single precision cannot tell
-    from zero has no meaningful ratio, and a rank that neither matrix has gives 0.
+    Values below ``floor`` times the largest of both spectra are raised to it first: of weights in single precision,
+    what is that small is rounding and has no meaningful ratio, and a rank that neither matrix has gives 0.
 
     Args:
         quantized: float ``[r]`` singular values of the quantized weight.

@@ -7,20 +7,39 @@ import scipy.stats
 import torch
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.spectral import Spectrum, as_matrix, log_ratio, singular_values
+from lightning_vlmq.spectral import Spectrum, as_matrix, log_ratio, singular_values, stacked_singular_values
 
 SHAPES = [(7, 5), (5, 7), (1, 9), (9, 1), (1, 1), (6, 3, 3, 3), (8, 1, 5, 5), (4, 2, 1, 1)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
-def test_singular_values_agree_with_scipy(shape, dtype, tolerance):
-    weight = torch.randn(shape, dtype=torch.float64)
-    expected = scipy.linalg.svd(weight.numpy().reshape(shape[0], -1), compute_uv=False, lapack_driver="gesvd")
-    values = singular_values(weight, dtype)
-    assert values.dtype == dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_singular_values_agree_with_scipy(shape, dtype):
+    weight = torch.randn(shape, dtype=dtype)
+    expected = scipy.linalg.svd(weight.double().numpy().reshape(shape[0], -1), compute_uv=False, lapack_driver="gesvd")
+    values = singular_values(weight)
+    assert values.dtype == torch.float64
     assert values.shape == (min(shape[0], math.prod(shape[1:])),)
-    np.testing.assert_allclose(values.numpy(), expected, rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("decades", [1, 3, 6])
+@pytest.mark.parametrize("shape", [(40, 40), (30, 80), (80, 30)])
+def test_small_singular_values_are_exact_too(shape, decades):
+    rng = np.random.default_rng(decades)
+    size = min(shape)
+    expected = np.logspace(0, -decades, size)
+    left, right = (scipy.stats.ortho_group.rvs(n, random_state=rng)[:, :size] for n in shape)
+    found = singular_values(torch.from_numpy(left * expected @ right.T))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-6)
+
+
+def test_weights_of_one_shape_together_are_as_alone():
+    weights = [torch.randn(6, 9), torch.zeros(6, 9), torch.randn(6, 1) @ torch.randn(1, 9), 1e30 * torch.randn(6, 9)]
+    for weight, found in zip(weights, stacked_singular_values(weights)):
+        torch.testing.assert_close(found, singular_values(weight), rtol=1e-12, atol=0)
+        exact = np.linalg.svd(weight.double().numpy(), compute_uv=False)
+        np.testing.assert_allclose(found.numpy(), exact, rtol=1e-6, atol=1e-13 * exact[0])
 
 
 def test_depthwise_convolution_is_a_matrix_of_channels_by_kernel():
@@ -38,7 +57,7 @@ def test_convolution_matrix_maps_patches_to_outputs():
 def test_singular_values_take_parameters_and_half_precision():
     weight = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.bfloat16))
     values = singular_values(weight)
-    assert values.dtype == torch.float32
+    assert values.dtype == torch.float64
     assert not values.requires_grad
     np.testing.assert_allclose(values.numpy(), scipy.linalg.svdvals(weight.detach().float().numpy()), rtol=1e-5)
 
@@ -61,15 +80,15 @@ def test_bad_weights_are_named(weight, message):
 def test_rotation_leaves_singular_values_and_scaling_scales_them():
     weight = torch.randn(10, 6, dtype=torch.float64)
     rotation = torch.from_numpy(scipy.stats.ortho_group.rvs(6, random_state=0))
-    before = singular_values(weight, torch.float64)
-    torch.testing.assert_close(singular_values(weight @ rotation, torch.float64), before)
-    torch.testing.assert_close(singular_values(-3 * weight, torch.float64), 3 * before)
+    before = singular_values(weight)
+    torch.testing.assert_close(singular_values(weight @ rotation), before)
+    torch.testing.assert_close(singular_values(-3 * weight), 3 * before)
 
 
 def test_spectrum_scalars_agree_with_numpy():
     weight = torch.randn(20, 13, dtype=torch.float64)
     matrix = weight.numpy()
-    spectrum = Spectrum.of(weight, torch.float64)
+    spectrum = Spectrum.of(weight)
     assert len(spectrum) == 13
     assert spectrum.stable_rank == pytest.approx(np.linalg.norm(matrix) ** 2 / np.linalg.norm(matrix, 2) ** 2)
     sigma = np.linalg.svd(matrix, compute_uv=False)
@@ -80,7 +99,7 @@ def test_spectrum_scalars_agree_with_numpy():
 
 
 def test_orthogonal_matrix_has_full_rank_by_every_measure():
-    spectrum = Spectrum.of(torch.from_numpy(scipy.stats.ortho_group.rvs(16, random_state=1)), torch.float64)
+    spectrum = Spectrum.of(torch.from_numpy(scipy.stats.ortho_group.rvs(16, random_state=1)))
     assert spectrum.stable_rank == pytest.approx(16)
     assert spectrum.effective_rank == pytest.approx(16)
     assert spectrum.energy_at(4) == pytest.approx(0.25)

@@ -1,0 +1,144 @@
+"""How many directions a spectrum has, how fast it falls, and how far two subspaces have turned from each other."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_vlmq.core.errors import VLMQError
+
+RANKME_EPSILON = 1e-7
+ALPHA_REQ_RANGE = (5, 50)
+"""Ranks, 0-based and half-open, that the eigenspectrum's decay is fitted on, as in the authors' code."""
+
+
+def participation_ratio(eigenvalues: Tensor) -> float:
+    """``(sum l)^2 / sum l^2`` of eigenvalues ``[r]``, between 1 and r; 0 where all are 0 (Gao et al. 2017)."""
+    values = _spectrum(eigenvalues)
+    return float(values.sum() ** 2 / values.square().sum()) if values.sum() > 0 else 0.0
+
+
+def effective_rank(values: Tensor) -> float:
+    """``exp`` of the entropy of values ``[r]`` normalised to sum 1, between 1 and r; 0 where all are 0.
+
+    Of singular values it is Roy & Vetterli's (2007, eq. 3) effective rank; of eigenvalues (their squares) another,
+    smaller number. Say which: the columns that hold it are ``effective_rank_singular`` and ``effective_rank_eigen``.
+    """
+    p = _spectrum(values)
+    p = p / p.max() if p.max() > 0 else p  # before summing, so that subnormal values do not underflow
+    return math.exp(float(torch.special.entr(p / p.sum()).sum())) if p.sum() > 0 else 0.0
+
+
+def rankme(singular_values: Tensor) -> float:
+    """RankMe (Garrido et al. 2023, eq. 1-2): entropy of singular values ``[r]`` normalised to sum 1, each plus 1e-7.
+
+    0 where all are 0.
+    """
+    values = _spectrum(singular_values)
+    if values.sum() == 0:
+        return 0.0
+    p = values / values.sum() + RANKME_EPSILON
+    return math.exp(float(-(p * p.log()).sum()))
+
+
+def alpha_req(eigenvalues: Tensor, ranks: tuple[int, int] = ALPHA_REQ_RANGE) -> float:
+    """Decay of an eigenspectrum, ``l_j ~ j^-alpha`` (alpha-ReQ, Agrawal et al. 2022; Stringer et al. 2019).
+
+    Least squares of ``log l_j`` on ``log j`` with weights ``1 / j``, as in both papers' code.
+
+    Args:
+        eigenvalues: ``[r]``, largest first.
+        ranks: 0-based, half-open range of the fit; its end is cut to the positive eigenvalues.
+
+    Returns:
+        alpha; NaN with fewer than two positive eigenvalues in the range.
+    """
+    values = _spectrum(eigenvalues)
+    j = torch.arange(ranks[0], min(ranks[1], int((values > 0).sum())), dtype=torch.float64)
+    if len(j) < 2:
+        return math.nan
+    y, x, weight = values[j.long()].log(), (j + 1).log(), 1 / (j + 1)
+    x = x - (weight * x).sum() / weight.sum()
+    return float(-(weight * x * y).sum() / (weight * x.square()).sum())
+
+
+class PowerLaw(NamedTuple):
+    """A power-law tail ``p(x) ~ x^-exponent`` for ``x >= minimum``.
+
+    Attributes:
+        exponent: maximum-likelihood estimate.
+        stderr: its standard error, ``(exponent - 1) / sqrt(n_tail)``.
+        minimum: where the tail begins.
+        distance: Kolmogorov-Smirnov distance between the tail and the law.
+        n_tail: values in the tail.
+    """
+
+    exponent: float
+    stderr: float
+    minimum: float
+    distance: float
+    n_tail: int
+
+
+def power_law_tail(values: Tensor) -> PowerLaw:
+    """Fit a power law to the upper tail (Clauset, Shalizi & Newman 2009, eq. 3.1, 3.2 and 3.9).
+
+    Every distinct value but the two largest is tried as the tail's beginning; the one with the least
+    Kolmogorov-Smirnov distance counts. The exponent is not bounded.
+
+    Args:
+        values: ``[n]``, e.g. the eigenvalues of ``W^T W``; zeros are left out, as they lie in no tail.
+
+    Returns:
+        The fit; NaN throughout with fewer than four distinct positive values.
+    """
+    x: NDArray[np.float64] = np.sort(_spectrum(values).numpy())
+    x = x[x > 0]
+    distinct, first = np.unique(x, return_index=True)
+    if len(distinct) < 4:
+        return PowerLaw(math.nan, math.nan, math.nan, math.nan, 0)
+    logs, below = np.log(x), first / len(x)
+    best: PowerLaw | None = None
+    for position, start in enumerate(first[:-2]):
+        n = len(x) - start
+        excess = logs[start:] - logs[start]
+        exponent = 1 + n / excess.sum()
+        law = 1 - np.exp((1 - exponent) * (np.log(distinct[position:]) - logs[start]))
+        seen = (below[position:] - below[position]) / (1 - below[position])
+        distance = float(np.abs(law - seen).max())
+        if best is None or distance < best.distance:
+            best = PowerLaw(float(exponent), float((exponent - 1) / math.sqrt(n)), float(x[start]), distance, int(n))
+    assert best is not None
+    return best
+
+
+def principal_angles(first: Tensor, second: Tensor) -> Tensor:
+    """Angles between two subspaces in radians, largest first (Bjorck & Golub 1973; Knyazev & Argentati 2002).
+
+    Args:
+        first: float ``[d, k]``, columns that span one subspace.
+        second: float ``[d, l]``, likewise.
+
+    Returns:
+        float64 ``[min(k, l)]``, each in [0, pi / 2].
+
+    Raises:
+        VLMQError: if the two are not matrices of the same height.
+    """
+    if first.ndim != 2 or second.ndim != 2 or len(first) != len(second) or 0 in (*first.shape, *second.shape):
+        raise VLMQError(f"subspaces {list(first.shape)} and {list(second.shape)} must be [d, k] and [d, l]")
+    angles = scipy.linalg.subspace_angles(first.detach().cpu().double().numpy(), second.detach().cpu().double().numpy())
+    return torch.from_numpy(angles)
+
+
+def _spectrum(values: Tensor) -> Tensor:
+    values = values.detach().to("cpu", torch.float64)
+    if values.ndim != 1 or len(values) == 0 or not torch.isfinite(values).all() or (values < 0).any():
+        raise VLMQError(f"a spectrum is a non-empty vector of finite values of 0 or more, not {list(values.shape)}")
+    return values
