@@ -49,7 +49,7 @@ def test_help_says_the_model_first_and_the_trainer_last(vlmq):
     assert "--model.lr" in vlmq("fit", "--help").stdout
     assert "--trainer.gradient_clip_val" in vlmq("validate", "--help-all").stdout
     model = vlmq("validate", "--model.help", "EvaluationModule").stdout
-    assert "--model.quant.weight_bits" in model and "2 to 8" in model and not re.search(r":\w+:`|``", model)
+    assert "--model.quant.weight_bits" in model and "2 to 8" in model
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""``vlmq list``, ``show`` and ``doctor``: all that goes by a name, and what is there."""
+
+import re
+
+import pytest
+
+from lightning_vlmq.cli import main
+from lightning_vlmq.commands import doctor
+from lightning_vlmq.commands.look import KINDS
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models import zoo
+from lightning_vlmq.quant import METHODS
+
+
+@pytest.fixture(scope="module")
+def everything():
+    return {kind: entries() for kind, entries in KINDS.items()}
+
+
+def test_everything_has_one_line(everything):
+    for kind, entries in everything.items():
+        assert entries, kind
+        for name, entry in entries.items():
+            assert entry.summary and "\n" not in entry.summary and not re.search(r":\w+:`|``", entry.summary), (
+                f"{kind}/{name}"
+            )
+    assert set(everything["methods"]) == set(METHODS) and set(zoo.names()) <= set(everything["models"])
+
+
+def test_list_prints_a_line_each(everything, capsys):
+    main(["list", "methods"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(everything["methods"])
+    main(["list", "models"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == zoo.names() and "vlmq list models" in lines[-1]
+    main(["list", "models", "vit-b-32"])
+    assert all("vit-b-32" in line.split()[0].lower() for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "name", ["gptq", "mcm", "ece", "vit_clean", "ViT-B-32", "data/imagenet", "demo", "gaussian_noise"]
+)
+def test_show_says_what_it_is_and_how_it_is_used(name, capsys):
+    main(["show", name])
+    shown = capsys.readouterr().out
+    assert (
+        re.match(r"(models|methods|scores|metrics|corruptions|data|studies)/\S+: ", shown)
+        and len(shown.splitlines()) > 2
+    )
+    assert not re.search(r":\w+:`|``", shown.split("seed_everything")[0])
+
+
+def test_parameters_of_a_score_are_options(capsys):
+    main(["show", "scores/mcm"])
+    assert "temperature = 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "hint"),
+    [
+        (["list", "method"], "did you mean methods"),
+        (["list", "methods", "gpqt"], "did you mean gptq"),
+        (["show", "gpqt"], "did you mean gptq"),
+    ],
+)
+def test_unknown_names_are_answered_with_the_nearest(args, hint):
+    with pytest.raises(VLMQError, match=hint):
+        main(args)
+
+
+def test_the_doctor_finds_all_and_says_what_is_missing(capsys, monkeypatch, tmp_path):
+    assert not [check for check in (*doctor.machine(), *doctor.files()) if check.todo]
+    monkeypatch.setattr(zoo, "FOLDER", tmp_path)
+    missing = next(check for check in doctor.files() if check.what == "embedded models")
+    assert zoo.names()[0] in missing.todo
+    required = ["torch>=99", "no_such_package_at_all>=1", "numpy>=1.0", "pytest>=8; extra == 'dev'"]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: required)
+    told = {check.what: check for check in doctor.packages()}
+    assert told["torch"].todo == "pip install 'torch>=99'" and told["no_such_package_at_all"].found == "missing"
+    assert not told["numpy"].todo and "pytest" not in told
+    with pytest.raises(VLMQError, match=r"checks failed; first torch"):
+        main(["doctor"])
