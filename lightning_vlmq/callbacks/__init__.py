@@ -6,6 +6,7 @@ from lightning_vlmq.callbacks.printing import CoveragePrinter, HeadlinePrinter
 from lightning_vlmq.callbacks.reliability import ReliabilityDiagrams
 from lightning_vlmq.callbacks.results import ResultsWriter
 from lightning_vlmq.callbacks.spectrum import SingularValueSpectrum
+from lightning_vlmq.callbacks.summary import RunSummary
 from lightning_vlmq.callbacks.zoo import ZooExport
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "QuantizedModelWriter",
     "ReliabilityDiagrams",
     "ResultsWriter",
+    "RunSummary",
     "SingularValueSpectrum",
     "ZooExport",
 ]

@@ -8,14 +8,14 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics import calibration_error, reliability_bins, trajectory_bins
 from lightning_vlmq.plotting.reliability import ReliabilityPanel, reliability_diagram, trajectory_diagram
-from lightning_vlmq.plotting.spectra import tensorboard_writers
 
 
 class ReliabilityDiagrams(Callback):
-    """Writes ``reliability/<data set>`` and ``reliability_trajectory/<data set>`` figures to all TensorBoard loggers.
+    """Writes ``reliability/<data set>`` and ``reliability_trajectory/<data set>`` figures to every logger that takes images.
 
     The first shows full precision, the quantized model and the one with its logit scale tuned side by side; the second, where
     there are two of them, follows the images of each confidence bin of the first to the others.
@@ -41,8 +41,7 @@ class ReliabilityDiagrams(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Draw the figures of each data set whose role is asked for."""
-        writers = tensorboard_writers(trainer)
-        if trainer.sanity_checking or not trainer.is_global_zero or not writers:
+        if trainer.sanity_checking or not trainer.is_global_zero or not takes_figures(trainer):
             return
         records = getattr(pl_module, "records", None)
         eval_sets = getattr(pl_module, "eval_sets", None)
@@ -58,13 +57,12 @@ class ReliabilityDiagrams(Callback):
                 continue
             panels = [self._panel(label, name, own[name]) for label, own in models.items()]
             title = f"{name}: reliability, n = {len(records[name]['confidence'])}"
-            for writer in writers:
-                writer.add_figure(f"reliability/{name}", reliability_diagram(panels, title), trainer.global_step)
-                if len(models) > 1:
-                    confidence = torch.stack([own[name]["confidence"] for own in models.values()])
-                    correct = torch.stack([own[name]["correct"] for own in models.values()])
-                    figure = trajectory_diagram(trajectory_bins(confidence, correct, self.n_bins), list(models), title)
-                    writer.add_figure(f"reliability_trajectory/{name}", figure, trainer.global_step)
+            log_figure(trainer, f"reliability/{name}", reliability_diagram(panels, title))
+            if len(models) > 1:
+                confidence = torch.stack([own[name]["confidence"] for own in models.values()])
+                correct = torch.stack([own[name]["correct"] for own in models.values()])
+                figure = trajectory_diagram(trajectory_bins(confidence, correct, self.n_bins), list(models), title)
+                log_figure(trainer, f"reliability_trajectory/{name}", figure)
 
     on_test_end = on_validation_end
 

@@ -13,8 +13,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves, tensorboard_writers
+from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
 
 CURVE_COLUMNS = ("kind", "layer", "group", "x", "y", "y_reference")
@@ -24,12 +25,12 @@ class SingularValueSpectrum(Callback):
     """Layer-wise singular values of the dequantized weights beside full precision's.
 
     At the end of every validation (but the sanity check) and test, at the start of a fit and then every ``every_n_steps``
-    optimizer steps, rank zero writes to all TensorBoard loggers, at the trainer's global step:
+    optimizer steps, rank zero writes to all loggers (figures to those that take images), at the trainer's global step:
 
     * ``singular_values/<tower>_<kind>``: figure, a line per layer and its reference dashed;
     * ``singular_values/log_ratio``: figure, layer by relative rank, ``log2(quantized / reference)``;
-    * ``spectrum/<tower>_<kind>/<metric>`` and ``spectrum_layers/<metric>/<layer>``: scalars, the mean over a group's
-      layers and each layer's.
+    * in a fit, where they make curves, ``spectrum/<tower>_<kind>/<metric>``: scalars, the mean over a group's layers; on request
+      also ``spectrum_layers/<metric>/<layer>``, each layer's.
 
     The Lightning module must have ``vlm`` (the model under test, with ``tower_of(name)``) and may have ``reference``
     (the full-precision model, or ``None``). Without a reference a fit compares with the weights it started from; a
@@ -40,18 +41,20 @@ class SingularValueSpectrum(Callback):
         every_n_steps: optimizer steps between two records during fit; 0 for the start and validation only.
         top_ranks: ranks k of the scalars "share of energy in the top k". The first is the metric ``top_energy``,
             others are ``top_energy_<k>``.
+        layer_scalars: whether each layer's scalars are logged, hundreds a model.
 
     Raises:
         VLMQError: if an argument is out of range; later, if the module has no ``vlm`` or a weight is not finite.
     """
 
-    def __init__(self, every_n_steps: int = 50, top_ranks: Sequence[int] = (8,)) -> None:
+    def __init__(self, every_n_steps: int = 50, top_ranks: Sequence[int] = (8,), layer_scalars: bool = False) -> None:
         if every_n_steps < 0:
             raise VLMQError(f"every_n_steps must be 0 or more, not {every_n_steps}")
         if not top_ranks or min(top_ranks) < 1:
             raise VLMQError(f"top_ranks must be one or more positive ranks, not {list(top_ranks)}")
         self.every_n_steps = every_n_steps
         self.top_ranks = tuple(top_ranks)
+        self.layer_scalars = layer_scalars
         self._layers: list[LayerSpectrum] = []
         self._layer_scalars: dict[str, dict[str, float]] = {}
         self._reference_digest = b""
@@ -163,9 +166,11 @@ class SingularValueSpectrum(Callback):
             )
         self._layer_scalars = {layer.name: self._scalars(layer.spectrum) for layer in self._layers}
         self._written_step = trainer.global_step
-        if writers := tensorboard_writers(trainer):
+        if trainer.state.fn == "fit":
+            self._log_scalars(trainer)
+        if takes_figures(trainer):
             is_quantized = any(hasattr(module, "effective_weight") for module in vlm.modules())
-            self._write(writers, trainer.global_step, "quantized" if is_quantized else "model", reference_label)
+            self._draw(trainer, "quantized" if is_quantized else "model", reference_label)
 
     def _reference_spectra(self, pl_module: LightningModule) -> tuple[Mapping[str, Spectrum], str]:
         model = getattr(pl_module, "reference", None)
@@ -176,26 +181,29 @@ class SingularValueSpectrum(Callback):
             self._reference, self._reference_digest = weight_spectra(weights), digest
         return self._reference, "FP32"
 
-    def _write(self, writers: Sequence[Any], step: int, label: str, reference_label: str) -> None:
+    def _log_scalars(self, trainer: Trainer) -> None:
+        scalars = {
+            f"spectrum/{group.replace('/', '_')}/{metric}": value
+            for group, values in self.rows().items()
+            for metric, value in values.items()
+        }
+        if self.layer_scalars:
+            for name, values in self._layer_scalars.items():
+                scalars |= {f"spectrum_layers/{metric}/{name}": value for metric, value in values.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, trainer.global_step)
+
+    def _draw(self, trainer: Trainer, label: str, reference_label: str) -> None:
+        step = trainer.global_step
         groups: dict[str, list[LayerSpectrum]] = {}
         for layer in self._layers:
             groups.setdefault(layer.group, []).append(layer)
-        compared = [layer for layer in self._layers if layer.reference is not None]
-        group_scalars = self.rows()
-        for writer in writers:
-            for group, layers in groups.items():
-                tag = group.replace("/", "_")
-                figure = singular_value_curves(layers, f"{group}, step {step}", label, reference_label)
-                writer.add_figure(f"singular_values/{tag}", figure, step)
-                for metric, value in group_scalars[group].items():
-                    writer.add_scalar(f"spectrum/{tag}/{metric}", value, step)
-                for layer in layers:
-                    for metric, value in self._layer_scalars[layer.name].items():
-                        writer.add_scalar(f"spectrum_layers/{metric}/{layer.name}", value, step)
-            if compared:
-                title = f"change of singular values, step {step}"
-                figure = log_ratio_heatmap(compared, title, label, reference_label)
-                writer.add_figure("singular_values/log_ratio", figure, step)
+        for group, layers in groups.items():
+            figure = singular_value_curves(layers, f"{group}, step {step}", label, reference_label)
+            log_figure(trainer, f"singular_values/{group.replace('/', '_')}", figure)
+        if compared := [layer for layer in self._layers if layer.reference is not None]:
+            figure = log_ratio_heatmap(compared, f"change of singular values, step {step}", label, reference_label)
+            log_figure(trainer, "singular_values/log_ratio", figure)
 
 
 def _vlm(pl_module: LightningModule) -> Any:

@@ -52,8 +52,8 @@ class EvaluationModule(LightningModule):
     """Validates a VLM beside its full-precision reference, and beside itself with its logit scale tuned (LST).
 
     ``validate`` and ``test`` gather per-sample records of all of them (``records``, ``reference_records``, ``tuned_records``: data set
-    name to columns) and turn them into result rows (``rows``, ``tuned_rows``), logged as ``<data set>/<score>/<metric>``, and into
-    headline numbers (``<role>/<metric>``, for other callbacks to monitor); ``predict`` returns the columns of each batch.
+    name to columns) and turn them into result rows (``rows``, ``tuned_rows``) and into
+    headline numbers, which are logged (``<role>/<metric>``, for other callbacks to monitor); ``predict`` returns the columns of each batch.
 
     Args:
         vlm: a zoo model's or open_clip architecture's name.
@@ -235,9 +235,6 @@ class EvaluationModule(LightningModule):
             ]
             rows[name] += self._model_rows({"logit_scale": scale.scale, "logit_bias": scale.bias})
         self.rows, self.tuned_rows = rows["model"] + self._coverage_rows(), rows.get("tuned", [])
-        everything = {"/".join(filter(None, (row.dataset, row.score, row.metric))): row.value for row in self.rows}
-        for logger in self.loggers:
-            logger.log_metrics(everything, self.global_step)
         self.log_dict(headline(self.rows), sync_dist=True)
         self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 

@@ -11,26 +11,18 @@ from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
-from lightning import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
-from torch.utils.tensorboard import SummaryWriter
 
 from lightning_vlmq.plotting.base import DASHED, DPI, GREY, PANELS_PER_ROW, draw_legend
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
 HEATMAP_COLUMNS = 64
 _CONTAINERS = {"model", "visual", "text", "transformer", "trunk", "resblocks", "encoder", "stages", "blocks", "layers"}
-
-
-def tensorboard_writers(trainer: Trainer) -> list[SummaryWriter]:
-    """The event writers of all TensorBoard loggers of a trainer; empty where it has none."""
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def short_layer_name(name: str) -> str:
@@ -174,7 +166,10 @@ def log_ratio_heatmap(layers: Sequence[LayerSpectrum], title: str, label: str, r
     figure.text(
         0.595, 0.06 / height, "relative rank (0: largest σ, 1: smallest σ)", fontsize=8, ha="center", va="bottom"
     )
-    figure.text(0.5, 1 - 0.08 / height, title, fontsize=10, ha="center", va="top")
+    quantity = (
+        f"log2(σ {label} / σ {reference_label})"  # here, not along the bar: a model of few layers has a short one
+    )
+    figure.text(0.5, 1 - 0.08 / height, f"{title}: {quantity}", fontsize=10, ha="center", va="top")
     beside = axes.get_yaxis_transform()
     row = 0
     for group, members in groupby(layers, key=lambda layer: layer.group):
@@ -188,6 +183,5 @@ def log_ratio_heatmap(layers: Sequence[LayerSpectrum], title: str, label: str, r
         if first:
             axes.axhline(first - 0.5, xmin=-0.5, color="black", linewidth=0.8, clip_on=False)
     bar = figure.colorbar(mesh, cax=figure.add_axes((0.905, bottom, 0.018, top - bottom)), extend="both")
-    bar.set_label(f"log2(σ {label} / σ {reference_label})", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     return figure

@@ -129,13 +129,21 @@ def test_validation_writes_figures_and_scalars_of_effective_weights(tmp_path):
         "top_energy": [(s[:2] ** 2).sum() / (s**2).sum() for s in values],
         "top_energy_4": [(s[:4] ** 2).sum() / (s**2).sum() for s in values],
     }
+    assert not read.Tags()["scalars"]  # one point is no curve: these are in the results store
     for metric, per_layer in expected.items():
-        (event,) = read.Scalars(f"spectrum/vision_attention/{metric}")
-        assert event.step == 0
-        assert event.value == pytest.approx(np.mean(per_layer), rel=1e-4)
         assert callback.rows()["vision/attention"][metric] == pytest.approx(np.mean(per_layer), rel=1e-4)
-        (event,) = read.Scalars(f"spectrum_layers/{metric}/visual.0.attn.k_proj")
-        assert event.value == pytest.approx(per_layer[1], rel=1e-4)
+
+
+def test_scalars_of_groups_are_curves_of_a_fit_and_those_of_layers_on_request(tmp_path):
+    for wanted in (False, True):
+        callback = SingularValueSpectrum(every_n_steps=3, layer_scalars=wanted)
+        trainer(tmp_path / str(wanted), callback).fit(TinyModule(*quantized_and_reference()))
+        read = events(tmp_path / str(wanted))
+        scalars = read.Scalars("spectrum/vision_attention/stable_rank")
+        assert [event.step for event in scalars] == [0, 3, 6]
+        assert scalars[-1].value == pytest.approx(callback.rows()["vision/attention"]["stable_rank"], rel=1e-4)
+        layers = [tag for tag in read.Tags()["scalars"] if tag.startswith("spectrum_layers/")]
+        assert bool(layers) == wanted
 
 
 def test_a_test_run_records_too(tmp_path):
@@ -170,7 +178,7 @@ def test_fit_records_start_every_n_steps_and_validation_once_each(tmp_path):
     steps = [0, 2, 3, 4, 6]  # validations at 3 and 6; the sanity check writes nothing of its own
     for tag in ("singular_values/text_projection", "singular_values/log_ratio"):
         assert [event.step for event in read.Images(tag)] == steps
-    scalars = read.Scalars("spectrum_layers/top_energy/text_projection")
+    scalars = read.Scalars("spectrum/text_projection/top_energy")
     assert [event.step for event in scalars] == steps
 
     curves = callback.curves().set_index("layer")
@@ -284,7 +292,11 @@ def test_heatmap_shows_octaves_over_relative_rank():
     np.testing.assert_allclose(vision, np.linspace(2, 0, len(vision)), atol=1e-6)  # 2, 1, 0 octaves, linear between
     low, high = axes.images[0].get_clim()
     assert low == -high  # white is no change
-    assert bar.get_ylabel() == "log2(σ quantized / σ FP32)"
+    assert "title: log2(σ quantized / σ FP32)" in [text.get_text() for text in figure.texts]
+    figure.canvas.draw()
+    for text in figure.texts:  # nothing is cut
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
     assert {"0.mlp.c_fc", "proj", "text/mlp", "vision/projection"} <= {text.get_text() for text in axes.texts}
 
 
