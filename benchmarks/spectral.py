@@ -72,7 +72,12 @@ def measure(contender: str, args: argparse.Namespace) -> dict[str, float]:
         start = time.process_time()
         details = watcher.analyze()
         whole = time.process_time() - start
-        seen = int((details["M"] * details["N"] * details.get("rf", 1)).sum()) if len(details) else 0
+        modules = dict(plain.named_modules())
+        found = [modules.get(str(name)) for name in details["longname"]]
+        matrices = [
+            m for m in found if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+        ]  # it lists embedding tables too
+        seen = sum(m.weight.numel() for m in matrices)
 
         def decompose(weight: torch.Tensor) -> torch.Tensor:
             return torch.from_numpy(np.asarray(svd_vals(as_matrix(weight).numpy()))).double()

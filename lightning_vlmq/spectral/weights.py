@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,7 @@ def as_matrix(weight: Tensor) -> Tensor:
         raise VLMQError(f"a weight of shape {list(weight.shape)} is no matrix; pass [out, in] or [out, in, kh, kw]")
     if not weight.is_floating_point():
         raise VLMQError(f"a weight of dtype {weight.dtype} has no spectrum; pass the dequantized (effective) weight")
-    if not torch.isfinite(weight).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():  # isfinite itself goes over it six times
         raise VLMQError(f"the weight of shape {list(weight.shape)} holds NaN or infinity; check training or the scales")
     return weight.flatten(1)
 
@@ -71,20 +72,35 @@ def stacked_singular_values(weights: Sequence[Tensor]) -> Tensor:
     Raises:
         VLMQError: as :func:`singular_values`, or the shapes differ.
     """
-    matrices = torch.stack([as_matrix(weight.detach()) for weight in weights]).double()
-    if matrices.shape[1] < matrices.shape[2]:
-        matrices = matrices.mT
-    largest = matrices.abs().amax((1, 2), keepdim=True)
-    matrices = matrices / torch.where(largest > 0, largest, 1.0)  # squares then stay in range
-    if matrices.is_cuda:
-        squares = torch.linalg.eigvalsh(matrices.mT @ matrices).cpu()
-    else:  # numpy's LAPACK and its product of a matrix with its own transpose are faster than torch's
-        arrays = matrices.numpy()
-        squares = torch.from_numpy(np.stack([np.linalg.eigvalsh(array.T @ array) for array in arrays]))
-    values = squares.flip(1).clamp_min(0).sqrt()
-    for row in (values[:, -1] < GRAM_FLOOR * values[:, 0]).nonzero().flatten().tolist():
-        values[row] = torch.from_numpy(np.linalg.svd(matrices[row].cpu().numpy(), compute_uv=False))
-    return values * largest.cpu().flatten().unsqueeze(1)
+    matrices = [as_matrix(weight.detach()) for weight in weights]
+    if len({matrix.shape for matrix in matrices}) != 1:
+        raise VLMQError(f"weights decomposed together must have one shape, not {[list(m.shape) for m in matrices]}")
+    if matrices[0].is_cuda:
+        stack, scale = _in_range(torch.stack(matrices))
+        squares = torch.linalg.eigvalsh(stack.mT @ stack if stack.shape[1] >= stack.shape[2] else stack @ stack.mT)
+        values = squares.flip(1).clamp_min(0).sqrt()
+        for row in (values[:, -1] < GRAM_FLOOR * values[:, 0]).nonzero().flatten().tolist():
+            values[row] = torch.linalg.svdvals(stack[row])
+        return (values * scale).cpu()
+    return torch.stack([_on_cpu(matrix) for matrix in matrices])
+
+
+def _in_range(matrix: Tensor) -> tuple[Tensor, float]:
+    """In float64, over a power of two that keeps squares in its range (1 for any float32 weight), and that power."""
+    largest = float(matrix.abs().max())
+    scale = 1.0 if largest == 0 or 1e-100 < largest < 1e100 else 2.0 ** math.frexp(largest)[1]
+    return (matrix.double() if scale == 1 else matrix.double() / scale), scale
+
+
+def _on_cpu(matrix: Tensor) -> Tensor:
+    # numpy's LAPACK, and its product of a matrix with its own transpose, are faster than torch's
+    wide, scale = _in_range(matrix)
+    array = wide.numpy()
+    squares = np.linalg.eigvalsh(array.T @ array if array.shape[0] >= array.shape[1] else array @ array.T)
+    values = np.sqrt(np.maximum(squares[::-1], 0))
+    if values[-1] < GRAM_FLOOR * values[0]:
+        values = np.linalg.svd(array, compute_uv=False)
+    return torch.from_numpy(values * scale)
 
 
 @dataclass(frozen=True, eq=False)
