@@ -10,6 +10,7 @@ from rich.table import Table
 
 from lightning_vlmq.callbacks.results import ResultsWriter
 from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.models import RANDOM
 
 
 class CoveragePrinter(Callback):
@@ -24,7 +25,9 @@ class CoveragePrinter(Callback):
         report = getattr(pl_module, "coverage", None)
         if report is not None and trainer.is_global_zero and not self._printed:
             self._printed = True
-            rich_print(report.table())
+            table = report.table()
+            table.title = f"{table.title}{_randomness(pl_module)}"
+            rich_print(table)
 
 
 class HeadlinePrinter(Callback):
@@ -40,7 +43,8 @@ class HeadlinePrinter(Callback):
         if trainer.sanity_checking or not trainer.is_global_zero or not own:
             return
         tuned = {name: logged[f"lst/{name}"] for name in own if f"lst/{name}" in logged}
-        table = Table("role", "metric", title="Means over a role's data sets (and OOD scores)")
+        title = f"Means over a role's data sets (and OOD scores){_randomness(pl_module)}"
+        table = Table("role", "metric", title=title)
         writers = [callback for callback in trainer.callbacks if isinstance(callback, ResultsWriter)]  # type: ignore[attr-defined]
         table.caption = "; ".join(f"everything: {writer.root}, run {writer.run_id}" for writer in writers)
         for title in ("value", "logit scale tuned") if tuned else ("value",):
@@ -51,3 +55,8 @@ class HeadlinePrinter(Callback):
         rich_print(table)
 
     on_test_end = on_validation_end
+
+
+def _randomness(module: Any) -> str:
+    """What every table adds where the model's weights are drawn, not trained."""
+    return " (random weights)" if getattr(getattr(module, "vlm", None), "pretrained", "") == RANDOM else ""

@@ -22,7 +22,7 @@ from torchao.utils import is_MI300, is_MI350, is_sm_at_least_89
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.lowbit.layers import TensorLinear, low_bit_layer, pack, unpack
-from lightning_vlmq.models import VLM, load_vlm, zoo
+from lightning_vlmq.models import VLM, load_origin
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
 from lightning_vlmq.quant.checkpoint import WEIGHTS, read_description, restore_structure, write_tensors
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
@@ -180,8 +180,6 @@ def write_description(folder: Path, conversion: Conversion, vlm: VLM, quantized:
     description = {
         "format": FORMAT,
         "conversion": asdict(conversion),
-        "mean": vlm.mean.flatten().tolist(),
-        "std": vlm.std.flatten().tolist(),
         **more,
         "quantized": quantized,
     }
@@ -207,15 +205,14 @@ def load_converted(path_dir: str | Path, device: str | torch.device = "cpu") -> 
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     try:
         conversion = Conversion(**description["conversion"])
-        quantized, mean, std = description["quantized"], description["mean"], description["std"]
-        name = quantized["model"]
+        quantized = description["quantized"]
+        built = quantized["origin"]
     except (KeyError, TypeError) as error:
         raise VLMQError(
             f"'{folder / DESCRIPTION}' is not a converted model's description ({error}); convert again"
         ) from error
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced
-        vlm = zoo.build(name) if name in zoo.names() else load_vlm(name)
-    vlm.pretrained = quantized["pretrained"]
+        vlm = load_origin(built, with_weights=False)
     vlm.eval().requires_grad_(False).to(device)
     if conversion.float8:
         require_float8(vlm.mean.device)
@@ -231,8 +228,6 @@ def load_converted(path_dir: str | Path, device: str | torch.device = "cpu") -> 
             tensors[key] = unpack(tensors[key], layer.bits, layer.weight.shape)
         state, _ = unflatten_tensor_state_dict(tensors, metadata)
         vlm.load_state_dict({key: tensor.to(device) for key, tensor in state.items()}, assign=True)
-        for buffer, values in ((vlm.mean, mean), (vlm.std, std)):
-            buffer.copy_(torch.tensor(values).view_as(buffer))
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise VLMQError(

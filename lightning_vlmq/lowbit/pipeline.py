@@ -32,7 +32,7 @@ from lightning_vlmq.lowbit.convert import (
     write_description,
 )
 from lightning_vlmq.lowbit.export import PROGRAMS, export_encoder
-from lightning_vlmq.models import VLM, load_vlm, zoo
+from lightning_vlmq.models import RANDOM, VLM, load_origin
 from lightning_vlmq.quant.checkpoint import (
     DESCRIPTION,
     FORMAT,
@@ -112,8 +112,7 @@ def convert(
     folder, conversion = Path(checkpoint), Conversion(activations, kernels, float8)
     target = _target(Path(out))
     description = read_description(folder / DESCRIPTION, FORMAT)
-    name, source = str(description.get("model")), description.get("pretrained")
-    full = load_vlm(name, None if name in zoo.names() else source).requires_grad_(False).to(_device(device))
+    full = load_origin(description.get("origin") or {}).requires_grad_(False).to(_device(device))
     quantized = copy.deepcopy(full)
     saved = load_quantized(quantized, folder)
     data.setup("validate")
@@ -134,6 +133,7 @@ def convert(
         "agreement": asdict(agreement),
         "latency_ms": _latencies(full, converted, saved.scheme.towers, batch, rounds, compile),
         "setting": _setting(full, batch, rounds),
+        "random_weights": full.pretrained == RANDOM,
     }
     save_converted(converted, target, conversion, description, **report)
     for program in PROGRAMS.values():
@@ -284,7 +284,7 @@ def _table(report: dict[str, Any], folder: Path) -> Table:
     kinds = [layer["kind"] for layer in report["layers"].values()]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     table = Table(
-        title=f"Converted to {folder}",
+        title=f"Converted to {folder}{' (random weights)' if report['random_weights'] else ''}",
         caption=f"{counts}. Same top class on {agreement['top1']:.2%} of {agreement['images']} images, mean cosine of logits "
         f"{agreement['cosine']:.6f}. Latency: batch {setting['batch']}, {setting['threads']} thread(s), {setting['hardware']}.",
     )

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -12,10 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.preprocessing import Preprocessing
 from lightning_vlmq.models.attention import make_layers_explicit
+from lightning_vlmq.models.provenance import Provenance
 
 TOWERS = ("vision", "text")
+PROBES = ("a photo of a cat", "Two DOGS, naïvely running: 3 kites & a 'boat'...", "")
+"""Texts whose token ids tell one tokenizer from another."""
 
 
 class VLM(nn.Module):
@@ -28,8 +31,12 @@ class VLM(nn.Module):
         tokenize: maps a list of texts to token ids, int64 ``[n, context_length]``.
         name: the architecture or zoo name, as reported in results.
         pretrained: the weights' source, as reported in results; ``"none"`` for random weights.
-        mean: per-channel mean of pixels in 0..1 that the model was trained with.
-        std: per-channel standard deviation, likewise.
+        preprocessing: what the model was trained to see: size, resize mode, interpolation, mean and standard deviation. Data modules
+            decode images by it.
+
+    Attributes:
+        provenance: where the weights come from and their content's hash; ``None`` for a model that no loader made.
+        activation: ``gelu`` or ``quick_gelu`` where a tag or the user decided it; ``None`` where the config does.
     """
 
     model: Any  # one of open_clip's classes, whose attributes differ
@@ -42,8 +49,7 @@ class VLM(nn.Module):
         tokenize: Callable[[list[str]], Tensor],
         name: str,
         pretrained: str,
-        mean: Sequence[float],
-        std: Sequence[float],
+        preprocessing: Preprocessing,
     ) -> None:
         super().__init__()
         make_layers_explicit(model)
@@ -51,24 +57,46 @@ class VLM(nn.Module):
         self._tokenize = tokenize
         self.name = name
         self.pretrained = pretrained
-        size = self.model.visual.image_size
-        self.image_size = int(size[0] if isinstance(size, (tuple, list)) else size)
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.preprocessing = preprocessing
+        self.activation: str | None = None
+        self.provenance: Provenance | None = None
+        self.register_buffer("mean", torch.tensor(preprocessing.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocessing.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width that the model takes, in pixels."""
+        return self.preprocessing.framing.size
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the full-precision model's features: name, architecture, weights' content, preprocessing and tokenizer.
+
+        Raises:
+            VLMQError: the model was not loaded by :func:`~lightning_vlmq.models.load_vlm`, so nobody knows its weights.
+        """
+        if self.provenance is None:
+            raise VLMQError(f"model '{self.name}' does not know where its weights come from; load it with load_vlm")
+        tokens = self.tokenize(list(PROBES))
+        return {
+            "name": self.name,
+            "provenance": self.provenance,
+            "preprocessing": self.preprocessing,
+            "tokenizer": hashlib.sha256(f"{tokens.tolist()}".encode()).hexdigest(),
+        }
 
     def preprocess(self, pixels: Tensor) -> Tensor:
         """What the open_clip model takes for images.
 
         Args:
             pixels: ``[batch, 3, height, width]``, uint8 in 0..255 or float in 0..1. Images of another size than the model's are
-                resized to it (bicubic, antialiased, as in open_clip's own preprocessing).
+                framed as the model's preprocessing says.
 
         Returns:
             Pixels less the model's mean, over its standard deviation, float32 ``[batch, 3, image_size, image_size]``.
         """
         x = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         if x.shape[-2:] != (self.image_size, self.image_size):
-            x = F.interpolate(x, (self.image_size, self.image_size), mode="bicubic", antialias=True).clamp(0, 1)
+            x = self.preprocessing.framing(x).clamp(0, 1)
         return (x - self.mean) / self.std
 
     def encode_image(self, pixels: Tensor) -> Tensor:
@@ -167,25 +195,6 @@ class VLM(nn.Module):
         return qualified_name.startswith("model.text_decoder.")
 
 
-def load_vlm(name: str, pretrained: str | None = None) -> VLM:
-    """Build a VLM by name, ready for evaluation (``eval()`` mode).
-
-    Args:
-        name: an embedded zoo model (``"vit_clean"``), an open_clip architecture (``"ViT-B-32"``), or ``"hf-hub:org/repo"`` or
-            ``"local-dir:path"``.
-        pretrained: an open_clip weights tag (``"laion2b_s34b_b79k"``) or a local checkpoint file; ``None`` or ``"none"`` gives an
-            open_clip architecture random weights. Zoo models carry their own weights; a file given here replaces them.
-
-    Raises:
-        VLMQError: unknown name (with the nearest ones), missing, truncated or ill-fitting checkpoint, non-finite weights.
-    """
-    from lightning_vlmq.models import zoo  # the zoo builds VLMs, so it imports this module
-
-    vlm = zoo.load(name, pretrained) if name in zoo.names() else _load_open_clip(name, pretrained)
-    require_finite(vlm)
-    return vlm.eval()
-
-
 def require_finite(vlm: nn.Module) -> None:
     """Raise :class:`VLMQError` naming the first parameter that holds a NaN or an infinity."""
     for name, parameter in vlm.named_parameters():
@@ -203,42 +212,3 @@ def draw_missing_weights(model: nn.Module) -> None:
     if isinstance(model, open_clip.CoCa):
         projection = model.text_decoder.text_projection
         nn.init.normal_(projection, std=projection.shape[0] ** -0.5)
-
-
-def _load_open_clip(name: str, pretrained: str | None) -> VLM:
-    from lightning_vlmq.models import zoo
-
-    has_schema = name.startswith(("hf-hub:", "local-dir:"))
-    if not has_schema and name not in open_clip.list_models():
-        raise unknown("model", name, [*zoo.names(), *open_clip.list_models()])
-    source = None if pretrained in (None, "none") else pretrained
-    if source is not None and not has_schema:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        looks_like_file = "/" in source or Path(source).suffix != ""
-        if looks_like_file and not Path(source).is_file():
-            raise VLMQError(
-                f"checkpoint '{source}' does not exist; give the path of a file or one of the tags {', '.join(tags)}"
-            )
-        if not looks_like_file and source not in tags:
-            raise unknown(f"pretrained tag for {name}", source, tags)
-    logging.getLogger().disabled, was = (
-        True,
-        logging.getLogger().disabled,
-    )  # open_clip warns of random weights on the root logger
-    try:
-        model = open_clip.create_model(name, pretrained=source, pretrained_text=False)
-        tokenize = open_clip.get_tokenizer(name)
-    except VLMQError:
-        raise
-    except Exception as error:
-        raise VLMQError(f"cannot load model '{name}' ({source or 'random weights'}): {_first_line(error)}") from error
-    finally:
-        logging.getLogger().disabled = was
-    if source is None and not has_schema:
-        draw_missing_weights(model)
-    config: dict[str, Any] = open_clip.get_model_preprocess_cfg(model)
-    return VLM(model, tokenize, name, source or "none", config["mean"], config["std"])
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -36,6 +36,7 @@ from lightning_vlmq.metrics import (
 )
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.local import encode_patches
+from lightning_vlmq.models.openclip import Activation
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import METHODS, CoverageReport, load_quantized, quantize
 from lightning_vlmq.quant.methods import Quantization
@@ -56,8 +57,10 @@ class EvaluationModule(LightningModule):
     headline numbers, which are logged (``<role>/<metric>``, for other callbacks to monitor); ``predict`` returns the columns of each batch.
 
     Args:
-        vlm: a zoo model's or open_clip architecture's name.
-        pretrained: an open_clip weights tag or a checkpoint file.
+        vlm: a zoo model's or open_clip architecture's name, ``local-dir:<folder>`` or ``hf-hub:<owner>/<repository>``.
+        pretrained: an open_clip weights tag, a file of weights, or ``none`` for random ones; open_clip's architectures need one.
+        trained_like: for a file, the tag whose activation and preprocessing it shares, or ``architecture``.
+        activation: ``gelu`` or ``quick_gelu``, where neither tag nor config is to decide.
         quant: method and scheme; calibration runs in ``setup`` on the data module's caption pairs.
         checkpoint: folder of a saved quantized model, taken instead of quantizing afresh; ``quant`` is then read from it.
         scores: OOD scores to record, with parameters where they are not the published ones: ``mcm(temperature=0.5)``.
@@ -79,6 +82,8 @@ class EvaluationModule(LightningModule):
         lst: bool = False,
         evaluators: list[Evaluator] | None = None,
         cache: str | None = None,
+        trained_like: str | None = None,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["evaluators"])
@@ -89,7 +94,7 @@ class EvaluationModule(LightningModule):
         self.evaluators = default_evaluators() if evaluators is None else evaluators
         self.cache = FeatureCache(cache)
         self.checkpoint = checkpoint
-        self.vlm: VLM = load_vlm(vlm, pretrained)
+        self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation)
         self.reference: VLM | None = None
         self.coverage: CoverageReport | None = None
         self._prepared = False

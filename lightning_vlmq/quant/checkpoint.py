@@ -16,6 +16,7 @@ from torch import nn
 
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models.loading import origin
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
@@ -75,6 +76,7 @@ def save_quantized(
         "format": FORMAT,
         "model": vlm.name,
         "pretrained": vlm.pretrained,
+        "origin": origin(vlm),
         "method": method,
         "scheme": asdict(scheme),
         "rotated_streams": rotated_towers(vlm),

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cases.quant import build
+from lightning_vlmq.core.preprocessing import Framing, Preprocessing
 from lightning_vlmq.models import VLM
 from lightning_vlmq.models.zoo import CompactTokenizer
 
@@ -24,7 +25,7 @@ def clip(vision: dict | None = None, text: dict | None = None, custom_text: bool
     model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(
         dim, VISION | (vision or {}), TEXT | {"vocab_size": tokenizer.vocab_size} | (text or {}), quick_gelu=custom_text
     )
-    return VLM(model, tokenizer, "small", "none", (0.5,) * 3, (0.25,) * 3).eval()
+    return VLM(model, tokenizer, "small", "none", Preprocessing(Framing(32), (0.5,) * 3, (0.25,) * 3)).eval()
 
 
 def timm_vit(pool: str = "avg", projection: bool = True, **settings: object) -> VLM:

@@ -97,6 +97,6 @@ def test_a_patch_that_is_changed_changes_most():
 
 
 def test_towers_without_patches_are_named():
-    vlm = load_vlm("RN50")
+    vlm = load_vlm("RN50", "none")
     with pytest.raises(VLMQError, match=r"'RN50' have no features of their own \(ModifiedResNet\); leave out"):
         encode_patches(vlm, torch.zeros(1, 3, vlm.image_size, vlm.image_size))

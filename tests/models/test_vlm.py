@@ -124,7 +124,7 @@ def test_every_parameter_belongs_to_a_tower_but_the_scale(vlm):
 
 def test_open_clip_architecture_with_random_weights():
     torch.manual_seed(0)
-    vlm = load_vlm("ViT-S-32-alt")
+    vlm = load_vlm("ViT-S-32-alt", "none")
     assert (vlm.name, vlm.pretrained, vlm.image_size) == ("ViT-S-32-alt", "none", 224)
     with torch.no_grad():
         assert vlm.encode_image(torch.zeros(1, 3, 224, 224, dtype=torch.uint8)).isfinite().all()

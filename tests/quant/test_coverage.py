@@ -85,7 +85,7 @@ def test_a_quantized_layer_whose_forward_is_bypassed_is_not_covered():
 
 def test_attention_of_vit_b_32_is_covered():
     torch.manual_seed(0)
-    vlm = load_vlm("ViT-B-32")
+    vlm = load_vlm("ViT-B-32", "none")
     reference = open_clip.create_model("ViT-B-32")
     swap_layers(vlm, QuantScheme(scope="vision_text"))
     give_any_grid(vlm)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.preprocessing import Framing, Preprocessing
 from lightning_vlmq.models.vlm import VLM, draw_missing_weights
 from lightning_vlmq.models.zoo import towers  # noqa: F401 - registers the vision towers with timm
 
@@ -69,7 +70,8 @@ def build(name: str) -> VLM:
         kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     model = kind(**config)
     draw_missing_weights(model)
-    return VLM(model, tokenizer, name, name.rsplit("_", 1)[1], PIXEL_MEAN, PIXEL_STD).train()
+    seen = Preprocessing(Framing(config["vision_cfg"]["image_size"]), PIXEL_MEAN, PIXEL_STD)
+    return VLM(model, tokenizer, name, name.rsplit("_", 1)[1], seen).train()
 
 
 def load(name: str, checkpoint: str | None = None) -> VLM:

@@ -12,6 +12,7 @@ import pandas as pd
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
+from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import SCOPES
 from lightning_vlmq.results.schema import TUNED, RunKey
@@ -172,8 +173,10 @@ class StudyResults:
         return {model for model in models if models.count(model) > 1}
 
     def vlm_of(self, run: StoredRun) -> str:
-        """The name that tells the run's VLM from the study's others."""
+        """The name that tells the run's VLM from the study's others; random weights are always said."""
         key = run.key
+        if key.pretrained == RANDOM:
+            return f"{key.model} (random weights)"
         return f"{key.model}@{key.pretrained}" if key.model in self._ambiguous else key.model
 
     def runs_of(self, vlm: str) -> tuple[list[StoredRun], list[StoredRun]]:

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import yaml
 
 from lightning_vlmq.core.configs import find_config
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.models import zoo
+from lightning_vlmq.models import known_vlm, split_name
 from lightning_vlmq.quant.methods import METHODS, QATMethod
 from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 
@@ -109,7 +108,7 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
     methods = [name for name in study.axes["method"] if name != FULL_PRECISION]
     kinds = {name: _kind_of(name) for name in methods}
     for vlm in study.axes["vlm"]:
-        _check_vlm(vlm)
+        known_vlm(*split_name(vlm))  # before hours are spent on the others
     for scope in study.axes["scope"]:
         if scope not in SCOPES:
             raise unknown("scope", scope, SCOPES)
@@ -126,8 +125,8 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
         ]
         for method, bits, scope, weight_bits, act_bits in cells:
             kind = "fp32" if method == FULL_PRECISION else kinds[method]
-            name, _, pretrained = vlm.partition("@")
-            values: dict[str, Any] = {"vlm": name, "pretrained": pretrained, "method": method}
+            name, pretrained = split_name(vlm)
+            values: dict[str, Any] = {"vlm": name, "pretrained": pretrained or "", "method": method}
             values |= {"scope": scope, "weight_bits": weight_bits, "act_bits": act_bits, "seed": seed}
             runs.append(_run(study, commands[kind], kind, bits, vlm, values))
     return runs
@@ -164,19 +163,6 @@ def _check_table(name: str, table: Any, keys: Sequence[str] | None) -> None:
 
 def _kind_of(method: str) -> str:
     return "qat" if issubclass(METHODS[method], QATMethod) else "ptq"
-
-
-def _check_vlm(vlm: str) -> None:
-    """Refuse names that no loader knows, before hours are spent on the others."""
-    name, _, weights = vlm.partition("@")
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return
-    if name not in zoo.names() and name not in open_clip.list_models():
-        raise unknown("VLM", name, [*zoo.names(), *open_clip.list_models()])
-    if weights and not Path(weights).is_file():
-        tags = [] if name in zoo.names() else open_clip.list_pretrained_tags_by_model(name)
-        if weights not in tags:
-            raise unknown(f"weights of {name}", weights, tags)
 
 
 def _parse_bits(bits: str) -> tuple[int, int]:
