@@ -40,7 +40,7 @@ def models(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     torch.manual_seed(0)
     plain = open_clip.create_model(name)
     torch.manual_seed(0)
-    return plain, load_vlm(name)
+    return plain, load_vlm(name, "none")
 
 
 def measure(contender: str, args: argparse.Namespace) -> dict[str, float]:

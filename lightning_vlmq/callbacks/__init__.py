@@ -1,5 +1,6 @@
 """What watches a run, and what files its results."""
 
+from lightning_vlmq.callbacks.activations import ActivationSpectrum
 from lightning_vlmq.callbacks.models import QuantizedModelWriter
 from lightning_vlmq.callbacks.predictions import PredictionWriter
 from lightning_vlmq.callbacks.printing import CoveragePrinter, HeadlinePrinter
@@ -10,6 +11,7 @@ from lightning_vlmq.callbacks.summary import RunSummary
 from lightning_vlmq.callbacks.zoo import ZooExport
 
 __all__ = [
+    "ActivationSpectrum",
     "CoveragePrinter",
     "HeadlinePrinter",
     "PredictionWriter",

@@ -14,6 +14,7 @@ import pandas as pd
 from lightning import Callback, Trainer
 from torch import Tensor
 
+from lightning_vlmq.callbacks.activations import ActivationSpectrum
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.quant import save_quantized
@@ -79,11 +80,11 @@ class ResultsWriter(Callback):
         assert self.run_id is not None
         fixed = {**module.run_key.columns(), "code_version": code_version(), "run_id": self.run_id}
         rows = [{**asdict(row), **fixed} for row in module.rows]
-        curves = pd.DataFrame(columns=list(CURVE_COLUMNS))
+        curves = [pd.DataFrame(columns=list(CURVE_COLUMNS))]
         inside = next(s for s in module.eval_sets if s.role == "id")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SingularValueSpectrum):
-                curves = callback.curves()
+            if isinstance(callback, SingularValueSpectrum | ActivationSpectrum):
+                curves.append(callback.curves())
                 where = {
                     "dataset": inside.name,
                     "role": "id",
@@ -103,7 +104,8 @@ class ResultsWriter(Callback):
             samples = _sample_table(module.eval_sets, module.tuned_records)
             self.store.write(tuned["run_id"], tuned_rows, samples, pd.DataFrame())
         samples = _sample_table(module.eval_sets, module.records)
-        self.store.write(self.run_id, pd.DataFrame(rows), samples, curves, self._made - self._start)
+        points = pd.concat([part for part in curves if len(part)] or curves)
+        self.store.write(self.run_id, pd.DataFrame(rows), samples, points, self._made - self._start)
 
 
 def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:

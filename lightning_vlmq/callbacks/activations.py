@@ -1,0 +1,206 @@
+"""Watches what quantization does to the activations after every block: signal, noise and damping per rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
+from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.evaluation.blocks import BlockWatcher
+from lightning_vlmq.plotting.activations import rank_curves, rank_maps
+from lightning_vlmq.spectral import (
+    PUBLISHED_BANDS,
+    Band,
+    RadialSpectrum,
+    RankTable,
+    SecondMoments,
+    alpha_req,
+    band_name,
+    effective_rank,
+    eigenbasis,
+    participation_ratio,
+    power_law_tail,
+    principal_angles,
+    rank_table,
+    rankme,
+)
+
+LEADING = 8
+"""Directions of the leading subspaces whose angles are reported."""
+
+
+class ActivationSpectrum(Callback):
+    """Gain, SQNR and noise per rank after every block of a quantized model, beside full precision on the same images.
+
+    In every validation (but the sanity check) and test, the first images of the in-distribution set go through both models,
+    and the text prompts of its classes where the text tower is quantized. Only second moments are kept. Under DDP every
+    process takes its share of the images, and the sums are added up.
+
+    ``curves()`` holds, by site, kinds ``sqnr_db``, ``gain`` (with its standard error as kind ``gain_stderr``),
+    ``eigenvalues`` (quantized beside full precision) over rank and ``fourier_power`` over frequency in cycles per patch;
+    ``rows()`` holds scalars. Figures ``activations/curves_<tower>`` and ``activations/map_<tower>`` go to the loggers.
+    A model without a full-precision reference is passed over.
+
+    Args:
+        n_images: images (and prompts) to look at.
+        bands: rank ranges whose pooled gain, SQNR and filter share are among the scalars.
+
+    Raises:
+        VLMQError: if there is nothing to look at, or a band is empty.
+    """
+
+    def __init__(self, n_images: int = 256, bands: Sequence[Sequence[int | None]] = PUBLISHED_BANDS) -> None:
+        if n_images < 2:
+            raise VLMQError(f"n_images must be at least 2, got {n_images}")
+        self.n_images = n_images
+        self.bands = as_bands(bands)
+        self._watchers: dict[str, BlockWatcher] = {}
+        self._images = 0
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin anew."""
+        self._watchers, self._images = {}, 0
+        reference = getattr(pl_module, "reference", None)
+        if trainer.sanity_checking or reference is None:
+            return
+        self._inside = next(k for k, s in enumerate(pl_module.eval_sets) if s.role == "id")
+        self._watchers = {tower: BlockWatcher(reference, pl_module.vlm, tower) for tower in pl_module.scheme.towers}
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Look at the batch's images while there are not enough."""
+        share = -(-self.n_images // trainer.world_size)
+        if "vision" in self._watchers and dataloader_idx == self._inside and self._images < share:
+            images = batch["image"][: share - self._images]
+            self._watchers["vision"].update(images)
+            self._images += len(images)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Look at the prompts, add up over processes, draw."""
+        if not self._watchers:
+            return
+        if "text" in self._watchers:
+            self._watchers["text"].update(self._prompts(trainer, pl_module))
+        for watcher in self._watchers.values():
+            watcher.synchronise()
+        if trainer.is_global_zero and takes_figures(trainer):
+            for tower in self._watchers:
+                own = {site: table for site, table in self.tables().items() if site.startswith(f"{tower}/")}
+                title = f"activations of the {tower} tower, step {trainer.global_step}"
+                log_figure(trainer, f"activations/curves_{tower}", rank_curves(own, title))
+                log_figure(trainer, f"activations/map_{tower}", rank_maps(own, title))
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def _prompts(self, trainer: Trainer, pl_module: Any) -> torch.Tensor:
+        inside = pl_module.eval_sets[self._inside]
+        names, templates = (
+            inside.class_names or pl_module.data.class_names,
+            inside.templates or pl_module.data.templates,
+        )
+        prompts = [template.format(name) for template in templates for name in names][: self.n_images]
+        own = prompts[trainer.global_rank :: trainer.world_size] or prompts[:1]
+        return pl_module.vlm.tokenize(own)
+
+    def tables(self) -> dict[str, RankTable]:
+        """The table of ranks of every site, around the mean; empty for a model without a reference."""
+        return {site: rank_table(moments) for site, moments in self._moments().items()}
+
+    def _moments(self) -> dict[str, SecondMoments]:
+        return {site: moments for watcher in self._watchers.values() for site, moments in watcher.moments.items()}
+
+    def _fourier(self) -> dict[str, tuple[RadialSpectrum, RadialSpectrum]]:
+        return {s: both for watcher in self._watchers.values() for s, both in watcher.fourier_spectra().items()}
+
+    def curves(self) -> pd.DataFrame:
+        """Points by kind and site, columns as in the results store's curves; see the class."""
+        parts: list[pd.DataFrame] = []
+
+        def add(kind: str, site: str, x: Any, y: Any, reference: Any = np.nan) -> None:
+            columns = (kind, site, site.split("/")[0], x, y, reference)
+            parts.append(pd.DataFrame(dict(zip(CURVE_COLUMNS, columns, strict=True))))
+
+        for site, table in self.tables().items():
+            rank = np.arange(1, len(table) + 1)
+            for kind in ("sqnr_db", "gain", "gain_stderr"):
+                add(kind, site, rank, getattr(table, kind).cpu().numpy())
+            own = eigenbasis(self._moments()[site].quantized())[0].cpu().numpy()
+            add("eigenvalues", site, rank, own[: len(table)], table.energy.cpu().numpy())
+        for site, (full, quantized) in self._fourier().items():
+            add("fourier_power", site, full.frequency.numpy(), quantized.power.numpy(), full.power.numpy())
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(CURVE_COLUMNS))
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Scalars by site.
+
+        ``mean_sqnr_db``, ``noise_colour``; ``sqnr_db_<band>``, ``gain_<band>``, ``gain_stderr_<band>`` and
+        ``filter_share_<band>``; of the quantized activations (and, ending in ``_full``, of full precision's)
+        ``participation_ratio``, ``effective_rank_singular``, ``effective_rank_eigen``, ``rankme`` (around the mean),
+        ``alpha_req``, ``power_law_exponent``, ``power_law_stderr``; ``leading_angle``, the largest angle in degrees between
+        the two models' subspaces of the 8 leading directions; ``low_frequency_share`` of power below a quarter cycle per
+        patch, where rows lie on a grid.
+        """
+        found: dict[str, dict[str, float]] = {}
+        for site, moments in self._moments().items():
+            table = rank_table(moments)
+            scalars = {"mean_sqnr_db": table.mean_sqnr_db, "noise_colour": table.colour}
+            for band in self.bands:
+                for metric, value in zip(("sqnr_db", "gain", "gain_stderr", "filter_share"), table.pooled(*band)):
+                    scalars[f"{metric}_{band_name(band)}"] = value
+            bases = {"_full": eigenbasis(moments.matrices()[0]), "": eigenbasis(moments.quantized())}
+            for ending, (values, _) in bases.items():
+                scalars |= {f"{name}{ending}": value for name, value in _dimensions(values).items()}
+            k = min(LEADING, moments.dim)
+            angles = principal_angles(bases["_full"][1][:, :k], bases[""][1][:, :k])
+            found[site] = scalars | {"leading_angle": math.degrees(float(angles[0]))}
+        for site, both in self._fourier().items():
+            for ending, spectrum in zip(("_full", ""), both):
+                low = float(spectrum.power[spectrum.frequency < 0.25].sum())
+                found[site][f"low_frequency_share{ending}"] = low / float(spectrum.power.sum())
+        return found
+
+
+def _dimensions(eigenvalues: torch.Tensor) -> dict[str, float]:
+    singular = eigenvalues.sqrt()
+    tail = power_law_tail(eigenvalues)
+    return {
+        "participation_ratio": participation_ratio(eigenvalues),
+        "effective_rank_singular": effective_rank(singular),
+        "effective_rank_eigen": effective_rank(eigenvalues),
+        "rankme": rankme(singular),
+        "alpha_req": alpha_req(eigenvalues),
+        "power_law_exponent": tail.exponent,
+        "power_law_stderr": tail.stderr,
+    }
+
+
+def as_bands(bands: Sequence[Sequence[int | None]]) -> tuple[Band, ...]:
+    """Rank ranges from a config, where they are lists ``[first, end]``. Raises :class:`VLMQError` for what is none."""
+    made: list[Band] = []
+    for band in bands:
+        if len(band) != 2 or band[0] is None:
+            raise VLMQError(f"a band is [first rank, end], the end null for all that follow; got {list(band)}")
+        made.append((band[0], band[1]))
+        band_name(made[-1])
+    if not made:
+        raise VLMQError("give at least one band, e.g. [[0, 8], [8, 64], [64, null]]")
+    return tuple(made)
