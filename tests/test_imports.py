@@ -15,7 +15,7 @@ LAYERS = (
     ("evaluation",),
     ("plotting",),
     ("modules", "callbacks"),
-    ("experiment",),
+    ("experiment", "api"),
     ("commands", "cli"),
     ("study",),
 )

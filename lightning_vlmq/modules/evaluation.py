@@ -57,7 +57,7 @@ class EvaluationModule(LightningModule):
     headline numbers, which are logged (``<role>/<metric>``, for other callbacks to monitor); ``predict`` returns the columns of each batch.
 
     Args:
-        vlm: a zoo model's or open_clip architecture's name, ``local-dir:<folder>`` or ``hf-hub:<owner>/<repository>``.
+        vlm: a zoo model's or open_clip architecture's name, ``local-dir:<folder>`` or ``hf-hub:<owner>/<repository>``; in code a VLM too.
         pretrained: an open_clip weights tag, a file of weights, or ``none`` for random ones; open_clip's architectures need one.
         trained_like: for a file, the tag whose activation and preprocessing it shares, or ``architecture``.
         activation: ``gelu`` or ``quick_gelu``, where neither tag nor config is to decide.
@@ -74,7 +74,7 @@ class EvaluationModule(LightningModule):
 
     def __init__(
         self,
-        vlm: str,
+        vlm: str | VLM,
         pretrained: str | None = None,
         quant: Quantization = AS_IT_IS,
         checkpoint: str | None = None,
@@ -86,7 +86,8 @@ class EvaluationModule(LightningModule):
         activation: Activation | None = None,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["evaluators"])
+        named = isinstance(vlm, str)
+        self.save_hyperparameters(ignore=["evaluators"] if named else ["evaluators", "vlm"])
         self.quant = quant
         self.scheme = self.quant.scheme()
         self.scores = {text: ood_score(text) for text in scores}
@@ -94,7 +95,7 @@ class EvaluationModule(LightningModule):
         self.evaluators = default_evaluators() if evaluators is None else evaluators
         self.cache = FeatureCache(cache)
         self.checkpoint = checkpoint
-        self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation)
+        self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
         self.reference: VLM | None = None
         self.coverage: CoverageReport | None = None
         self._prepared = False
@@ -159,6 +160,11 @@ class EvaluationModule(LightningModule):
             for b in self.data.calibration_batches()
         ]
         self.coverage = quantize(self.vlm, self.quant.method, self.scheme, batches, self.quant.minimum_coverage)
+
+    def take(self, vlm: VLM, reference: VLM, quantization: Quantization, coverage: CoverageReport) -> None:
+        """Judge a model that is quantized already, beside its full-precision one."""
+        self.vlm, self.reference, self.coverage = vlm, copy.deepcopy(reference).requires_grad_(False), coverage
+        self.quant, self.scheme, self._prepared = quantization, quantization.scheme(), True
 
     # validation, test and prediction -------------------------------------------------------------------------------
 

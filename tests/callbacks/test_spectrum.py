@@ -286,7 +286,7 @@ def test_heatmap_shows_octaves_over_relative_rank():
         layer_spectrum("model.transformer.resblocks.0.mlp.c_fc", "text/mlp", [1.0], [2.0]),
     ]
     figure = log_ratio_heatmap(layers, "title", "quantized", "FP32")
-    axes, bar = figure.axes
+    axes, _ = figure.axes
     text, vision = axes.images[0].get_array().data  # sorted by group
     np.testing.assert_allclose(text, -1)
     np.testing.assert_allclose(vision, np.linspace(2, 0, len(vision)), atol=1e-6)  # 2, 1, 0 octaves, linear between
