@@ -50,7 +50,7 @@ def read_results(root: str | Path) -> pd.DataFrame:
     """
     store = ResultsStore(root)
     rows = store.rows()
-    rows = rows[(rows["role"] == "id") & rows["metric"].isin(METRICS) & ~rows["run_id"].str.endswith(".lst")]
+    rows = rows[(rows["role"] == "id") & rows["metric"].isin(METRICS) & ~rows["is_tuned"]]
     if rows.empty:
         raise VLMQError(f"'{root}' holds no results; run first: vlmq-study study=methods_table")
     index = ["run_id", "model", "method", "weight_bits", "act_bits"]

@@ -26,7 +26,7 @@ _SET_COLUMNS = ("dataset", "role", "corruption", "severity")
 class ResultsWriter(Callback):
     """Files a run's results when its validation (in ``fit``: the last one) or test has ended.
 
-    The same model with its logit scale tuned is a run of its own, ``<run_id>.lst`` under the method ``<method>+lst``.
+    The same model with its logit scale tuned is a run of its own, ``<run_id>.lst``, whose rows say ``is_tuned``.
     A quantized model that was trained is saved under ``<root>/models/<run_id>``, to be given to ``--model.checkpoint``.
     How long the model took to make (to quantize and, in ``fit``, to train, until the last validation began) is kept with the
     run, see :meth:`~lightning_vlmq.results.store.ResultsStore.seconds`: not as a row, for rows are the same in every repetition.

@@ -8,10 +8,6 @@ import pyarrow as pa
 
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 
-TUNED = "+lst"
-"""What follows a method's name where the logit scale was tuned on the calibration pairs: ``"minmax+lst"``, ``"fp32+lst"``."""
-
-
 _RUN_COLUMNS = [
     ("model", pa.string()),
     ("pretrained", pa.string()),
@@ -20,6 +16,7 @@ _RUN_COLUMNS = [
     ("weight_bits", pa.int32()),
     ("act_bits", pa.int32()),
     ("variant", pa.string()),
+    ("is_tuned", pa.bool_()),
 ]
 
 
@@ -89,11 +86,12 @@ class RunKey:
         model: VLM name, e.g. ``"vit_clean"``.
         pretrained: where its weights come from, e.g. ``"laion2b_s34b_b79k"``.
         scope: which towers are quantized: ``"vision"``, ``"vision_text"``, or ``"none"`` for full precision.
-        method: quantization method's name, ``"fp32"`` for full precision; followed by :data:`TUNED` with a tuned logit scale.
+        method: quantization method's name, ``"fp32"`` for full precision.
         weight_bits: bits per weight (32 for full precision).
         act_bits: bits per activation (32 for full precision).
         seed: seed of calibration, training and evaluation.
         variant: what else sets the quantization scheme apart (granularity, rules for layers), empty for the plain one.
+        is_tuned: whether the logit scale was tuned on the calibration pairs (LST).
     """
 
     model: str
@@ -104,6 +102,7 @@ class RunKey:
     act_bits: int
     seed: int
     variant: str = ""
+    is_tuned: bool = False
 
     @property
     def bits(self) -> str:
@@ -113,13 +112,13 @@ class RunKey:
     @property
     def is_full_precision(self) -> bool:
         """Whether this is the model nothing was done to."""
-        return self.method == FULL_PRECISION
+        return self.method == FULL_PRECISION and not self.is_tuned
 
     @property
     def tuned(self) -> RunKey:
         """The same model with its logit scale tuned."""
-        return replace(self, method=self.method + TUNED)
+        return replace(self, is_tuned=True)
 
-    def columns(self) -> dict[str, str | int]:
+    def columns(self) -> dict[str, str | int | bool]:
         """The key as results columns, in the dataclass's order."""
         return asdict(self)

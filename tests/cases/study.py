@@ -15,7 +15,7 @@ import torch
 
 from lightning_vlmq.metrics import functional
 from lightning_vlmq.metrics.scores import OOD_SCORES, ScoreInputs
-from lightning_vlmq.results.schema import TUNED, RunKey
+from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
 
 CLASSES = 8
@@ -49,7 +49,7 @@ def grid(
 def write_study(root: Path, keys: Sequence[RunKey], size: float = 1.0, code_version: str = "0.1.0") -> ResultsStore:
     store = ResultsStore(root)
     for key in keys:
-        run_id = f"{key.model}-{key.method}-{key.bits}-{key.scope}-s{key.seed}".replace("+", ".")
+        run_id = f"{key.model}-{key.method}{'.lst' if key.is_tuned else ''}-{key.bits}-{key.scope}-s{key.seed}"
         store.write(run_id, *make_run(key, run_id, size, code_version))
     return store
 
@@ -66,10 +66,10 @@ def make_run(
     rows.append(_row("logit_scale", _scale(key), 0.0, **inside))
     if "fp32" not in key.method:
         rows += [_row("coverage_weights", 0.985, 0.0, **inside), _row("coverage_macs", 0.97, 0.0, **inside)]
-    if not key.method.endswith(TUNED):
+    if not key.is_tuned:
         rows.append(_row("stable_rank", 5.2 + key.weight_bits / 10, 0.0, score="vision/mlp", **inside))
     frame = pd.DataFrame(rows).assign(**key.columns(), code_version=code_version, run_id=run_id)
-    return frame, table, pd.DataFrame() if key.method.endswith(TUNED) else _curves(key)
+    return frame, table, pd.DataFrame() if key.is_tuned else _curves(key)
 
 
 def _sets() -> list[tuple[str, str, str, int, int]]:
@@ -85,7 +85,7 @@ def _stream(*words: object) -> np.random.Generator:
 
 
 def _scale(key: RunKey) -> float:
-    return (9 if "noisy" in key.model else SCALE) * (TUNED_SCALE if key.method.endswith(TUNED) else 1)
+    return (9 if "noisy" in key.model else SCALE) * (TUNED_SCALE if key.is_tuned else 1)
 
 
 def _strength(key: RunKey) -> float:
@@ -100,7 +100,7 @@ def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int,
     n = max(int(n * size), 12)
     base = name.rsplit("_", 1)[0] if role == "corruption" else name
     images, model = _stream("images", base, role), _stream("model", key.model, name)
-    quantized = _stream("quantized", key.model, key.method.removesuffix(TUNED), key.bits, key.scope, key.seed, name)
+    quantized = _stream("quantized", key.model, key.method, key.bits, key.scope, key.seed, name)
     is_ood = role.endswith("ood")
     target = images.integers(0, CLASSES, n)
     signal = {"near_ood": 0.9, "far_ood": 0.35, "shift": 1.3}.get(role, 2.4) * images.gamma(4, 0.25, n)

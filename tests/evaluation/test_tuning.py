@@ -104,7 +104,7 @@ def test_it_is_filed_as_a_run_of_its_own(tuned, root):
     store = ResultsStore(root)
     assert store.run_ids() == ["run", "run.lst"]
     rows = store.rows(["run.lst"])
-    assert set(rows["method"]) == {"minmax+lst"} and set(store.rows(["run"])["method"]) == {"minmax"}
+    assert set(rows["method"]) == {"minmax"} and rows["is_tuned"].all() and not store.rows(["run"])["is_tuned"].any()
     assert set(rows["scope"]) == {"vision_text"} and set(rows["weight_bits"]) == {4}
     samples, before = store.samples("run.lst"), store.samples("run")
     assert (samples["prediction"] == before["prediction"]).all()

@@ -15,7 +15,7 @@ from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatr
 from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import SCOPES
-from lightning_vlmq.results.schema import TUNED, RunKey
+from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
 
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
@@ -26,11 +26,12 @@ class Setting:
     """One way to quantize: a row of every table, a line of every figure.
 
     Attributes:
-        method: method's name, ``"fp32"`` for full precision, followed by ``"+lst"`` with a tuned logit scale.
+        method: method's name, ``"fp32"`` for full precision.
         weight_bits: bits per weight.
         act_bits: bits per activation.
         scope: which towers.
         variant: what else sets the scheme apart, empty for the plain one; see :class:`~lightning_vlmq.results.schema.RunKey`.
+        is_tuned: whether the logit scale was tuned (LST).
     """
 
     method: str
@@ -38,16 +39,12 @@ class Setting:
     act_bits: int
     scope: str
     variant: str = ""
-
-    @property
-    def is_tuned(self) -> bool:
-        """Whether the logit scale was tuned (LST)."""
-        return self.method.endswith(TUNED)
+    is_tuned: bool = False
 
     @property
     def tuned(self) -> Setting:
         """The same with the logit scale tuned."""
-        return replace(self, method=self.method + TUNED)
+        return replace(self, is_tuned=True)
 
     @property
     def bits(self) -> str:
@@ -61,18 +58,17 @@ class Setting:
 
     @property
     def label(self) -> str:
-        """E.g. ``"minmax W4A8 vision"``."""
-        return f"{self.method} {self.details}"
+        """E.g. ``"minmax W4A8 vision"``, ``"minmax+lst W4A8 vision"`` with a tuned logit scale."""
+        return f"{self.method}{'+lst' if self.is_tuned else ''} {self.details}"
 
     @property
-    def sort_key(self) -> tuple[int, str, int, int, str, int]:
+    def sort_key(self) -> tuple[int, str, bool, int, int, str, int]:
         """Methods as the registry lists them, from many bits to few, small scopes first."""
         order = list(METHODS)
-        method = self.method.removesuffix(TUNED)
-        known = order.index(method) if method in order else len(order)
+        known = order.index(self.method) if self.method in order else len(order)
         scopes = list(SCOPES)
         scope = scopes.index(self.scope) if self.scope in scopes else len(scopes)
-        return known, self.method, -self.weight_bits, -self.act_bits, self.variant, scope
+        return known, self.method, self.is_tuned, -self.weight_bits, -self.act_bits, self.variant, scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,10 +88,11 @@ class StoredRun:
     @property
     def setting(self) -> Setting:
         """The run's quantization, without model and seed."""
-        return Setting(self.key.method, self.key.weight_bits, self.key.act_bits, self.key.scope, self.key.variant)
+        key = self.key
+        return Setting(key.method, key.weight_bits, key.act_bits, key.scope, key.variant, key.is_tuned)
 
     @property
-    def sort_key(self) -> tuple[bool, tuple[int, str, int, int, str, int], int]:
+    def sort_key(self) -> tuple[bool, tuple[int, str, bool, int, int, str, int], int]:
         """Full precision first, then by setting and seed."""
         return not self.key.is_full_precision, self.setting.sort_key, self.key.seed
 
@@ -156,7 +153,7 @@ class StudyResults:
         runs = sorted(
             newest.values(), key=lambda run: (not run.key.is_full_precision, run.setting.sort_key, run.key.seed)
         )
-        replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "method"].endswith(TUNED)}
+        replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "is_tuned"]}
         replaced -= {run.run_id for run in runs}
         kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
         return cls(Path(root), tuple(runs), kept, len(replaced))

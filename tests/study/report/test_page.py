@@ -260,7 +260,7 @@ def test_calibration_before_and_after_tuning_is_told(tuned):
 def test_the_published_ece_of_tuned_models_stands_beside_the_own(tuned):
     claims = {claim.claim: claim for claim in compare_with_published(tuned)}
     claim = claims["ECE, fully quantized with tuned logit scale vs FP32"]
-    found = [tuned.comparisons["vit_clean", Setting("minmax+lst", w, 8, "vision_text"), ECE] for w in (8, 4)]
+    found = [tuned.comparisons["vit_clean", Setting("minmax", w, 8, "vision_text").tuned, ECE] for w in (8, 4)]
     assert claim.published == "1.1 % vs 6.9 %"
     after, before = 100 * np.mean([c.value for c in found]), 100 * found[0].reference
     assert claim.own.startswith(f"{after:.1f} % vs {before:.1f} %, a relative change of ")
