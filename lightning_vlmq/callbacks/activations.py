@@ -14,8 +14,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.evaluation.blocks import BlockWatcher
 from lightning_vlmq.plotting.activations import rank_curves, rank_maps
+from lightning_vlmq.quant.blocks import BlockWatcher
 from lightning_vlmq.spectral import (
     PUBLISHED_BANDS,
     Band,

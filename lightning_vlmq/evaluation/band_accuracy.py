@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_vlmq.evaluation.blocks import OUTPUTS, BlockWatcher, block_sites, features_with, is_rotated, run_tower
 from lightning_vlmq.models import VLM
+from lightning_vlmq.quant.blocks import OUTPUTS, BlockWatcher, block_sites, features_with, is_rotated, run_tower
 from lightning_vlmq.spectral import (
     MODES,
     PUBLISHED_BANDS,

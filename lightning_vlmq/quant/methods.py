@@ -37,6 +37,7 @@ class PTQMethod:
     """Post-training quantization: transform the model, swap layers, fit transforms, activation ranges, weights."""
 
     needs_training = False
+    is_control = False
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """Quantize a model in place (copy it first if the full-precision one is still needed).

@@ -11,9 +11,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_vlmq.callbacks import ActivationSpectrum, ResultsWriter
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.evaluation.blocks import run_tower
 from lightning_vlmq.modules import EvaluationModule, Quantization
 from lightning_vlmq.plotting.activations import rank_curves, rank_maps
+from lightning_vlmq.quant.blocks import run_tower
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.spectral import SecondMoments, rank_table
 

@@ -5,8 +5,8 @@ import torch
 from cases.quant import build, make_batches, twin
 
 from lightning_vlmq.evaluation.band_accuracy import measure_bands, project_at
-from lightning_vlmq.evaluation.blocks import BlockWatcher, block_sites, features_with, on_grid, run_tower, watched
 from lightning_vlmq.quant import QuantScheme, quantize
+from lightning_vlmq.quant.blocks import BlockWatcher, block_sites, features_with, on_grid, run_tower, watched
 from lightning_vlmq.spectral import eigenbasis, rank_table
 
 FAMILIES = ("vit_clean", "convnext_clean", "siglip_clean", "coca_clean", "align_clean")
