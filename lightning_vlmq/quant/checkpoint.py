@@ -19,6 +19,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.loading import origin
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
+from lightning_vlmq.quant.imitated import Imitation
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
 from lightning_vlmq.quant.rotation.rotate import restore_rotation, rotated_towers
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -69,7 +70,14 @@ def save_quantized(
 
     Returns:
         The folder.
+
+    Raises:
+        VLMQError: the model is a control, which has noise or changed weights in place of integers.
     """
+    if any(isinstance(layer.weight_fake_quant, Imitation) for layer in quantized_layers(vlm).values()):
+        raise VLMQError(
+            f"'{method}' only stands in for a quantization and cannot be saved as one; make it anew, it is repeatable"
+        )
     folder = Path(path_dir)
     folder.mkdir(parents=True, exist_ok=True)
     description = {

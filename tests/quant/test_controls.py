@@ -168,3 +168,11 @@ def test_controls_are_covered_like_their_pattern(method):
     if method == "rank_truncation":
         assert all(torch.equal(layer.effective_weight(), layer.weight) for layer in depthwise)
     assert METHODS[method].is_control
+
+
+def test_a_control_is_not_saved(start, tmp_path):
+    from lightning_vlmq.quant import save_quantized
+
+    with pytest.raises(VLMQError, match="cannot be saved"):
+        save_quantized(controlled(start, SpectralShrink()), tmp_path, "spectral_shrink", SCHEME, None)
+    assert not list(tmp_path.iterdir())

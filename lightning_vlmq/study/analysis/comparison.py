@@ -133,7 +133,12 @@ class StudyAnalysis:
         rows = []
         for (vlm, setting, measure), c in self.comparisons.items():
             row: dict[str, Any] = {"vlm": vlm, "method": setting.method, "weight_bits": setting.weight_bits}
-            row |= {"act_bits": setting.act_bits, "scope": setting.scope, "variant": setting.variant, "is_tuned": setting.is_tuned}
+            row |= {
+                "act_bits": setting.act_bits,
+                "scope": setting.scope,
+                "variant": setting.variant,
+                "is_tuned": setting.is_tuned,
+            }
             row |= {"role": measure.role}
             row |= {"dataset": measure.dataset, "score": measure.score, "metric": measure.metric}
             row |= {"value": c.value, "stderr": c.stderr, "full_precision": c.reference, "n_seeds": c.n_seeds}
