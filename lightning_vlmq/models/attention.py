@@ -6,8 +6,11 @@ linears would silently skip a quarter of the model. Likewise ``visual.proj`` and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from open_clip.transformer import VisionTransformer
+from open_clip.modified_resnet import AttentionPool2d
+from open_clip.transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -91,6 +94,68 @@ class ExplicitAttention(nn.Module):
         return self.out_proj(out.transpose(1, 2).reshape(batch, length, -1)), None
 
 
+class ExplicitAttentionPool2d(nn.Module):
+    """CLIP ResNets' attention pooling (Radford et al. 2021, section 2.4), whose projections run as the layers they are.
+
+    open_clip's hands their weights to a functional. Of the query only its mean token is ever used, so only that is projected.
+
+    Args:
+        pool: the module whose layers and position embedding it takes over.
+    """
+
+    def __init__(self, pool: AttentionPool2d) -> None:
+        super().__init__()
+        self.positional_embedding = pool.positional_embedding
+        self.q_proj, self.k_proj, self.v_proj, self.c_proj = pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj
+        self.num_heads = pool.num_heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool feature maps ``[batch, channels, height, width]`` to ``[batch, dim]``."""
+        tokens = x.flatten(2).mT
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1) + self.positional_embedding.to(x.dtype)
+
+        def split(y: Tensor) -> Tensor:
+            return y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+        q, k, v = split(self.q_proj(tokens[:, :1])), split(self.k_proj(tokens)), split(self.v_proj(tokens))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(attended.transpose(1, 2).flatten(2))[:, 0]
+
+
+class ExplicitInnerAttention(nn.Module):
+    """open_clip's own attention (that of blocks with normalised queries, scaled heads or an inner norm) with a linear ``in_proj``.
+
+    Args:
+        attention: the module whose parts it takes over.
+
+    Raises:
+        NotImplementedError: for scaled-cosine attention, which open_clip itself cannot run on batches.
+    """
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        if attention.scaled_cosine:
+            raise NotImplementedError("scaled-cosine attention cannot be made explicit")
+        self.in_proj = _linear(attention.in_proj_weight.detach(), attention.in_proj_bias)
+        self.num_heads, self.head_scale = attention.num_heads, attention.head_scale
+        self.ln_q, self.ln_k, self.ln_inner = attention.ln_q, attention.ln_k, attention.ln_inner
+        self.out_proj, self.out_drop = attention.out_proj, attention.out_drop
+        self.dropout = attention.attn_drop.p
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """Attend within ``[batch, length, dim]``; the mask is as :class:`ExplicitAttention` takes it."""
+        q, k, v = (y.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for y in self.in_proj(x).chunk(3, dim=-1))
+        mask = _additive(attn_mask, q.dtype)
+        if mask is not None and mask.ndim == 3:
+            mask = mask.unflatten(0, (len(x), self.num_heads))
+        out = F.scaled_dot_product_attention(
+            self.ln_q(q), self.ln_k(k), v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        if self.head_scale is not None:
+            out = out * self.head_scale
+        return self.out_drop(self.out_proj(self.ln_inner(out.transpose(1, 2).flatten(2))))
+
+
 class ExplicitVisionTransformer(VisionTransformer):
     """open_clip's vision transformer that calls its projection as the layer it now is.
 
@@ -106,14 +171,18 @@ class ExplicitVisionTransformer(VisionTransformer):
 
 
 def make_layers_explicit(model: nn.Module) -> None:
-    """Replace, in place, every packed attention and raw projection parameter of an open_clip model by linear layers.
+    """Replace, in place, everything in an open_clip model that reads a matrix weight itself by layers that are called.
 
+    These are packed attention, raw projection parameters, and timm's EVA and BEiT attention, which adds its biases by a functional.
     Outputs stay equal up to float32 rounding (1e-5 relative).
     """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.MultiheadAttention):
-                setattr(module, name, ExplicitAttention(child))
+            for kind, explicit in EXPLICIT.items():
+                if isinstance(child, kind):
+                    setattr(module, name, explicit(child))
+        if hasattr(module, "qkv_bias_separate"):
+            setattr(module, "qkv_bias_separate", True)  # noqa: B010 - no attribute of nn.Module to a type checker
         for name in ("proj", "text_projection"):
             matrix = module._parameters.get(name)
             if matrix is not None and matrix.ndim == 2:
@@ -124,6 +193,14 @@ def make_layers_explicit(model: nn.Module) -> None:
                 setattr(module, name, layer)
         if type(module) is VisionTransformer:
             module.__class__ = ExplicitVisionTransformer
+
+
+EXPLICIT: dict[type[nn.Module], Callable[..., nn.Module]] = {
+    nn.MultiheadAttention: ExplicitAttention,
+    AttentionPool2d: ExplicitAttentionPool2d,
+    Attention: ExplicitInnerAttention,
+}
+"""Modules that hand weights to functionals, and what stands in for them."""
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

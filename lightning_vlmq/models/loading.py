@@ -13,7 +13,7 @@ import torch
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
-from lightning_vlmq.models import openclip, zoo
+from lightning_vlmq.models import huggingface, openclip, zoo
 from lightning_vlmq.models.openclip import Activation
 from lightning_vlmq.models.provenance import RANDOM, Provenance, content_hash
 from lightning_vlmq.models.vlm import VLM, require_finite
@@ -163,4 +163,8 @@ def _load_by_schema(name: str) -> VLM:
         raise VLMQError(f"folder '{folder}' of '{name}' does not exist; check the path")
     if (folder / openclip.CONFIG).is_file():
         return openclip.load_folder(name, folder, revision)
-    raise VLMQError(f"folder '{folder}' holds no {openclip.CONFIG}; give a folder in open_clip's layout")
+    if (folder / huggingface.CONFIG).is_file():
+        return huggingface.load_saved(name, folder, revision)
+    raise VLMQError(
+        f"folder '{folder}' holds neither {openclip.CONFIG} nor transformers' {huggingface.CONFIG}; give one in either's layout"
+    )

@@ -1,0 +1,204 @@
+"""Folders of transformers' save_pretrained, with random weights: features, pixels and refusals against that library itself."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models import load_vlm
+from lightning_vlmq.quant import QuantScheme, quantize
+
+transformers = pytest.importorskip("transformers")
+logging.getLogger("transformers").setLevel(logging.ERROR)
+
+WORDS = ["[PAD]", "[UNK]", "[EOS]", "a", "photo", "of", "cat", "dog", "two", "dogs"]
+TEXT = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 8}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+TEXTS = ["a photo of a cat", "two dogs"]
+
+
+def tokenizer(length: int):
+    """A tokenizer of whole words that ends each text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", eos_token="[EOS]", model_max_length=length
+    )
+
+
+def made(kind: str):
+    """Model, image processor and text length of a family at a tiny size."""
+    t, c = transformers, {"max_position_embeddings": 12}
+    if kind == "clip":
+        config = t.CLIPConfig(text_config=TEXT | IDS | c, vision_config=VISION | {"image_size": 32}, projection_dim=24)
+        return t.CLIPModel(config), t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32), 12
+    if kind == "siglip":
+        config = t.SiglipConfig(text_config=TEXT | IDS | c, vision_config=VISION | {"image_size": 32})
+        return t.SiglipModel(config), t.SiglipImageProcessor(size={"height": 32, "width": 32}), 12
+    if kind == "siglip2":
+        config = t.Siglip2Config(text_config=TEXT | IDS | c, vision_config=VISION | {"num_patches": 16})
+        return t.Siglip2Model(config), t.Siglip2ImageProcessor(patch_size=8, max_num_patches=16), 12
+    config = t.AlignConfig(
+        text_config=TEXT | IDS | {"max_position_embeddings": 80},
+        vision_config={
+            "image_size": 32, "hidden_dim": 32, "in_channels": [32, 16], "out_channels": [16, 24], "kernel_sizes": [3, 5],
+            "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 4], "depthwise_padding": [],
+            "width_coefficient": 1.0, "depth_coefficient": 1.0, "depth_divisor": 8,
+        },
+        projection_dim=24,
+    )  # fmt: skip
+    processor = t.EfficientNetImageProcessor(
+        size={"height": 40, "width": 40}, crop_size={"height": 32, "width": 32}, do_center_crop=True, do_normalize=False,
+        rescale_factor=1 / 127.5, rescale_offset=True, include_top=False, resample=2,
+    )  # fmt: skip
+    return t.AlignModel(config), processor, 64
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder a family, each saved by transformers; and what was saved."""
+    folders = {}
+    for kind in ("clip", "siglip", "siglip2", "align"):
+        torch.manual_seed(0)
+        model, processor, length = made(kind)
+        folder = tmp_path_factory.mktemp("hf") / kind
+        model.eval().save_pretrained(folder)
+        tokenizer(length).save_pretrained(folder)
+        processor.save_pretrained(folder)
+        folders[kind] = (folder, model, processor, length)
+    return folders
+
+
+def photo(height=50, width=75):
+    smooth = np.random.default_rng(0).integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+    return Image.fromarray(smooth).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def pooled(output):
+    return output if isinstance(output, torch.Tensor) else output.pooler_output
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "align"])
+def test_features_are_those_of_transformers(saved, kind):
+    folder, model, processor, length = saved[kind]
+    vlm = load_vlm(f"local-dir:{folder}")
+    framed = vlm.preprocessing.framing(photo(32, 32) if kind == "siglip2" else photo())
+    pixels = torch.from_numpy(np.array(framed)).permute(2, 0, 1)[None]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens = theirs(TEXTS, padding="max_length", max_length=length, return_tensors="pt")
+    seen = {"pixel_values": vlm.preprocess(pixels)}
+    if kind == "siglip2":
+        seen = processor(photo(32, 32), return_tensors="pt")
+    text = {"input_ids": tokens["input_ids"]}
+    if kind == "align":
+        text["attention_mask"] = tokens["attention_mask"]
+    with torch.no_grad():
+        image = torch.nn.functional.normalize(pooled(model.get_image_features(**seen)), dim=-1)
+        words = torch.nn.functional.normalize(pooled(model.get_text_features(**text)), dim=-1)
+        torch.testing.assert_close(vlm.encode_image(pixels), image, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(vlm.encode_text(vlm.tokenize(TEXTS)), words, rtol=1e-5, atol=1e-5)
+        logits = model(**seen, **text).logits_per_image
+        torch.testing.assert_close(vlm.zero_shot_logits(image, words), logits, rtol=1e-4, atol=1e-4)
+    assert vlm.is_sigmoid == kind.startswith("siglip")
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "align"])
+def test_pixels_are_those_of_the_image_processor(saved, kind):
+    folder, _, processor, _ = saved[kind]
+    vlm = load_vlm(f"local-dir:{folder}")
+    pixels = torch.from_numpy(np.array(vlm.preprocessing.framing(photo()))).permute(2, 0, 1)[None]
+    theirs = processor(photo(), return_tensors="pt")["pixel_values"]
+    # Pillow and torchvision round differently when they resize
+    assert (vlm.preprocess(pixels) - theirs).abs().max() < 2.01 / 255 / min(vlm.preprocessing.std)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "align"])
+@pytest.mark.parametrize("method", ["minmax", "gptq", "quarot"])
+def test_every_weight_is_quantized(saved, kind, method):
+    vlm = load_vlm(f"local-dir:{saved[kind][0]}")
+    size = vlm.image_size
+    batch = {
+        "image": torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8),
+        "tokens": vlm.tokenize(TEXTS * 2),
+    }
+    report = quantize(vlm, method, QuantScheme(8, 8, scope="vision_text"), [batch])
+    assert report.weight_share() == 1, report.unquantized
+
+
+def test_shards_low_precision_and_bin_files(saved, tmp_path):
+    folder, model, _, length = saved["clip"]
+    expected = load_vlm(f"local-dir:{folder}").provenance.weights
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    half = made("clip")[0].half()
+    half.load_state_dict(model.state_dict())
+    half.save_pretrained(tmp_path / "half")
+    for name in ("shards", "half"):
+        tokenizer(length).save_pretrained(tmp_path / name)
+        saved["clip"][2].save_pretrained(tmp_path / name)
+    assert load_vlm(f"local-dir:{tmp_path / 'shards'}").provenance.weights == expected
+    halved = load_vlm(f"local-dir:{tmp_path / 'half'}")
+    assert all(p.dtype == torch.float32 for p in halved.parameters())
+
+
+def broken(saved, tmp_path, kind="clip"):
+    folder = tmp_path / "broken"
+    shutil.copytree(saved[kind][0], folder)
+    return folder
+
+
+def one_line(folder):
+    with pytest.raises(VLMQError) as caught:
+        load_vlm(f"local-dir:{folder}")
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700
+    return message
+
+
+def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
+    folder = broken(saved, tmp_path)
+    (folder / "preprocessor_config.json").unlink()
+    assert "preprocessor_config.json" in one_line(folder)
+    shutil.copy(saved["clip"][0] / "preprocessor_config.json", folder)
+    for file in folder.glob("token*"):
+        file.unlink()
+    assert "tokenizer.json" in one_line(folder)
+    state = load_file(folder / "model.safetensors")
+    save_file(
+        {n: t for n, t in state.items() if "visual_projection" not in n}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert "visual_projection" in one_line(folder) and "1 missing" in one_line(folder)
+    (folder / "model.safetensors").write_bytes(b"\0" * 40)
+    assert "model.safetensors" in one_line(folder)
+    (folder / "model.safetensors").unlink()
+    assert "model.safetensors" in one_line(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "blip"}))
+    assert "clip" in one_line(folder)
+    (folder / "config.json").write_text("{")
+    assert "no config" in one_line(folder)
+
+
+def test_a_processor_for_another_size_is_refused(saved, tmp_path):
+    folder = broken(saved, tmp_path)
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"crop_size": {"height": 48, "width": 48}, "size": {"shortest_edge": 48}}))
+    assert "48 pixels for a model of 32" in one_line(folder)
+    path.write_text(json.dumps(config | {"do_resize": False}))
+    assert "not supported" in one_line(folder)
+
+
+def test_without_transformers_the_message_says_what_to_install(saved, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+    assert "pip install 'lightning_vlmq[hf]'" in one_line(saved["clip"][0])

@@ -1,0 +1,230 @@
+"""Every format that weights come in gives the features of the model that was saved; what fits not is refused in one line."""
+
+import argparse
+import logging
+import pickle
+import zipfile
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models import archives
+from lightning_vlmq.models.weights import fit, is_script, read_weights
+
+VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+TEXT = {"context_length": 12, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
+
+
+def build(custom=False, vision=None, text=None, **more):
+    kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
+    return kind(16, VISION | (vision or {}), TEXT | (text or {}), **more).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build()
+
+
+def features(model):
+    x = torch.linspace(-1, 1, 2 * 3 * 32 * 32).sin().reshape(2, 3, 32, 32)
+    tokens = torch.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        return torch.cat([model.encode_image(x), model.encode_text(tokens)])
+
+
+def assert_loads(model, path, tolerance=1e-5, custom=False):
+    torch.manual_seed(1)
+    fresh = build(custom)
+    fit(fresh, path)
+    torch.testing.assert_close(features(fresh), features(model), rtol=tolerance, atol=tolerance)
+    return fresh
+
+
+class Script(nn.Module):
+    """A CLIP as OpenAI archived it: half precision, with its sizes as buffers and the causal mask as an attribute of blocks."""
+
+    def __init__(self, model):
+        super().__init__()
+        for name, child in model.named_children():
+            self.add_module(name, child)
+        for name, parameter in model.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        for name, size in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 50)):
+            self.register_buffer(name, torch.tensor(size))
+        self.transformer.resblocks[0].attn_mask = torch.zeros(12, 12)
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image * self.logit_scale + self.visual.conv1.weight.sum() + self.transformer.resblocks[0].attn_mask.sum()
+
+
+def write_script(model, path, traced):
+    import copy
+
+    module = Script(copy.deepcopy(model).half())
+    if traced:
+        torch.jit.trace(module, torch.ones(1).half(), check_trace=False).save(str(path))
+    else:
+        shell = nn.Module()  # scripting needs source that compiles: hold the tensors in plain modules of the same names
+        for name, tensor in module.state_dict().items():
+            *folders, last = name.split(".")
+            place = shell
+            for folder in folders:
+                if not hasattr(place, folder):
+                    place.add_module(folder, nn.Module())
+                place = getattr(place, folder)
+            place.register_buffer(last, tensor)
+        torch.jit.script(shell).save(str(path))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_torchscript_archives_are_read_without_running_them(model, tmp_path, monkeypatch, traced):
+    path = tmp_path / "ViT.pt"
+    write_script(model, path, traced)
+    expected = dict(torch.jit.load(path).state_dict())
+
+    def refuse(*_, **__):
+        raise AssertionError("the archive's code was handed to the interpreter")
+
+    monkeypatch.setattr(torch.jit, "load", refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    assert is_script(path)
+    state = read_weights(path)
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items() if name in model.state_dict())
+    assert_loads(model, path, 2e-2)
+    fresh = build()
+    fit(fresh, path)
+    assert all(torch.equal(a, b.half().float()) for a, b in zip(fresh.parameters(), model.parameters()))
+
+
+PREFIXES = ("", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.module.", "net.clip.")
+CONTAINERS = {
+    "plain": lambda s: s,
+    "state_dict": lambda s: {"epoch": 3, "state_dict": s, "optimizer": {"state": {0: torch.ones(2)}}},
+    "model": lambda s: {"model": s, "step": 4},
+    "nested": lambda s: {"model": {"state_dict": s}},
+    "strange": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=1.0), "when": np.float64(3.0)},
+}
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_containers_and_prefixes(model, tmp_path, container, prefix):
+    path = tmp_path / "weights.ckpt"
+    torch.save(CONTAINERS[container]({prefix + name: t for name, t in model.state_dict().items()}), path)
+    assert_loads(model, path)
+
+
+def test_names_of_compiled_inner_modules(model, tmp_path):
+    state = {n.replace("visual.", "visual._orig_mod."): t for n, t in model.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    assert_loads(model, tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin"])
+def test_precisions(model, tmp_path, dtype, suffix):
+    path = tmp_path / f"w{suffix}"
+    state = {n: t.to(dtype) for n, t in model.state_dict().items()}
+    (save_file if suffix == ".safetensors" else torch.save)(state, path)
+    fresh = build()
+    fit(fresh, path)
+    assert all(torch.equal(p, state[n].float()) and p.dtype == torch.float32 for n, p in fresh.named_parameters())
+
+
+def test_files_from_before_archives_and_clip_for_custom_text(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_loads(model, tmp_path / "old.pt")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    assert_loads(model, tmp_path / "w.pt", custom=True)
+
+
+def test_views_that_share_a_storage(model, tmp_path):
+    state = dict(model.state_dict())
+    state["visual.proj"] = state["visual.proj"].T.contiguous().T
+    state["logit_scale"] = torch.full((5,), 2.0)[3]
+    torch.save(state, tmp_path / "w.pt")
+    assert torch.equal(read_weights(tmp_path / "w.pt")["visual.proj"], model.visual.proj)
+    assert read_weights(tmp_path / "w.pt")["logit_scale"] == 2
+
+
+@pytest.mark.parametrize(
+    ("vision", "text", "words"), [({"image_size": 48}, {}, "image size"), ({}, {"context_length": 20}, "context")]
+)
+def test_interpolation_is_said(model, tmp_path, caplog, vision, text, words):
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    with caplog.at_level(logging.WARNING, "lightning_vlmq"):
+        fit(build(vision=vision, text=text), tmp_path / "w.pt")
+    assert words in caplog.text and "interpolated" in caplog.text
+    caplog.clear()
+    assert_loads(model, tmp_path / "w.pt")
+    assert not caplog.text
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("run!",))
+
+
+def test_nothing_in_a_file_is_run(model, tmp_path, capsys):
+    path = tmp_path / "evil.pt"
+    torch.save({"state_dict": model.state_dict(), "hook": Evil()}, path, pickle_protocol=2)
+    assert_loads(model, path)
+    assert "run!" not in capsys.readouterr().out
+    assert isinstance(archives.read_archive(path)["hook"], archives.Inert)
+
+
+def refused(model, path):
+    with pytest.raises(VLMQError) as caught:
+        fit(model, path)
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 700 and str(path) in message
+    return message
+
+
+def test_what_does_not_fit_is_named(model, tmp_path):
+    def message(state):
+        torch.save(state, tmp_path / "w.pt")
+        return refused(build(), tmp_path / "w.pt")
+
+    state = model.state_dict()
+    assert "1 missing (visual.proj)" in message({n: t for n, t in state.items() if n != "visual.proj"})
+    assert "1 left over (extra)" in message(state | {"extra": torch.ones(2)})
+    assert "visual.proj is 3x4 for 32x16" in message(state | {"visual.proj": torch.ones(3, 4)})
+    assert "floating point" in message(state | {"visual.proj": torch.ones(32, 16, dtype=torch.int8)})
+    assert "several models" in message({f"{p}.{n}": t for p in ("student", "teacher") for n, t in state.items()})
+    assert "no CLIP-like model" in message({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)})
+    assert "holds no tensors" in message({"epoch": 3})
+    assert "state_dict, model" in message({"state_dict": state, "model": state})
+    assert "whole pickled model" in message({"model": model})
+
+
+def test_damage_is_told(tmp_path, model):
+    torch.save(model.state_dict(), tmp_path / "whole.pt")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for size in (0, 10, 1000, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "cut.pt").write_bytes(whole[:size])
+        refused(build(), tmp_path / "cut.pt")
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 255  # in a tensor: the archive's checksum tells
+    (tmp_path / "flip.pt").write_bytes(flipped)
+    assert "damaged" in refused(build(), tmp_path / "flip.pt")
+    with zipfile.ZipFile(tmp_path / "photos.pt", "w") as archive:
+        archive.writestr("a.jpg", b"x")
+    assert "none that torch wrote" in refused(build(), tmp_path / "photos.pt")
+    (tmp_path / "list.pkl").write_bytes(pickle.dumps([1, 2]))
+    refused(build(), tmp_path / "list.pkl")
+    refused(build(), tmp_path / "missing.pt")
+
+
+def test_other_tensors_beside_the_model_are_said(model, tmp_path, caplog):
+    state = {f"model.{n}": t for n, t in model.state_dict().items()}
+    torch.save({"state_dict": state | {"loss.margin": torch.ones(2)}}, tmp_path / "w.ckpt")
+    with caplog.at_level(logging.WARNING, "lightning_vlmq"):
+        assert_loads(model, tmp_path / "w.ckpt")
+    assert "not loss" in caplog.text
