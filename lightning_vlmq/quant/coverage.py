@@ -104,6 +104,23 @@ class CoverageReport:
         rows = tuple(CoverageRow(**r) for r in content["rows"])
         return cls(rows, dict(content["excluded"]), dict(content["unquantized"]), dict(content["rotations"]))
 
+    def lines(self) -> list[str]:
+        """Two lines: what share of matrix weights and multiply-accumulates is quantized, by tower; and the largest of what is not."""
+        towers = [tower for tower in TOWERS if any(row.tower == tower for row in self.rows)]
+        parts = [
+            f"{tower} {self.weight_share((tower,)):.1%} of weights, {self.mac_share((tower,)):.1%} of MACs"
+            for tower in towers
+        ]
+        left = {row.layer_type: 0 for row in self.rows}
+        for row in self.rows:
+            left[row.layer_type] += row.macs - row.macs_quantized
+        total = max(sum(row.macs for row in self.rows), 1)
+        kept = [f"{kind} {macs / total:.1%}" for kind, macs in sorted(left.items(), key=lambda item: -item[1]) if macs]
+        return [
+            f"Quantized: {'; '.join(parts)}",
+            f"In full precision, of all MACs: {', '.join(kept[:3]).replace('_', ' ') or 'none'}",
+        ]
+
     def table(self) -> Table:
         """A table for ``rich.print``; exclusions and rotations are named in its caption."""
         listed = ", ".join(f"{name} ({size:,})" for name, size in self.excluded.items()) or "none"

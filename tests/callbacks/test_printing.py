@@ -1,4 +1,4 @@
-"""What a run says on the terminal: the numbers that were logged, once."""
+"""What a run says on the terminal: each dimension once, with its change, and how much is quantized."""
 
 import re
 
@@ -8,10 +8,11 @@ from lightning import Trainer, seed_everything
 
 from lightning_vlmq.callbacks import CoveragePrinter, HeadlinePrinter, ResultsWriter
 from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.evaluation.measures import dimensions
 from lightning_vlmq.modules import EvaluationModule, Quantization
 
 
-def validate(tmp_path, **kwargs):
+def validate(tmp_path, every_layer_type=False, **kwargs):
     seed_everything(0, verbose=False)
     trainer = Trainer(
         accelerator="cpu",
@@ -19,27 +20,47 @@ def validate(tmp_path, **kwargs):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[CoveragePrinter(), HeadlinePrinter(), ResultsWriter(str(tmp_path), "this-one")],
+        callbacks=[CoveragePrinter(every_layer_type), HeadlinePrinter(), ResultsWriter(str(tmp_path), "this-one")],
     )
-    trainer.validate(EvaluationModule("vit_clean", **kwargs), EmbeddedData(**SMALL_DATA), verbose=False)
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+    module = EvaluationModule("vit_clean", **kwargs)
+    trainer.validate(module, EmbeddedData(**SMALL_DATA), verbose=False)
+    return module
+
+
+def lines(said):
+    """The table's lines by dimension: the cells after it."""
+    rows = [re.split(r"\s{2,}", line.strip()) for line in said.splitlines()]
+    titles = [dimension.title for dimension in dimensions("mcm")]
+    return {row[0]: row[1:] for row in rows if row[0] in titles}
 
 
 @pytest.mark.parametrize("lst", [False, True])
-def test_each_number_is_said_once(tmp_path, capsys, lst):
-    logged = validate(tmp_path, lst=lst, quant=Quantization(method="minmax", weight_bits=4))
+def test_every_dimension_is_one_line_with_its_change(tmp_path, capsys, monkeypatch, lst):
+    monkeypatch.setenv("COLUMNS", "160")
+    module = validate(tmp_path, lst=lst, quant=Quantization(method="minmax", weight_bits=3))
     said = capsys.readouterr().out
-    assert said.count("Quantization coverage") == 1
-    cells = [re.findall(r"[^\s│]+", line) for line in said.split("Means over")[1].splitlines() if line.startswith("│")]
-    expected = {name for name in logged if not name.startswith("lst/")}
-    assert {"/".join(line[:2]) for line in cells} == expected and len(cells) == len(expected) > 10
-    for role, metric, *numbers in cells:
-        names = [f"{role}/{metric}", f"lst/{role}/{metric}"][: 1 + lst]
-        assert numbers == [f"{logged[name]:.4f}" for name in names]
-    assert "run this-one" in " ".join(said.split())
+    told = lines(said)
+    assert list(told) == [d.title for d in dimensions("mcm")]
+    inside = next(s.name for s in module.eval_sets if s.role == "id")
+    before, after = (
+        own[inside]["correct"].double().mean().item() for own in (module.reference_records, module.records)
+    )
+    title, full, quantized, *rest = told["Accuracy"]
+    assert (title, full, quantized) == ("top-1", f"{100 * before:.1f}", f"{100 * after:.1f}") and len(rest) == 1 + lst
+    number = float(rest[-1].split()[0].replace("−", "-"))
+    assert number == pytest.approx(100 * (after - before), abs=0.06)
+    assert "run this-one" in said
+    assert re.search(r"Quantized: vision \d+\.\d% of weights, \d+\.\d% of MACs; text 0\.0%", said)
 
 
-def test_full_precision_covers_nothing(tmp_path, capsys):
+def test_full_precision_covers_nothing_and_changes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     validate(tmp_path)
     said = capsys.readouterr().out
-    assert "Quantization coverage" not in said and "top1" in said and "agreement" not in said
+    assert "Quantized:" not in said and "change" not in said
+    assert all(len(cells) == 2 for cells in lines(said).values())
+
+
+def test_the_whole_coverage_on_request(tmp_path, capsys):
+    validate(tmp_path, every_layer_type=True, quant=Quantization(method="minmax"))
+    assert capsys.readouterr().out.count("Quantization coverage") == 1

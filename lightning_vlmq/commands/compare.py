@@ -1,0 +1,78 @@
+"""``vlmq compare``: two stored runs side by side, from their samples."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from lightning_vlmq.commands import command
+from lightning_vlmq.core.errors import VLMQError, unknown
+
+if TYPE_CHECKING:
+    from lightning_vlmq.evaluation.records import Columns, EvaluationSet
+
+
+@command("compare", "Read results")
+def run(args: list[str]) -> None:
+    """Compare RUN RUN: every dimension of two stored runs side by side, with the change and its interval."""
+    parser = argparse.ArgumentParser(prog="vlmq compare", description=run.__doc__)
+    parser.add_argument(
+        "runs",
+        nargs=2,
+        metavar="RUN",
+        help="names in the store, or <folder>:<name>; the first is what is compared with",
+    )
+    parser.add_argument("--root", default="logs/runs", help="the store's folder (default: %(default)s)")
+    given = parser.parse_args(args)
+    from rich import print as rich_print
+
+    from lightning_vlmq.callbacks.printing import headline_table
+    from lightning_vlmq.evaluation.headline import headline, side_by_side
+
+    loaded = [samples(name, given.root) for name in given.runs]
+    shared = set(loaded[0]) & set(loaded[1])
+    require_same_samples(loaded, given.runs)
+    lines = headline(side_by_side(loaded))
+    if not lines:
+        raise VLMQError(f"{' and '.join(given.runs)} share no data sets to compare on")
+    for where in sorted({where.dataset for own in loaded for where in set(own) - shared}):
+        rich_print(f"only one of them has '{where}': left out")
+    rich_print(headline_table(lines, given.runs, has_change=True))
+
+
+def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:
+    """A stored run's samples by data set.
+
+    Args:
+        name: the run's, or ``<folder>:<name>``.
+        root: the store's folder, where the name does not say.
+
+    Raises:
+        VLMQError: there is no such run, or it has no samples.
+    """
+    from lightning_vlmq.results.schema import RunKey
+    from lightning_vlmq.results.store import ResultsStore
+    from lightning_vlmq.study.analysis.runs import StoredRun
+
+    folder, colon, run_id = name.rpartition(":")
+    store = ResultsStore(folder if colon else root)
+    if run_id not in store.run_ids():
+        raise unknown(f"run of '{store.root}'", run_id, store.run_ids())
+    first = store.rows().query("run_id == @run_id").iloc[0]
+    found = StoredRun(RunKey(**{field.name: first[field.name] for field in fields(RunKey)}), run_id, store).samples()
+    if not found:
+        raise VLMQError(f"run '{run_id}' of '{store.root}' has no samples to compare; run it again")
+    return found
+
+
+def require_same_samples(loaded: list[dict[EvaluationSet, Columns]], names: list[str]) -> None:
+    """Raise :class:`VLMQError` where two runs saw other samples of a data set: their changes would not be paired."""
+    first, second = loaded
+    for where in set(first) & set(second):
+        for column in ("index", "target"):
+            ours, theirs = first[where][column], second[where][column]
+            if ours.shape != theirs.shape or (ours != theirs).any():
+                raise VLMQError(
+                    f"{names[0]} and {names[1]} saw other samples of '{where.dataset}'; evaluate both on the same data"
+                )

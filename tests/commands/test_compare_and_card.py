@@ -1,0 +1,79 @@
+"""``vlmq compare`` and ``vlmq card`` on runs of the real command line."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from cases.small_data import SMALL_DATA
+
+from lightning_vlmq.cli import main
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.results.store import ResultsStore
+
+SMALL = [
+    *(f"--data.{key}={value}" for key, value in SMALL_DATA.items()),
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A store with full precision and W3A8, the latter's model saved beside it, and a run on other samples."""
+    root = tmp_path_factory.mktemp("card")
+    start = ["validate", "--config=eval", f"--results.root={root}", *SMALL]
+    main([*start, "--results.run_id=full", "--model.lst=false"])
+    quantized = ["--model.quant.method=minmax", "--model.quant.weight_bits=3", "--model.lst=false"]
+    writer = [
+        "--trainer.callbacks+=lightning_vlmq.callbacks.QuantizedModelWriter",
+        f"--trainer.callbacks.folder={root / 'saved'}",
+    ]
+    main([*start, "--results.run_id=w3", *quantized, *writer])
+    main([*start, "--results.run_id=fewer", "--model.lst=false", "--data.per_class=3"])
+    return root
+
+
+def test_two_runs_side_by_side(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    main(["compare", "full", f"{folder}:w3", "--root", str(folder)])
+    said = capsys.readouterr().out
+    rows = ResultsStore(folder).rows().query("metric == 'top1' and role == 'id'").set_index("run_id")["value"]
+    line = next(line for line in said.splitlines() if line.strip().startswith("Accuracy"))
+    assert f"{100 * rows['full']:.1f}" in line and f"{100 * rows['w3']:.1f}" in line and "±" in line
+    assert "Spurious correlation" in said and "full" in said
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"), [(["full", "w4"], "unknown run .*'w4'"), (["full", "fewer"], "other samples")]
+)
+def test_what_cannot_be_compared(folder, runs, message):
+    with pytest.raises(VLMQError, match=message):
+        main(["compare", *runs, "--root", str(folder)])
+
+
+def test_a_card_says_what_was_done_and_what_it_did(folder, capsys):
+    main(["card", str(folder / "saved"), "full", "w3", "--root", str(folder), "--license", "apache-2.0"])
+    path = Path(capsys.readouterr().out.strip())
+    assert path == folder / "saved" / "README.md"
+    _, front, text = path.read_text().split("---\n", 2)
+    about = yaml.safe_load(front)
+    assert about["license"] == "apache-2.0" and about["base_model"] == "vit_clean" and "quantized" in about["tags"]
+    rows = ResultsStore(folder).rows().query("metric == 'top1' and role == 'id' and run_id == 'w3'")["value"]
+    metrics = {metric["name"]: metric["value"] for metric in about["model-index"][0]["results"][0]["metrics"]}
+    assert metrics["Accuracy: top-1"] == pytest.approx(rows.item(), abs=1e-6)
+    for heading in ("Reliability", "What was quantized", "Spectra of the weights", "Data", "Again"):
+        assert f"## {heading}\n" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):  # every line of a table has as many cells
+        assert len({line.count("|") for line in table.splitlines()}) == 1, table
+    assert (
+        "| `weight_bits` | 3 |" in text and "vlmq test --config eval --model.vlm vit_clean --model.checkpoint" in text
+    )
+
+
+def test_a_card_of_another_models_run_is_refused(folder):
+    for runs in (["w3", "full"], ["w3", "w3"]):
+        with pytest.raises(VLMQError, match=r"checkpoint|full precision"):
+            main(["card", str(folder / "saved"), *runs, "--root", str(folder)])
+    with pytest.raises(VLMQError, match="unknown run"):
+        main(["card", str(folder / "saved"), "full", "w33", "--root", str(folder)])
