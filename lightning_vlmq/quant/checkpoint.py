@@ -19,7 +19,6 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.loading import origin
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
-from lightning_vlmq.quant.imitated import Imitation
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
 from lightning_vlmq.quant.rotation.rotate import restore_rotation, rotated_towers
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -72,11 +71,11 @@ def save_quantized(
         The folder.
 
     Raises:
-        VLMQError: the model is a control, which has noise or changed weights in place of integers.
+        VLMQError: the method leaves more of a weight than integers: a control, or low-rank compensation.
     """
-    if any(isinstance(layer.weight_fake_quant, Imitation) for layer in quantized_layers(vlm).values()):
+    if not all(layer.weight_fake_quant.has_integers for layer in quantized_layers(vlm).values()):
         raise VLMQError(
-            f"'{method}' only stands in for a quantization and cannot be saved as one; make it anew, it is repeatable"
+            f"the weights of '{method}' are not integers alone and cannot be saved as such; make the model anew"
         )
     folder = Path(path_dir)
     folder.mkdir(parents=True, exist_ok=True)

@@ -189,6 +189,7 @@ class FakeQuantizer(nn.Module):
     """
 
     zero_point: Tensor
+    has_integers = True  # what forward makes of a weight is integers on the grid, and nothing else
 
     def __init__(
         self,
@@ -315,6 +316,10 @@ class FakeQuantizer(nn.Module):
         Returns:
             ``(levels, scale, zero_point, offset)``: int8 in the shape of ``x``; float, int8 and float or None, ``[blocks]``.
         """
+        if not self.has_integers:
+            raise VLMQError(
+                f"a weight with a {type(self).__name__.lower()} error is not integers; convert another method's model"
+            )
         blocks = to_blocks(x, self.granularity)
         scale, offset, lo, hi = self.grid(blocks)
         scale = scale.clamp_min(STEP_FLOOR)

@@ -54,6 +54,7 @@ class Imitation(FakeQuantizer):
     seed: int
     stream: int
     _drawn: int
+    has_integers = False
 
     @classmethod
     def of(cls, quantizer: FakeQuantizer) -> Imitation:

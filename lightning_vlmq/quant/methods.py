@@ -34,10 +34,17 @@ METHODS: Registry[type[PTQMethod]] = Registry("method")
 
 
 class PTQMethod:
-    """Post-training quantization: transform the model, swap layers, fit transforms, activation ranges, weights."""
+    """Post-training quantization: transform the model, swap layers, fit transforms, activation ranges, weights.
+
+    Attributes:
+        needs_training: whether it is only the start of a training.
+        is_control: whether it only stands in for a quantization, to be compared with it.
+        has_integers: whether all that it leaves of a weight is integers on a grid, as checkpoints and conversion need it.
+    """
 
     needs_training = False
     is_control = False
+    has_integers = True
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """Quantize a model in place (copy it first if the full-precision one is still needed).

@@ -57,6 +57,7 @@ class MatchedNoise(PTQMethod):
     tolerance_db: float = 0.5
 
     is_control = True
+    has_integers = False
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """As :meth:`PTQMethod.prepare`: put the noise in place.

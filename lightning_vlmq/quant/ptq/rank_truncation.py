@@ -39,6 +39,7 @@ class RankTruncation(PTQMethod):
     keep: Literal["top", "bottom"] = "top"
 
     is_control = True
+    has_integers = False
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """As :meth:`PTQMethod.prepare`: change the weights. Raises what the pattern refuses."""

@@ -32,6 +32,7 @@ class SpectralShrink(PTQMethod):
     pattern: Pattern = "minmax"
 
     is_control = True
+    has_integers = False
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """As :meth:`PTQMethod.prepare`: change the weights. Raises what the pattern refuses."""
