@@ -102,10 +102,10 @@ class ResultsWriter(Callback):
             tuned = {**module.run_key.tuned.columns(), "code_version": code_version(), "run_id": f"{self.run_id}.lst"}
             tuned_rows = pd.DataFrame([{**asdict(row), **tuned} for row in module.tuned_rows])
             samples = _sample_table(module.eval_sets, module.tuned_records)
-            self.store.write(tuned["run_id"], tuned_rows, samples, pd.DataFrame())
+            self.store.write(tuned["run_id"], tuned_rows, samples, pd.DataFrame(), statistics=module.statistics)
         samples = _sample_table(module.eval_sets, module.records)
         points = pd.concat([part for part in curves if len(part)] or curves)
-        self.store.write(self.run_id, pd.DataFrame(rows), samples, points, self._made - self._start)
+        self.store.write(self.run_id, pd.DataFrame(rows), samples, points, self._made - self._start, module.statistics)
 
 
 def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:

@@ -43,7 +43,9 @@ class RunSummary(Callback):
             else:
                 logger.log_hyperparams(about)
             if self.every_row:
-                named = {"/".join(filter(None, (row.dataset, row.score, row.metric))): row.value for row in rows}
+                named = {
+                    "/".join(filter(None, (row.dataset or row.role, row.score, row.metric))): row.value for row in rows
+                }
                 logger.log_metrics(named, trainer.global_step)
         log_text(trainer, "config", f"```yaml\n{config_of(trainer, pl_module)}```")
         if (coverage := getattr(pl_module, "coverage", None)) is not None:

@@ -102,7 +102,7 @@ def _scores() -> dict[str, Entry]:
     from lightning_vlmq.metrics import OOD_SCORES
 
     return {
-        name: _described(OOD_SCORES[name], f"vlmq validate --config eval --model.scores '[{name}]'")
+        name: _described(OOD_SCORES[name].function, f"vlmq validate --config eval --model.scores '[{name}]'")
         for name in OOD_SCORES
     }
 
@@ -113,9 +113,9 @@ def _metrics() -> dict[str, Entry]:
     return {
         name: Entry(
             f"{metric.title}; {'higher' if metric.higher_is_better else 'lower'} is better",
-            "definition: docs/metrics.md",
+            "\n".join(filter(None, (metric.convention, "definition: docs/metrics.md"))),
         )
-        for name, metric in METRICS.items()
+        for name, metric in ((name, METRICS[name]) for name in METRICS)
     }
 
 

@@ -1,284 +1,339 @@
-"""From per-sample records to results: one small evaluator a reliability dimension, composed in a list.
-
-Records are the columns of :class:`~lightning_vlmq.metrics.SampleRecords`, per data set name, of the model under test and of the
-full-precision reference on the same samples in the same order.
-"""
+"""From aligned records to estimates of every measure, one small evaluator per reliability dimension, composed in a list; and to rows."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
-from statistics import fmean
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_vlmq import metrics, statistics
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.roles import ROLES
-from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.evaluation.measures import METRICS, Measure
 from lightning_vlmq.evaluation.quantities import (
-    Evaluator,
-    Records,
-    Resampled,
-    Row,
+    AlignedRuns,
+    Array,
+    Estimate,
+    Ranked,
+    SampleMean,
+    average,
+    combined,
     deviation,
-    jackknife,
-    quantity_rows,
-    row_maker,
 )
+from lightning_vlmq.evaluation.records import SampleMatrix
+from lightning_vlmq.metrics.functional import (
+    ALEXNET_CLEAN_ERROR,
+    ALEXNET_ERRORS,
+    added_vulnerability,
+    mean_corruption_error,
+    relative_change,
+    relative_mean_corruption_error,
+    relative_spurious_gap,
+)
+from lightning_vlmq.metrics.scores import OOD_SCORES, score_name
+
+log = logging.getLogger(__name__)
+
+Estimates = dict[Measure, Estimate]
 
 
+class Evaluator(Protocol):
+    """Estimates the measures of one reliability dimension. What it is set to is part of a run's identity: make it a frozen dataclass."""
+
+    def estimates(self, runs: AlignedRuns) -> Estimates:
+        """Every measure that the runs' sets allow and ``runs.wanted`` asks for."""
+        ...
+
+
+@dataclass(frozen=True)
 class ClassificationEvaluator:
-    """Accuracy, agreement and calibration on every labelled set: dimensions 1, 2 and 4.
+    """Every metric of :data:`~.measures.METRICS` that follows from records, on every labelled set, and its mean over each role's sets."""
 
-    Args:
-        n_bins: bins of the calibration errors.
-        risk: error rate at which coverage is reported; its percentage is part of the metric's name.
-        n_resamples: bootstrap resamples behind the standard errors.
-    """
-
-    def __init__(self, n_bins: int = 15, risk: float = 0.05, n_resamples: int = 100) -> None:
-        if n_bins < 1 or not 0 <= risk <= 1:
-            raise VLMQError(f"need n_bins of at least 1 and a risk in [0, 1], got {n_bins} and {risk}")
-        self.n_bins = n_bins
-        self.risk = risk
-        self.resampled = Resampled(n_resamples)
-
-    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """``top1``, ``top5``, ``nll``, ``brier``, ``ece``, ``mce``, ``adaptive_ece``, ``aurc``, ``coverage_at_risk_5``.
-
-        Against a reference also the ``delta_*`` of each, ``agreement``, ``flips`` (all changed predictions), ``flips_broken``
-        (right to wrong) and ``flips_repaired`` (wrong to right).
-        """
-        rows: list[Row] = []
-        for s in sets:
-            if ROLES[s.role].is_ood:
-                continue
-            mine, make = self._quantities(records[s.name]), row_maker(s, len(records[s.name]["index"]))
-            theirs = {} if reference is None else self._quantities(reference[s.name])
-            for metric, quantity in mine.items():
-                rows += quantity_rows(make, metric, quantity, theirs.get(metric))
-            if reference is not None:
-                changed = self.resampled.means(_changes(records[s.name], reference[s.name]))
-                rows += [row for metric, quantity in changed.items() for row in quantity_rows(make, metric, quantity)]
-        return rows
-
-    def _quantities(self, columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = {"top1": "correct", "top5": "correct_top5", "nll": "nll", "brier": "brier"}
-        found = self.resampled.means({metric: columns[name] for metric, name in names.items()})
-        found |= self.resampled.confidences(columns["confidence"], columns["correct"], self.n_bins, self.risk)
-        found[f"coverage_at_risk_{100 * self.risk:g}"] = found.pop("coverage_at_risk")
+    def estimates(self, runs: AlignedRuns) -> Estimates:
+        """Measures of each set and of each role (``dataset=""``)."""
+        found: Estimates = {}
+        for role in (name for name in ROLES if not ROLES[name].is_ood):
+            for name in METRICS:
+                kind = METRICS[name].of
+                if kind is None or not runs.wanted(name, role, ""):
+                    continue
+                own = {_measure(name, s): runs.estimate(s, kind) for s in runs.of_role(role)}
+                found |= own | _mean(Measure(name, role), own)
+        for s in runs.sets:  # originals of corrupted sets: a line of their own, in no mean
+            if s not in runs.of_role(s.where.role):
+                found[_measure("top1", s)] = runs.estimate(s, _top1())
         return found
 
 
+@dataclass(frozen=True)
 class OODEvaluator:
-    """Out-of-distribution detection, dimension 3: every OOD set against the in-distribution set, for every score.
+    """Out-of-distribution detection: every OOD set against the in-distribution sets, for every score.
 
-    Conventions are in the metrics' names: ``fpr95`` and ``aupr_in`` take ID as positive, ``fpr95_openood`` and ``aupr_out`` OOD.
-
-    Args:
-        scores: names of the score columns to evaluate; all that were recorded if not given.
-        n_resamples: bootstrap resamples behind the standard errors; ID and OOD samples are resampled independently.
+    Attributes:
+        scores: the score columns to evaluate; all that were recorded if not given.
     """
 
-    def __init__(self, scores: Sequence[str] | None = None, n_resamples: int = 100) -> None:
-        self.scores = None if scores is None else tuple(scores)
-        self.resampled = Resampled(n_resamples)
+    scores: tuple[str, ...] | None = None
 
-    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """``auroc``, ``aupr_in``, ``aupr_out``, ``fpr95``, ``fpr95_openood`` and their ``delta_*``."""
-        inside = next(s.name for s in sets if s.role == "id")
-        scores = self.scores or tuple(
-            name for name in records[inside] if metrics.score_name(name) in metrics.OOD_SCORES
-        )
-        rows: list[Row] = []
-        for s in sets:
-            if not ROLES[s.role].is_ood:
-                continue
-            for score in scores:
-                make = row_maker(s, len(records[s.name]["index"]), score=score)
-                mine = self.resampled.rankings(records[inside][score], records[s.name][score])
-                theirs = (
-                    {}
-                    if reference is None
-                    else self.resampled.rankings(reference[inside][score], reference[s.name][score])
-                )
-                for metric, quantity in mine.items():
-                    rows += quantity_rows(make, metric, quantity, theirs.get(metric))
-        return rows
+    def estimates(self, runs: AlignedRuns) -> Estimates:
+        """AUROC, AUPR and FPR95 of each set and score, and the means over each role's sets for the main score."""
+        found: Estimates = {}
+        inside = runs.of_role("id")
+        if not inside:
+            return found
+        scores = self.scores or recorded_scores(inside)
+        main = main_score(scores)
+        for role in (name for name in ROLES if ROLES[name].is_ood):
+            by_metric: dict[str, Estimates] = {}
+            for s in runs.of_role(role):
+                for score in (score for score in scores if score in s):
+                    parts = {"auroc": runs.auroc(inside, s, score)} if runs.wanted("auroc", role, score) else {}
+                    if runs.wanted("aupr_in", role, score):
+                        parts |= runs.rankings(inside, s, score)
+                    for name, estimate in parts.items():
+                        measure = Measure(name, role, s.where.dataset, score)
+                        found[measure] = estimate
+                        if score == main:
+                            by_metric.setdefault(name, {})[measure] = estimate
+            for name, own in by_metric.items():
+                found |= _mean(Measure(name, role, "", main), own)
+        return found
 
 
+@dataclass(frozen=True)
 class SpuriousEvaluator:
-    """Reliance on a spurious cue, dimension 5: accuracy on common against counter sets.
+    """Reliance on a spurious cue: accuracy on the sets ``<pair>_common`` against ``<pair>_counter``, and their means over pairs."""
 
-    ``rsg`` is the relative spurious gap, ``delta_rsg`` its difference to full precision's, ``vuln_add`` the added vulnerability.
-
-    Args:
-        n_resamples: bootstrap resamples behind the standard errors; the two sets are resampled independently.
-    """
-
-    def __init__(self, n_resamples: int = 100) -> None:
-        self.resampled = Resampled(n_resamples)
-
-    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """A row a pair of sets named ``<pair>_common`` and ``<pair>_counter``."""
-        rows: list[Row] = []
-        for pair in _pairs(sets):
-            names = (f"{pair}_common", f"{pair}_counter")
-            make = partial(Row, dataset=pair, role="spurious", n=sum(len(records[name]["index"]) for name in names))
-            common, counter = self._accuracies(records, names)
-            gap = metrics.relative_spurious_gap(common, counter)
-            if reference is None:
-                rows += quantity_rows(make, "rsg", gap)
-                continue
-            common_f, counter_f = self._accuracies(reference, names)
-            gap_f = metrics.relative_spurious_gap(common_f, counter_f)
-            rows += quantity_rows(make, "rsg", gap, gap_f, change=("delta_rsg", statistics.difference))
-            changes = metrics.relative_change(counter_f, counter), metrics.relative_change(common_f, common)
-            rows += quantity_rows(make, "vuln_add", metrics.added_vulnerability(*changes))
-        return rows
-
-    def _accuracies(self, records: Records, names: Sequence[str]) -> list[Tensor]:
-        return [
-            self.resampled.means({"top1": records[name]["correct"]}, stream)["top1"]
-            for stream, name in enumerate(names)
-        ]
+    def estimates(self, runs: AlignedRuns) -> Estimates:
+        """``common``, ``counter``, the relative spurious gap ``rsg`` and the added vulnerability ``vuln_add``."""
+        found: Estimates = {}
+        by_metric: dict[str, Estimates] = {}
+        for pair, sets in _pairs(runs.of_role("spurious")).items():
+            common, counter = (runs.estimate(s, _top1()) for s in sets)
+            parts = {"common": common, "counter": counter, "rsg": combined(relative_spurious_gap, common, counter)}
+            parts["vuln_add"] = combined(_vulnerability, common, counter)
+            for name, estimate in parts.items():
+                by_metric.setdefault(name, {})[Measure(name, "spurious", pair)] = estimate
+        for name, own in by_metric.items():
+            found |= own | _mean(Measure(name, "spurious"), own)
+        return found
 
 
+@dataclass(frozen=True)
 class CorruptionEvaluator:
-    """Mean corruption error, dimension 4 (Hendrycks & Dietterich 2019), of each suite of corrupted sets.
+    """Mean corruption error (Hendrycks & Dietterich 2019) of each suite of corrupted sets.
 
     A suite is the sets called ``<suite>_<corruption>_<severity>``; those without a suite's name are called ``corruptions``. A severity
     counts if every corruption of the suite has it. Not to be taken for the maximum calibration error, MCE.
 
-    Args:
-        baseline: whose errors the model's are divided by: the full-precision ``reference``'s (no rows without one), or ``alexnet``'s
-            published ones on ImageNet-C, as in published tables; the metrics' names then end in ``_alexnet``.
-        n_resamples: bootstrap resamples behind the standard errors; sets of the same size see the same ones.
-        seed: seed of the resamples.
+    Attributes:
+        baseline: whose errors the model's are divided by: the full-precision ``reference``'s, or ``alexnet``'s published ones on
+            ImageNet-C, as in published tables; the metrics' names then end in ``_alexnet``.
     """
 
-    def __init__(
-        self, baseline: Literal["reference", "alexnet"] = "reference", n_resamples: int = 100, seed: int = 0
-    ) -> None:
-        self.baseline = baseline
-        self.resampled = Resampled(n_resamples, seed)
+    baseline: Literal["reference", "alexnet"] = "reference"
 
-    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """``mean_corruption_error`` and ``relative_mean_corruption_error`` (beyond the id set's error) of each suite, as ratios."""
+    def estimates(self, runs: AlignedRuns) -> Estimates:
+        """``mean_corruption_error``, and ``relative_mean_corruption_error`` where the originals are there (severity 0 of the group).
+
+        NaN, with a warning, where what the errors are divided by is not more than twice its standard error above 0.
+        """
         published = self.baseline == "alexnet"
-        inside = next((s.name for s in sets if s.role == "id"), None)
-        if inside is None or (reference is None and not published):
-            return []
-        rows: list[Row] = []
-        for suite, names in _suites(sets).items():
-            corruptions = [
-                c for c in dict.fromkeys(c for c, _ in names) if c in metrics.ALEXNET_ERRORS or not published
-            ]
-            severities = [s for s in range(1, 6) if all((c, s) in names for c in corruptions)]
+        found: Estimates = {}
+        for suite, sets in _suites(runs.of_role("corruption")).items():
+            names = dict.fromkeys(corruption for corruption, _ in sets)
+            corruptions = [c for c in names if c in ALEXNET_ERRORS or not published]
+            severities = [s for s in range(1, 6) if all((c, s) in sets for c in corruptions)]
             if not corruptions or not severities:
                 continue
-            chosen, shape = [names[c, s] for c in corruptions for s in severities], (len(corruptions), len(severities))
-            errors, clean = self._errors(records, chosen, inside, shape)
+            chosen = [sets[c, s] for c in corruptions for s in severities]
+            errors = _errors(runs, chosen, (len(corruptions), len(severities)))
             if published:
-                base = torch.tensor([metrics.ALEXNET_ERRORS[c] for c in corruptions]).unsqueeze(1).expand(shape)
-                base_clean = torch.tensor(metrics.ALEXNET_CLEAN_ERROR)
+                means = torch.tensor([ALEXNET_ERRORS[c] for c in corruptions], dtype=torch.float64)
+                baseline = means.unsqueeze(1).expand(errors.shape)
             else:
-                assert reference is not None
-                base, base_clean = self._errors(reference, chosen, inside, shape)
-            found = {
-                "mean_corruption_error": metrics.mean_corruption_error(errors, base),
-                "relative_mean_corruption_error": metrics.relative_mean_corruption_error(
-                    errors, base, clean, base_clean
-                ),
-            }
-            n = sum(len(records[name]["index"]) for name in chosen)
-            for metric, values in found.items():
-                name = f"{metric}_alexnet" if published else metric
-                rows.append(Row(suite, "corruption", name, float(values[0]), deviation(values[1:]), n))
-        return rows
-
-    def _errors(self, records: Records, names: list[str], inside: str, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Top-1 errors ``[1 + R, corruptions, severities]`` and clean ones ``[1 + R]``: as they are, then on every resample."""
-        wrong = [~records[name]["correct"].bool() for name in (*names, inside)]
-        errors = torch.empty(1 + self.resampled.n_resamples, len(wrong), dtype=torch.float64)
-        for n in {len(column) for column in wrong}:
-            at = [k for k, column in enumerate(wrong) if len(column) == n]
-            columns = torch.stack([wrong[k] for k in at], 1).double()
-            replicates = statistics.bootstrap_means(columns, self.resampled.n_resamples, self.resampled.seed)
-            errors[:, at] = torch.cat([columns.mean(0, keepdim=True), replicates])
-        return errors[:, :-1].unflatten(1, shape), errors[:, -1]
+                baseline = errors[:, :1].expand(errors.shape)
+            n, kinds = sum(s.n for s in chosen), {"mean_corruption_error": mean_corruption_error(errors, baseline)}
+            divisors = {"mean_corruption_error": baseline.sum(-1)}
+            original = _original(runs, chosen[0])
+            if original is not None:
+                clean = _errors(runs, [original], (1, 1))[..., 0, 0]
+                clean_baseline = (
+                    torch.full_like(clean, ALEXNET_CLEAN_ERROR) if published else clean[:, :1].expand_as(clean)
+                )
+                name = "relative_mean_corruption_error"
+                kinds[name] = relative_mean_corruption_error(errors, baseline, clean, clean_baseline)
+                divisors[name] = (baseline - clean_baseline[..., None, None]).sum(-1)
+            for name, ratios in kinds.items():
+                doubtful = [
+                    c for c, divisor in zip(corruptions, divisors[name][:, 0].unbind(-1)) if not _is_positive(divisor)
+                ]
+                if doubtful:
+                    log.warning(
+                        "%s of %s is undefined: the baseline loses nothing that can be told from 0 on %s",
+                        name,
+                        suite,
+                        ", ".join(doubtful),
+                    )
+                    ratios = torch.full_like(ratios, torch.nan)
+                metric = f"{name}_alexnet" if published else name
+                found[Measure(metric, "corruption", suite)] = Estimate(ratios[0].numpy(), ratios[1:].numpy(), n)
+        return found
 
 
 def default_evaluators() -> list[Evaluator]:
-    """All dimensions with their default settings."""
+    """All dimensions."""
     return [ClassificationEvaluator(), OODEvaluator(), CorruptionEvaluator(), SpuriousEvaluator()]
 
 
-def classwise_rows(
-    sets: Iterable[EvalSet], errors: Mapping[str, Tensor], reference: Mapping[str, Tensor] | None
-) -> list[Row]:
-    """``classwise_ece`` and its change; jackknife standard errors, as its bins do not follow from per-sample records.
-
-    Args:
-        sets: the evaluation sets.
-        errors: by data set, what :class:`~lightning_vlmq.metrics.ClasswiseJackknife` computes; sets that are not there have no row.
-        reference: the same of full precision, or ``None``.
-    """
-    rows: list[Row] = []
-    for s in sets:
-        if s.name in errors:
-            theirs = None if reference is None else reference[s.name]
-            make = row_maker(s, len(s.images))
-            rows += quantity_rows(make, "classwise_ece", errors[s.name], theirs, spread=jackknife)
-    return rows
-
-
-HEADLINES = {
-    "id": ("top1", "ece", "nll", "agreement"),
-    "near_ood": ("auroc", "fpr95"),
-    "far_ood": ("auroc", "fpr95"),
-    "corruption": ("top1", "ece", "mean_corruption_error"),
-    "shift": ("top1", "ece"),
-    "spurious": ("rsg", "delta_rsg", "vuln_add"),
-}
-
-
-def headline(rows: Sequence[Row]) -> dict[str, float]:
-    """The few numbers to read first, ``<role>/<metric>``: means over a role's data sets (and OOD scores)."""
-    found = {}
-    for role, names in HEADLINES.items():
-        for name in names:
-            values = [row.value for row in rows if row.role == role and row.metric == name]
-            if values:
-                found[f"{role}/{name}"] = fmean(values)
+def estimate_all(runs: AlignedRuns, evaluators: Sequence[Evaluator] | None = None) -> Estimates:
+    """Estimates of every measure, in the evaluators' order; of all default ones if none are given."""
+    found: Estimates = {}
+    for evaluator in default_evaluators() if evaluators is None else evaluators:
+        found |= evaluator.estimates(runs)
     return found
 
 
-def _pairs(sets: Iterable[EvalSet]) -> list[str]:
-    names = {s.name for s in sets if s.role == "spurious"}
-    pairs = sorted(name.removesuffix("_common") for name in names if name.endswith("_common"))
-    lonely = names ^ {f"{pair}_{kind}" for pair in pairs for kind in ("common", "counter")}
+def recorded_scores(sets: Sequence[SampleMatrix]) -> tuple[str, ...]:
+    """Names of the OOD scores that every set holds of every run."""
+    return tuple(name for name in sets[0].scores if score_name(name) in OOD_SCORES and all(name in s for s in sets))
+
+
+def main_score(scores: Sequence[str]) -> str:
+    """The score that stands for OOD detection in summaries: ``mcm`` where recorded, else the first one; empty without any."""
+    return "mcm" if "mcm" in scores else next(iter(scores), "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One result: a metric of one model on one data set (empty: the mean over a role's), its standard error, its number of samples."""
+
+    dataset: str
+    role: str
+    metric: str
+    value: float
+    stderr: float
+    n: int
+    corruption: str = ""
+    severity: int = 0
+    score: str = ""
+
+
+def rows_of(estimates: Mapping[Measure, Estimate], run: int, reference: int | None) -> list[Row]:
+    """A run's results: each measure, and its change ``delta_<metric>`` against the reference where there is one.
+
+    Args:
+        estimates: of aligned runs.
+        run: the run's number.
+        reference: the full-precision run's number, or ``None`` where the run is full precision itself.
+    """
+    rows: list[Row] = []
+    for measure, estimate in estimates.items():
+        if measure.info.needs_reference and reference is None:
+            continue
+        rows.append(_row(measure, measure.metric, estimate.value[run], estimate.replicates[:, run], estimate.n))
+        if reference is not None and not measure.info.needs_reference:
+            value, replicates = change(measure, estimate, run, reference)
+            rows.append(_row(measure, f"delta_{measure.metric}", value, replicates, estimate.n))
+    return rows
+
+
+def change(measure: Measure, estimate: Estimate, run: int, reference: int = 0) -> tuple[float, Array]:
+    """A measure's change against the reference, and its replicates: relative, (A_f - A_q) / A_f, or the difference q - f."""
+    pairs = [(values[..., reference], values[..., run]) for values in (estimate.value, estimate.replicates)]
+    if measure.info.is_relative:
+        value, replicates = (relative_change(*map(torch.as_tensor, pair)).numpy() for pair in pairs)
+    else:
+        value, replicates = (after - before for before, after in pairs)
+    return float(value), replicates
+
+
+def _row(measure: Measure, metric: str, value: float, replicates: Array, n: int) -> Row:
+    place = {"corruption": measure.corruption, "severity": measure.severity, "score": measure.score}
+    return Row(measure.dataset, measure.role, metric, float(value), deviation(replicates), n, **place)  # type: ignore[arg-type]
+
+
+def headline(rows: Sequence[Row]) -> dict[str, float]:
+    """The few numbers to read first, ``<role>/<metric>``: means over a role's data sets, of the main OOD score."""
+    wanted = {
+        "id": ("top1", "ece", "nll", "agreement"),
+        "near_ood": ("auroc", "fpr95"),
+        "far_ood": ("auroc", "fpr95"),
+        "corruption": ("top1", "ece"),
+        "shift": ("top1", "ece"),
+        "spurious": ("rsg", "delta_rsg", "vuln_add"),
+    }
+    means = {(row.role, row.metric): row.value for row in rows if row.dataset == ""}
+    return {
+        f"{role}/{name}": means[role, name] for role, names in wanted.items() for name in names if (role, name) in means
+    }
+
+
+def _top1() -> SampleMean | Ranked:
+    kind = METRICS["top1"].of
+    assert kind is not None
+    return kind
+
+
+def _measure(metric: str, s: SampleMatrix) -> Measure:
+    where = s.where
+    return Measure(metric, where.role, where.dataset, "", where.corruption, where.severity)
+
+
+def _mean(measure: Measure, parts: Estimates) -> Estimates:
+    return {measure: average({part.dataset: estimate for part, estimate in parts.items()})} if parts else {}
+
+
+def _vulnerability(common: Tensor, counter: Tensor) -> Tensor:
+    """Added vulnerability of each run against the first, ``[..., k]``; 0 for the first itself."""
+    return added_vulnerability(*(relative_change(accuracy[..., :1], accuracy) for accuracy in (counter, common)))
+
+
+def _errors(runs: AlignedRuns, sets: Sequence[SampleMatrix], shape: tuple[int, int]) -> Tensor:
+    """Top-1 errors ``[1 + R, k, corruptions, severities]``: as they are, then on every resample."""
+    found = [runs.estimate(s, _top1()) for s in sets]
+    return 1 - torch.from_numpy(np.stack([np.vstack([e.value, e.replicates]) for e in found], -1)).unflatten(-1, shape)
+
+
+def _is_positive(divisor: Tensor) -> bool:
+    """Whether ``[1 + R]`` is clearly above 0."""
+    return bool(divisor[0] > max(2 * deviation(divisor[1:].numpy()), 1e-12))
+
+
+def _original(runs: AlignedRuns, corrupted: SampleMatrix) -> SampleMatrix | None:
+    """The uncorrupted images that a corrupted set was made of."""
+    for s in runs.sets:
+        where, is_whole = s.where, s.n == corrupted.n and s.where.severity == 0 and s.where.role in ("id", "corruption")
+        if where.group == corrupted.where.group != "" and is_whole and np.array_equal(_targets(s), _targets(corrupted)):
+            return s
+    return None
+
+
+def _targets(s: SampleMatrix) -> NDArray[np.int64]:
+    return next(iter(s.tables.values()))["target"]
+
+
+def _pairs(sets: Iterable[SampleMatrix]) -> dict[str, tuple[SampleMatrix, SampleMatrix]]:
+    by_name = {s.where.dataset: s for s in sets}
+    pairs = sorted(name.removesuffix("_common") for name in by_name if name.endswith("_common"))
+    lonely = by_name.keys() ^ {f"{pair}_{kind}" for pair in pairs for kind in ("common", "counter")}
     if lonely:
         raise VLMQError(
             f"spurious sets come in pairs <x>_common and <x>_counter; one of a pair is missing: {', '.join(sorted(lonely))}"
         )
-    return pairs
+    return {pair: (by_name[f"{pair}_common"], by_name[f"{pair}_counter"]) for pair in pairs}
 
 
-def _suites(sets: Iterable[EvalSet]) -> dict[str, dict[tuple[str, int], str]]:
-    """Names of the corrupted sets by suite, then by corruption and severity."""
-    suites: dict[str, dict[tuple[str, int], str]] = {}
+def _suites(sets: Iterable[SampleMatrix]) -> dict[str, dict[tuple[str, int], SampleMatrix]]:
+    """The corrupted sets by suite, then by corruption and severity."""
+    suites: dict[str, dict[tuple[str, int], SampleMatrix]] = {}
     for s in sets:
-        if s.role == "corruption" and s.severity:
-            suite = s.name.removesuffix(f"{s.corruption}_{s.severity}").strip("_") or "corruptions"
-            suites.setdefault(suite, {})[s.corruption, s.severity] = s.name
+        where = s.where
+        suite = where.dataset.removesuffix(f"{where.corruption}_{where.severity}").strip("_") or "corruptions"
+        suites.setdefault(suite, {})[where.corruption, where.severity] = s
     return suites
-
-
-def _changes(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    same = (mine["prediction"] == theirs["prediction"]) & (mine["prediction"] >= 0)
-    broken, repaired = theirs["correct"] & ~mine["correct"], mine["correct"] & ~theirs["correct"]
-    return {"agreement": same, "flips": ~same, "flips_broken": broken, "flips_repaired": repaired}

@@ -1,57 +1,191 @@
-"""What is measured on a study's samples: names, directions, conventions."""
+"""Every metric once: how it is called, read and computed. A new one is one registration here (or anywhere)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from lightning_vlmq.metrics import score_name
+from torch import Tensor
 
-N_BINS = 15
-N_RESAMPLES = 1000
-N_RESAMPLES_SLOW = 200
-"""Resamples where each one costs a pass over the ranking: what sorts confidences, and the OOD metrics."""
-RISK = 0.05
-"""Error rate at which coverage is reported."""
+from lightning_vlmq.core.registry import Registry
+from lightning_vlmq.evaluation.quantities import Ranked, RunRecords, SampleMean
+from lightning_vlmq.metrics.functional import (
+    augrc,
+    aurc,
+    bin_gaps,
+    calibration_error,
+    coverage_at_risk,
+    debiased_error,
+    gap_variances,
+)
+from lightning_vlmq.metrics.scores import OOD_SCORES, score_name
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is written and read.
+    """How a metric is written, read, tested and computed.
 
     Attributes:
         title: column heading.
         higher_is_better: direction.
-        is_relative: whether its change is reported relative to full precision (else in points).
+        of: how it is computed from the records of a labelled set; ``None`` where an evaluator of its own does that.
+        is_relative: whether its change is reported relative to full precision, (A_f - A_q) / A_f (else as a difference, q - f).
+        is_tested: whether its change has an interval and a p-value. A metric whose interval does not hold says no here.
+        tested_by: the metric whose change stands for this one's wherever an interval or a test is asked for.
+        follows_logit_scale: whether another logit scale can change it.
+        needs_reference: whether it compares with full precision already: it has no change of its own, and no row without a reference.
+        is_shown: whether the report's tables have a column for it.
+        in_percent: whether it is a fraction that is written in percent.
+        best_at_zero: whether it has a sign, and is better the nearer it is to zero.
+        convention: where peers differ, which one it follows; said in the report and in ``comparisons.csv``.
     """
 
     title: str
     higher_is_better: bool
+    of: SampleMean | Ranked | None = None
     is_relative: bool = True
+    is_tested: bool = True
+    tested_by: str = ""
+    follows_logit_scale: bool = True
+    needs_reference: bool = False
+    is_shown: bool = True
+    in_percent: bool = True
+    best_at_zero: bool = False
+    convention: str = ""
+
+    def gain(self, before: float, after: float) -> float:
+        """By how much it got better, in its own unit; negative for the worse."""
+        if self.best_at_zero:
+            return abs(before) - abs(after)
+        return after - before if self.higher_is_better else before - after
 
 
-METRICS: Mapping[str, Metric] = {
-    "top1": Metric("top-1", True),
-    "top5": Metric("top-5", True),
-    "agreement": Metric("agreement", True, is_relative=False),
-    "ece": Metric("ECE", False),
-    "adaptive_ece": Metric("adaptive ECE", False),
-    "classwise_ece": Metric("class-wise ECE", False),
-    "mce": Metric("MCE", False),
-    "brier": Metric("Brier", False),
-    "nll": Metric("NLL", False),
-    "aurc": Metric("AURC", False),
-    "coverage_at_risk_5": Metric("coverage at 5 % risk", True),
-    "auroc": Metric("AUROC", True),
-    "aupr_in": Metric("AUPR-in", True),
-    "aupr_out": Metric("AUPR-out", True),
-    "fpr95": Metric("FPR95", False),
-    "fpr95_openood": Metric("FPR95 (OpenOOD)", False),
-    "common": Metric("top-1 common", True),
-    "counter": Metric("top-1 counter", True),
-    "rsg": Metric("RSG", False, is_relative=False),
-    "vuln_add": Metric("Vuln_add", False, is_relative=False),
+METRICS: Registry[Metric] = Registry("metric")
+"""Every metric by name, in display order."""
+
+
+def _column(name: str) -> SampleMean:
+    def of(records: RunRecords) -> Tensor:
+        return records[name]
+
+    return SampleMean(of)
+
+
+def _add(name: str, *arguments: object, **fields: object) -> None:
+    METRICS.register(name)(Metric(*arguments, **fields))  # type: ignore[arg-type]
+
+
+def _of_predictions(name: str, title: str, higher: bool, function: Callable[[RunRecords], Tensor], shown: bool) -> None:
+    """A share of samples by what became of full precision's prediction."""
+    flags = {"is_relative": False, "is_tested": False, "follows_logit_scale": False, "needs_reference": True}
+    _add(name, title, higher, SampleMean(function), is_shown=shown, **flags)
+
+
+def _agrees(r: RunRecords) -> Tensor:
+    return (r["prediction"] == r.reference["prediction"]) & (r["prediction"] >= 0)
+
+
+def _width(r: RunRecords) -> Tensor:
+    return bin_gaps(r["confidence"], r["correct"], r.settings.n_bins)
+
+
+def _mass(r: RunRecords) -> Tensor:
+    return bin_gaps(r["confidence"], r["correct"], r.settings.n_bins, "mass")
+
+
+def _sum_of_gaps(means: Tensor, columns: Tensor) -> Tensor:
+    return means.abs().sum(-1)
+
+
+def _debiased_sum(means: Tensor, columns: Tensor) -> Tensor:
+    return debiased_error(means, gap_variances(columns))
+
+
+_BINS = "equal-width bins [lo, hi), a confidence of exactly 1 in one of its own, as torchmetrics"
+_DEBIASED = {"is_relative": False, "is_shown": False, "convention": "debiased, for tests; see functional.debiased"}
+
+_add("top1", "top-1", True, _column("correct"), follows_logit_scale=False)
+_add("top5", "top-5", True, _column("correct_top5"), follows_logit_scale=False)
+_of_predictions("agreement", "agreement", True, _agrees, shown=True)
+_of_predictions("flips", "flips", False, lambda r: ~_agrees(r), shown=False)
+_of_predictions(
+    "flips_broken", "flips right → wrong", False, lambda r: r.reference["correct"] & ~r["correct"], shown=False
+)
+_of_predictions(
+    "flips_repaired", "flips wrong → right", True, lambda r: r["correct"] & ~r.reference["correct"], shown=False
+)
+_add("ece", "ECE", False, SampleMean(_width, _sum_of_gaps), tested_by="ece_debiased", convention=_BINS)
+_add("ece_debiased", "ECE, debiased", False, SampleMean(_width, _debiased_sum), **_DEBIASED)
+_add(
+    "adaptive_ece",
+    "adaptive ECE",
+    False,
+    SampleMean(_mass, _sum_of_gaps),
+    tested_by="adaptive_ece_debiased",
+    convention="bins of equal mass; equal confidences that a cut divides share their mean correctness",
+)
+_add("adaptive_ece_debiased", "adaptive ECE, debiased", False, SampleMean(_mass, _debiased_sum), **_DEBIASED)
+_add(
+    "classwise_ece",
+    "class-wise ECE",
+    False,
+    tested_by="classwise_ece_debiased",
+    convention=f"mean over classes; {_BINS}",
+)
+_add("classwise_ece_debiased", "class-wise ECE, debiased", False, **_DEBIASED)
+_add(
+    "signed_calibration_error",
+    "signed CE",
+    False,
+    SampleMean(lambda r: r["confidence"].double() - r["correct"].double()),
+    is_relative=False,
+    best_at_zero=True,
+    convention="confidence − accuracy: negative is underconfident",
+)
+_add(
+    "mce",
+    "MCE",
+    False,
+    Ranked(lambda c, s: calibration_error(c["confidence"], c["correct"], s.n_bins, norm="max")),
+    is_tested=False,
+    convention=f"largest gap of a bin; {_BINS}; not tested, a maximum of noisy gaps has no interval that holds",
+)
+_add("brier", "Brier", False, _column("brier"), convention="sum over classes, in [0, 2]")
+_add("nll", "NLL", False, _column("nll"), in_percent=False, convention="nats")
+_add("aurc", "AURC", False, Ranked(lambda c, s: aurc(c["confidence"], c["correct"]), fast="aurc"))
+_add("augrc", "AUGRC", False, Ranked(lambda c, s: augrc(c["confidence"], c["correct"]), fast="augrc"))
+_add(
+    "coverage_at_risk",
+    "coverage at risk",
+    True,
+    Ranked(lambda c, s: coverage_at_risk(c["confidence"], c["correct"], s.risk), fast="coverage_at_risk"),
+    convention="of a threshold, whole groups of equal confidence",
+)
+
+_PRECISION = "average precision, as scikit-learn's (OpenOOD takes trapezoids)"
+_TIES = "threshold at the first point of the curve with at least 95 % of them; equal scores are one point"
+_add("auroc", "AUROC", True, convention="equal scores count half")
+_add("aupr_in", "AUPR-in", True, convention=f"ID positive; {_PRECISION}")
+_add("aupr_out", "AUPR-out", True, convention=f"OOD positive; {_PRECISION}")
+_add("fpr95", "FPR95", False, convention=f"ID positive; {_TIES}")
+_add("fpr95_openood", "FPR95 (OpenOOD)", False, convention=f"OOD positive; {_TIES}")
+
+_GROUPS = {"follows_logit_scale": False}
+_add("common", "top-1 common", True, **_GROUPS)
+_add("counter", "top-1 counter", True, **_GROUPS)
+_add("rsg", "RSG", False, is_relative=False, **_GROUPS)
+_add("vuln_add", "Vuln_add", False, is_relative=False, needs_reference=True, **_GROUPS)
+
+_RATIO = {
+    "is_relative": False,
+    "is_tested": False,
+    "is_shown": False,
+    "in_percent": False,
+    "follows_logit_scale": False,
 }
+for _name, _title in {"mean_corruption_error": "mCE", "relative_mean_corruption_error": "relative mCE"}.items():
+    _add(_name, _title, False, needs_reference=True, convention="ratio to full precision's; 1 is no change", **_RATIO)
+    _add(f"{_name}_alexnet", f"{_title} (AlexNet)", False, convention="ratio to AlexNet's published errors", **_RATIO)
 
 
 @dataclass(frozen=True)
@@ -61,14 +195,18 @@ class Measure:
     Attributes:
         metric: key of :data:`METRICS`.
         role: the role of the data sets it is measured on.
-        dataset: one data set, or empty for the mean over all of the role.
+        dataset: one data set (a pair, a suite), or empty for the mean over all of the role.
         score: OOD score, empty where none is involved.
+        corruption: the data set's corruption or rendition, if any.
+        severity: its severity.
     """
 
     metric: str
     role: str
     dataset: str = ""
     score: str = ""
+    corruption: str = ""
+    severity: int = 0
 
     @property
     def info(self) -> Metric:
@@ -77,9 +215,14 @@ class Measure:
 
     @property
     def follows_logit_scale(self) -> bool:
-        """Whether another logit scale can change the number: neither predictions nor scores of the cosines follow it."""
-        of_predictions = self.metric in ("top1", "top5", "agreement", "common", "counter", "rsg", "vuln_add")
-        return not of_predictions and score_name(self.score) not in ("mcm", "maxlogit", "gl_mcm", "knn", "mahalanobis")
+        """Whether another logit scale can change the number: the metric's word, and the score's where there is one."""
+        score = score_name(self.score)
+        return self.info.follows_logit_scale and (score not in OOD_SCORES or OOD_SCORES[score].follows_logit_scale)
+
+    @property
+    def tested_by(self) -> Measure:
+        """The measure whose change has the interval and the test: itself, as a rule."""
+        return replace(self, metric=self.info.tested_by or self.metric)
 
     @property
     def worse_is_positive(self) -> bool:

@@ -1,140 +1,274 @@
-"""Results as rows: a value, its standard error, and both again for its change against full precision.
+"""The one place where a measure's value and its bootstrap replicates are computed: of k runs on the same samples, one run is k = 1.
 
-A measured quantity is a float64 tensor ``[1 + R]`` here: its value on the samples as they are, then on each of R bootstrap
-resamples. What is computed from several quantities (a gap, a relative change) is computed on all entries alike.
+A run's rows and a study's comparisons both come from here, with the same :class:`~lightning_vlmq.statistics.Statistics`, which are
+stored with the run. Sets of one group (see :class:`~lightning_vlmq.data.EvalSet`) see the same resamples, all others independent ones.
+Which ones follows from the group's or set's name, the number of samples and the seed alone: every run and report draws the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol
+from functools import lru_cache
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_vlmq import metrics
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.data.sets import EvalSet
-from lightning_vlmq.metrics.functional import calibration_error, coverage_at_risk
-from lightning_vlmq.statistics.replicates import Counts, confidence_metrics, ranking_metrics, resample_counts
+from lightning_vlmq.evaluation.records import SampleMatrix
+from lightning_vlmq.metrics.functional import aupr_in, aupr_out, fpr95, fpr95_openood, placements
+from lightning_vlmq.statistics import RankingMetrics, Statistics, ranking_metrics, resample_counts, selective_metrics
+from lightning_vlmq.statistics.replicates import Counts
 
-Records = Mapping[str, Mapping[str, Tensor]]
-"""Columns of :class:`~lightning_vlmq.metrics.SampleRecords`, each ``[n]``, by data set."""
+Array = NDArray[np.float64]
+_CHUNK = 2**21  # weights that are float64 at a time
+_KEPT = 2**25  # resampled counts of more samples than this are drawn again each time
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """A measure on ``k`` runs, the first of which is full precision where there are several.
+
+    Attributes:
+        value: ``[k]``, NaN where a run lacks a data set.
+        replicates: ``[R, k]``, its values on R bootstrap resamples, the same for all runs; none where only standard errors are known.
+        n: number of samples that it is computed from.
+        closed_form: ``[2, k]``, standard errors of the value and of its change, where there are no replicates.
+    """
+
+    value: Array
+    replicates: Array
+    n: int
+    closed_form: Array | None = None
+
+    @property
+    def k(self) -> int:
+        """Number of runs."""
+        return len(self.value)
+
+
+def combined(formula: Callable[..., Tensor], *parts: Estimate) -> Estimate:
+    """A function of several estimates, on values and on every resample alike."""
+    value, replicates = (
+        formula(*(torch.from_numpy(np.ascontiguousarray(getattr(part, name))) for part in parts)).numpy()
+        for name in ("value", "replicates")
+    )
+    return Estimate(value, replicates, sum(part.n for part in parts))
+
+
+def average(parts: Mapping[str, Estimate]) -> Estimate:
+    """Mean over data sets, which are added in the order of their names: the same to the last bit for any order and number of runs."""
+    ordered = [parts[name] for name in sorted(parts)]
+    value, replicates = (
+        sum(getattr(part, name) for part in ordered) / len(ordered) for name in ("value", "replicates")
+    )
+    return Estimate(value, replicates, sum(part.n for part in ordered))
+
+
+def deviation(replicates: Array) -> float:
+    """Standard deviation (ddof 1) of the finite replicates of ``[R]``; NaN for fewer than two (Efron & Tibshirani 1993, chapter 6)."""
+    defined = replicates[np.isfinite(replicates)]
+    return float(defined.std(ddof=1)) if len(defined) > 1 else float("nan")
+
+
+class RunRecords(Mapping[str, Tensor]):
+    """What a metric sees of one run on one data set: record columns ``[n]``.
+
+    Attributes:
+        reference: the first run's records of the same samples.
+        settings: the statistics' settings.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor], reference: RunRecords | None, settings: Statistics) -> None:
+        self._columns = columns
+        self.reference = self if reference is None else reference
+        self.settings = settings
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._columns:
+            raise VLMQError(f"no column '{name}' was recorded; there are {', '.join(self._columns)}")
+        return self._columns[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One result: a metric of one model on one data set, with its standard error and number of samples."""
+class SampleMean:
+    """A metric that is the mean of per-sample values, or a function of several such means; the cheapest to resample.
 
-    dataset: str
-    role: str
-    metric: str
-    value: float
-    stderr: float
-    n: int
-    corruption: str = ""
-    severity: int = 0
-    score: str = ""
-
-
-class Evaluator(Protocol):
-    """Turns records into rows; ``reference`` is ``None`` when the model under test is itself full precision."""
-
-    def rows(self, sets: Sequence[EvalSet], records: Records, reference: Records | None) -> list[Row]:
-        """Evaluate every set that this evaluator is about."""
-        ...
-
-
-class Resampled:
-    """Quantities with their bootstrap replicates; all models, and all sets of the same size, see the same resamples.
-
-    Standard errors are bootstrap standard deviations (Efron & Tibshirani 1993, chapter 6).
-
-    Args:
-        n_resamples: number of bootstrap resamples R.
-        seed: seed of the resamples.
+    Attributes:
+        columns: of a run's records, ``[n]``, or ``[n, m]`` for m means.
+        reduce: of the means ``[..., m]`` and of the columns ``[n, m]`` as they are, to ``[...]``; not needed for ``[n]``.
     """
 
-    def __init__(self, n_resamples: int, seed: int = 0) -> None:
-        if n_resamples < 2:
-            raise VLMQError(f"n_resamples must be at least 2, got {n_resamples}")
-        self.n_resamples = n_resamples
-        self.seed = seed
-        self._drawn: dict[tuple[int, int], Counts] = {}
+    columns: Callable[[RunRecords], Tensor]
+    reduce: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def _counts(self, n: int, stream: int) -> Counts:
-        if (n, stream) not in self._drawn:
-            self._drawn[n, stream] = resample_counts(n, self.n_resamples, self.seed, stream)
-        return self._drawn[n, stream]
 
-    def means(self, columns: Mapping[str, Tensor], stream: int = 0) -> dict[str, Tensor]:
-        """Means of columns ``[n]``; sets that are resampled independently have different streams."""
-        values = torch.stack([column.double() for column in columns.values()], 1)
-        weights = torch.from_numpy(self._counts(len(values), stream)).T.double()
-        drawn = torch.cat([values.mean(0, keepdim=True), weights @ values / len(values)])
-        return dict(zip(columns, drawn.unbind(1)))
+@dataclass(frozen=True)
+class Ranked:
+    """A metric that every resample computes anew.
 
-    def confidences(self, confidence: Tensor, correct: Tensor, n_bins: int, risk: float) -> dict[str, Tensor]:
-        """The metrics of :class:`~lightning_vlmq.statistics.ConfidenceMetrics` of columns ``[n]``."""
-        error = partial(calibration_error, confidence, correct, n_bins)
-        values = {"ece": error(), "mce": error(norm="max"), "adaptive_ece": error(binning="mass")}
-        values |= {"aurc": metrics.aurc(confidence, correct)}
-        values |= {"coverage_at_risk": coverage_at_risk(confidence, correct, risk)}
-        counts = self._counts(len(confidence), 0)
-        drawn = confidence_metrics(confidence.numpy(), correct.numpy(), counts, n_bins, risk)
-        return {name: _joined(value, getattr(drawn, name)) for name, value in values.items()}
+    Attributes:
+        function: of record columns ``[..., n]`` by name, and the settings, to ``[...]``.
+        names: the columns it reads.
+        fast: a field of :class:`~lightning_vlmq.statistics.SelectiveMetrics` that holds its replicates, where there is one.
+    """
 
-    def rankings(self, id_scores: Tensor, ood_scores: Tensor) -> dict[str, Tensor]:
-        """The metrics of :class:`~lightning_vlmq.statistics.RankingMetrics` of ``[n1]`` and ``[n2]`` scores."""
-        counts = self._counts(len(id_scores), 0), self._counts(len(ood_scores), 1)
-        drawn = ranking_metrics(id_scores.numpy(), ood_scores.numpy(), *counts)
+    function: Callable[[Mapping[str, Tensor], Statistics], Tensor]
+    names: tuple[str, ...] = ("confidence", "correct")
+    fast: str = ""
+
+
+class _Means(NamedTuple):
+    columns: Tensor  # [n, m] float64
+    value: Tensor  # [m]
+    replicates: Tensor  # [R, m]
+
+
+class AlignedRuns:
+    """k runs on the same samples, and the estimates that follow from them.
+
+    Args:
+        sets: the data sets, each with all runs' records.
+        settings: what decides the estimates.
+        wanted: whether a metric is asked for, by its name, role and score (or none); everything is where not given.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[SampleMatrix],
+        settings: Statistics,
+        wanted: Callable[[str, str, str], bool] = lambda metric, role, score: True,
+    ) -> None:
+        self.sets = list(sets)
+        self.settings = settings
+        self.wanted = wanted
+        self._records: dict[tuple[int, int], RunRecords] = {}
+        self._means: dict[tuple[int, int], dict[Callable[[RunRecords], Tensor], _Means]] = {}
+        self._selective: dict[tuple[int, int], Mapping[str, Array]] = {}
+
+    def of_role(self, role: str) -> list[SampleMatrix]:
+        """The sets of a role; of corrupted ones without their originals."""
+        return [m for m in self.sets if m.where.role == role and (role != "corruption" or m.where.severity)]
+
+    def records(self, matrix: SampleMatrix, run: int) -> RunRecords:
+        """One run's records of a set, as tensors."""
+        key = id(matrix), run
+        if key not in self._records:
+            columns = {name: torch.from_numpy(np.array(column)) for name, column in matrix.tables[run].items()}
+            reference = self.records(matrix, 0) if run and 0 in matrix.tables else None
+            self._records[key] = RunRecords(columns, reference, self.settings)
+        return self._records[key]
+
+    def estimate(self, matrix: SampleMatrix, kind: SampleMean | Ranked) -> Estimate:
+        """A metric of the set's samples, of every run."""
+        n_resamples = self.settings.n_resamples if isinstance(kind, SampleMean) else self.settings.n_resamples_ranking
+        value, replicates = np.full(matrix.n_runs, np.nan), np.full((n_resamples, matrix.n_runs), np.nan)
+        for run in matrix.tables:
+            one = self._mean if isinstance(kind, SampleMean) else self._ranked
+            value[run], replicates[:, run] = one(matrix, run, kind)  # type: ignore[arg-type]
+        return Estimate(value, replicates, matrix.n)
+
+    def _mean(self, matrix: SampleMatrix, run: int, kind: SampleMean) -> tuple[float, Array]:
+        known = self._means.setdefault((id(matrix), run), {})
+        if kind.columns not in known:  # shared by the plug-in and the debiased error
+            columns = kind.columns(self.records(matrix, run)).to(torch.float64)
+            flat = columns.reshape(matrix.n, -1)
+            parts = [part.to(torch.float64) @ flat / matrix.n for part in self._weights(matrix)]
+            known[kind.columns] = _Means(columns, columns.mean(0), torch.cat(parts).reshape(-1, *columns.shape[1:]))
+        columns, value, replicates = known[kind.columns]
+        if kind.reduce is None:
+            return float(value), replicates.numpy()
+        return float(kind.reduce(value, columns)), kind.reduce(replicates, columns).numpy()
+
+    def _ranked(self, matrix: SampleMatrix, run: int, kind: Ranked) -> tuple[float, Array]:
+        records, settings = self.records(matrix, run), self.settings
+        columns = {name: records[name] for name in kind.names}
+        value = float(kind.function(columns, settings))
+        counts = self.counts(matrix, settings.n_resamples_ranking)
+        if kind.fast:
+            key = id(matrix), run
+            if key not in self._selective:
+                arrays = records["confidence"].numpy(), records["correct"].numpy()
+                self._selective[key] = selective_metrics(*arrays, counts, settings.risk)._asdict()
+            return value, self._selective[key][kind.fast]
+        drawn = np.stack([np.repeat(np.arange(matrix.n), column.astype(np.intp)) for column in counts.T])
+        index = torch.from_numpy(drawn)
+        parts = [
+            kind.function({name: column[rows] for name, column in columns.items()}, settings)
+            for rows in index.split(max(1, _CHUNK // matrix.n))
+        ]
+        return value, torch.cat(parts).to(torch.float64).numpy()
+
+    def _weights(self, matrix: SampleMatrix) -> Iterator[Tensor]:
+        """How often each sample is drawn, float32 ``[r, n]``, some resamples at a time."""
+        counts = torch.from_numpy(self.counts(matrix, self.settings.n_resamples)).T
+        yield from counts.split(max(1, _CHUNK // matrix.n))
+
+    def counts(self, matrix: SampleMatrix, n_resamples: int) -> Counts:
+        """How often each sample of a set is drawn in each resample, float32 ``[n, R]``; sets of a group are drawn alike."""
+        return drawn_counts(matrix.where.group or matrix.where.dataset, matrix.n, n_resamples, self.settings.seed)
+
+    def auroc(self, id_sets: Sequence[SampleMatrix], ood: SampleMatrix, score: str) -> Estimate:
+        """AUROC of a score, resampled by its structural components (DeLong et al. 1988), which makes its variance DeLong's."""
+        n_resamples, k = self.settings.n_resamples, ood.n_runs
+        value, replicates = np.full(k, np.nan), np.full((n_resamples, k), np.nan)
+        for run, (inside, outside) in self._scores(id_sets, ood, score).items():
+            below, above = placements(inside, outside)
+            value[run] = float(below.mean())
+            drawn = [
+                self._resampled_mean(part, s) * s.n for part, s in zip(below.split([s.n for s in id_sets]), id_sets)
+            ]
+            replicates[:, run] = np.sum(drawn, axis=0) / len(below) + self._resampled_mean(above, ood) - value[run]
+        return Estimate(value, replicates, ood.n)
+
+    def _resampled_mean(self, column: Tensor, matrix: SampleMatrix) -> Array:
+        return torch.cat([part.to(torch.float64) @ column / matrix.n for part in self._weights(matrix)]).numpy()
+
+    def rankings(self, id_sets: Sequence[SampleMatrix], ood: SampleMatrix, score: str) -> dict[str, Estimate]:
+        """AUPR and FPR95 in both conventions; ID and OOD sets are resampled independently."""
+        n_resamples, k = self.settings.n_resamples_ranking, ood.n_runs
+        functions = {"aupr_in": aupr_in, "aupr_out": aupr_out, "fpr95": fpr95, "fpr95_openood": fpr95_openood}
+        value = {name: np.full(k, np.nan) for name in functions}
+        replicates = {name: np.full((n_resamples, k), np.nan) for name in functions}
+        counts = np.concatenate([self.counts(s, n_resamples) for s in id_sets]), self.counts(ood, n_resamples)
+        known: dict[bytes, RankingMetrics] = {}  # a tuned logit scale leaves many scores as they are
+        for run, (inside, outside) in self._scores(id_sets, ood, score).items():
+            key = inside.numpy().tobytes() + outside.numpy().tobytes()
+            if key not in known:
+                known[key] = ranking_metrics(inside.numpy(), outside.numpy(), *counts)
+            for name, function in functions.items():
+                value[name][run] = float(function(inside, outside))
+                replicates[name][:, run] = getattr(known[key], name)
+        return {name: Estimate(value[name], replicates[name], ood.n) for name in functions}
+
+    def _scores(
+        self, id_sets: Sequence[SampleMatrix], ood: SampleMatrix, score: str
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        runs = [run for run in ood.tables if all(run in s.tables for s in id_sets)]
         return {
-            name: _joined(getattr(metrics, name)(id_scores, ood_scores), getattr(drawn, name)) for name in drawn._fields
+            run: (torch.cat([self.records(s, run)[score] for s in id_sets]), self.records(ood, run)[score])
+            for run in runs
         }
 
 
-def quantity_rows(
-    make: Callable[..., Row],
-    metric: str,
-    mine: Tensor,
-    theirs: Tensor | None = None,
-    change: tuple[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
-    spread: Callable[[Tensor], float] | None = None,
-) -> list[Row]:
-    """A quantity's row, and the row of its change where there is a reference.
-
-    Args:
-        make: builds a row from ``metric``, ``value`` and ``stderr``.
-        metric: the metric's name.
-        mine: the model's quantity, ``[1 + R]``.
-        theirs: the reference's, or ``None``.
-        change: name and formula ``(theirs, mine)`` of the change; ``delta_<metric>``, the relative change, if not given.
-        spread: the standard error that the entries after the first give; :func:`deviation` of bootstrap replicates if not given.
-    """
-    rows = [make(metric=metric, value=float(mine[0]), stderr=(spread or deviation)(mine[1:]))]
-    if theirs is not None:
-        name, formula = change or (f"delta_{metric}", metrics.relative_change)
-        rows += quantity_rows(make, name, formula(theirs, mine), spread=spread)
-    return rows
+def drawn_counts(name: str, n: int, n_resamples: int, seed: int) -> Counts:
+    """Resamples of the group or set of that name: float32 ``[n, R]``, see :func:`~lightning_vlmq.statistics.resample_counts`."""
+    return (_kept_counts if n * n_resamples <= _KEPT else _counts)(name, n, n_resamples, seed)
 
 
-def row_maker(s: EvalSet, n: int, **fixed: Any) -> Callable[..., Row]:
-    """A function that makes rows of a data set with ``n`` samples."""
-    return partial(Row, dataset=s.name, role=s.role, corruption=s.corruption, severity=s.severity, n=n, **fixed)
+def _counts(name: str, n: int, n_resamples: int, seed: int) -> Counts:
+    stream = int.from_bytes(hashlib.sha256(f"{name} {n}".encode()).digest()[:4], "big")
+    return resample_counts(n, n_resamples, seed, stream)
 
 
-def deviation(replicates: Tensor) -> float:
-    """Standard deviation of the replicates that are defined; NaN for fewer than two."""
-    defined = replicates[~replicates.isnan()]
-    return float(defined.std(correction=1)) if defined.numel() > 1 else torch.nan
-
-
-def jackknife(left_out: Tensor) -> float:
-    """As :func:`deviation`, of values without each group of samples."""
-    return float(metrics.jackknife_standard_error(left_out))
-
-
-def _joined(value: Tensor, replicates: Any) -> Tensor:
-    return torch.cat([value.double().reshape(1), torch.from_numpy(replicates)])
+_kept_counts = lru_cache(maxsize=16)(_counts)

@@ -15,7 +15,7 @@ from lightning_vlmq.metrics.calibration import (
     MaximumCalibrationError,
     NegativeLogLikelihood,
 )
-from lightning_vlmq.metrics.classwise import ClasswiseJackknife, jackknife_standard_error
+from lightning_vlmq.metrics.classwise import ClasswiseGaps
 from lightning_vlmq.metrics.flips import Agreement
 from lightning_vlmq.metrics.functional import (
     ALEXNET_CLEAN_ERROR,
@@ -54,8 +54,6 @@ from lightning_vlmq.metrics.ood import FPR95
 from lightning_vlmq.metrics.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
 from lightning_vlmq.metrics.scores import (
     OOD_SCORES,
-    PAIR_SCORES,
-    PATCH_SCORES,
     OODScore,
     ScoreInputs,
     ood_score,
@@ -69,8 +67,6 @@ __all__ = [
     "AURC",
     "FPR95",
     "OOD_SCORES",
-    "PAIR_SCORES",
-    "PATCH_SCORES",
     "RECORD_COLUMNS",
     "AdaptiveCalibrationError",
     "AddedVulnerability",
@@ -83,7 +79,7 @@ __all__ = [
     "BrierScore",
     "CalibrationError",
     "ClasswiseCalibrationError",
-    "ClasswiseJackknife",
+    "ClasswiseGaps",
     "ColumnMetric",
     "CoverageAtRisk",
     "DetectionCounts",
@@ -110,7 +106,6 @@ __all__ = [
     "fit_temperature",
     "fpr95",
     "fpr95_openood",
-    "jackknife_standard_error",
     "mean_corruption_error",
     "ood_score",
     "per_sample",

@@ -1,4 +1,4 @@
-"""Class-wise calibration with a standard error, in memory that does not grow with the samples."""
+"""What class-wise calibration errors follow from, in memory that does not grow with the samples."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.metrics.functional import equal_width_bins
 
 
-class ClasswiseJackknife(Metric):
-    """Class-wise ECE (see :func:`~.functional.classwise_ece`) and its delete-one-group jackknife over ``n_groups`` groups.
+class ClasswiseGaps(Metric):
+    """Gaps between probability and "is it this class" by class and bin, of each of ``n_groups`` groups of samples.
 
-    A bootstrap of class-wise ECE needs all probabilities of all samples. Here each sample is in the group of its index modulo
-    ``n_groups``, and every group keeps its bins' gaps; leaving a group out is a subtraction (Shao & Tu 1995, section 5.1.1).
+    A bootstrap of class-wise ECE (see :func:`~.functional.classwise_ece`) needs all probabilities of all samples. Here each is in the
+    group of its index modulo ``n_groups``, and what is resampled are groups.
 
-    ``compute`` returns float64 ``[1 + n_groups]``: the error over all samples, then without each group; NaN without samples, with
-    NaN probabilities, and without a group that holds all samples. The standard error is :func:`jackknife_standard_error` of the
-    entries after the first, and those of two models are paired.
+    ``compute`` returns ``gap`` float64 ``[groups, C, bins + 1]``, sums over a group's samples; ``count`` float64 ``[groups]``, its samples;
+    ``variance`` float64 ``[C, bins + 1]``, the variance of a cell's gap sum over all samples: its sum of squares, and one more sample at
+    the cell's mean p (1 - p), as :func:`~.functional.gap_variances`. The error is ``gap.sum(0).abs().sum(-1).mean() / count.sum()``.
 
     Args:
         num_classes: C, the width of the logits.
@@ -36,6 +37,9 @@ class ClasswiseJackknife(Metric):
     full_state_update = False
     gap: Tensor
     count: Tensor
+    square: Tensor
+    spread: Tensor
+    cells: Tensor
 
     def __init__(self, num_classes: int, n_bins: int = 15, n_groups: int = 20, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -44,9 +48,11 @@ class ClasswiseJackknife(Metric):
                 f"need num_classes and n_bins of at least 1 and n_groups of at least 2, got {num_classes}, {n_bins}, {n_groups}"
             )
         self.num_classes, self.n_bins, self.n_groups = num_classes, n_bins, n_groups
-        gap = torch.zeros(n_groups, num_classes, n_bins + 1, dtype=torch.float64)
-        self.add_state("gap", gap, dist_reduce_fx="sum")
+        shape = (num_classes, n_bins + 1)
+        self.add_state("gap", torch.zeros(n_groups, *shape, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("count", torch.zeros(n_groups, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("square", "spread", "cells"):
+            self.add_state(name, torch.zeros(*shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, index: Tensor, logits: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -67,32 +73,20 @@ class ClasswiseJackknife(Metric):
         kept = target >= 0
         probs = logits[kept].to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
         group = index[kept] % self.n_groups
-        edges = torch.linspace(0, 1, self.n_bins + 1, dtype=probs.dtype, device=probs.device)
-        row = group.unsqueeze(1) * self.num_classes + torch.arange(self.num_classes, device=probs.device)
-        cell = row * (self.n_bins + 1) + torch.bucketize(probs, edges, right=True) - 1
-        gap = -probs.to(torch.float64)
+        place = torch.arange(self.num_classes, device=probs.device) * (self.n_bins + 1) + equal_width_bins(
+            probs, self.n_bins
+        )
+        exact = probs.to(torch.float64)
+        gap = -exact
         gap[torch.arange(len(gap), device=gap.device), target[kept]] += 1
-        self.gap.view(-1).index_add_(0, cell.flatten(), gap.flatten())
+        whole = (group.unsqueeze(1) * self.num_classes * (self.n_bins + 1) + place).flatten()
+        self.gap.view(-1).index_add_(0, whole, gap.flatten())
+        self.square.view(-1).index_add_(0, place.flatten(), gap.square().flatten())
+        self.spread.view(-1).index_add_(0, place.flatten(), (exact * (1 - exact)).flatten())
+        self.cells.view(-1).index_add_(0, place.flatten(), torch.ones_like(gap).flatten())
         self.count += torch.bincount(group, minlength=self.n_groups)
 
-    def compute(self) -> Tensor:
-        """The error over all samples so far, and over all but each group's."""
-        gap, count = self.gap.sum(0), self.count.sum()
-        kept = torch.cat([gap.unsqueeze(0), gap - self.gap])
-        n = torch.cat([count.reshape(1), count - self.count])
-        return kept.abs().sum(-1).mean(-1) / n
-
-
-def jackknife_standard_error(left_out: Tensor) -> Tensor:
-    """Standard error from values without each of G groups: sqrt((G - 1) / G sum_g (value_g - mean)^2) (Tukey 1958).
-
-    Args:
-        left_out: float ``[..., G]``. NaN, a group whose absence leaves nothing, is left out of the sum.
-
-    Returns:
-        float64 ``[...]``; NaN with fewer than two defined values.
-    """
-    values = left_out.to(torch.float64)
-    defined = (~values.isnan()).sum(-1)
-    spread = (values - values.nanmean(-1, keepdim=True)).square().nansum(-1)
-    return torch.where(defined > 1, ((defined - 1) / defined * spread).sqrt(), torch.nan)
+    def compute(self) -> dict[str, Tensor]:
+        """Sums over all samples so far."""
+        variance = self.square + self.spread / self.cells.clamp(min=1)
+        return {"gap": self.gap, "count": self.count, "variance": variance}

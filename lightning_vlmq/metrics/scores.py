@@ -1,14 +1,15 @@
 """Out-of-distribution scores, computed from cached model outputs only. HIGHER always means more in-distribution.
 
-A score is one registered function; a new one needs nothing else.
+A score is one registered function that says what it needs; a new one needs nothing else.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,18 +69,75 @@ class ScoreInputs:
         return [_at_least_float32(getattr(self, name)) for name in names]
 
 
-OOD_SCORES: Registry[Callable[..., Tensor]] = Registry("OOD score")
-"""Every score by name: a function of :class:`ScoreInputs` that returns float32 ``[n]`` (float64 for float64 inputs).
+@dataclass(frozen=True)
+class Score:
+    """A score as it was registered: what to make ready for it, and which measures it has, follow from what it declares.
 
-Parameters beyond the inputs have the published defaults.
-"""
+    Attributes:
+        name: its name.
+        function: of :class:`ScoreInputs` (with the declared fields alone) and parameters, to float32 ``[n]`` (float64 for float64).
+        needs: the fields of :class:`ScoreInputs` that it reads.
+        follows_logit_scale: whether another logit scale can change how it ranks.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    needs: frozenset[str]
+    follows_logit_scale: bool
+
+    def __call__(self, inputs: ScoreInputs, **parameters: float) -> Tensor:
+        """Scores ``[n]``. Raises :class:`VLMQError` if a needed input was not given, or one is read that was not declared."""
+        inputs.need(self.name, *sorted(self.needs))
+        return self.function(_Declared(inputs, self), **parameters)
 
 
-PAIR_SCORES = frozenset({"knn", "mahalanobis"})
-"""Scores that compare with features of calibration images."""
+class _Declared:
+    """The inputs that a score declares, and no others."""
 
-PATCH_SCORES = frozenset({"gl_mcm"})
-"""Scores that look at features of image patches."""
+    def __init__(self, inputs: ScoreInputs, score: Score) -> None:
+        self._inputs, self._score = inputs, score
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _INPUTS and name not in self._score.needs | _OPTIONAL:
+            raise VLMQError(f"the OOD score '{self._score.name}' reads {name}: declare it, needs={{..., '{name}'}}")
+        return getattr(self._inputs, name)
+
+
+_INPUTS = frozenset(field.name for field in fields(ScoreInputs))
+_OPTIONAL = frozenset({"calibration_target"})
+
+
+class ScoreRegistry(Registry[Score]):
+    """Scores by name, each with what it needs."""
+
+    def register(  # type: ignore[override]
+        self, name: str, needs: Collection[str], follows_logit_scale: bool | None = None
+    ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+        """Decorator that files a function of :class:`ScoreInputs` under ``name``.
+
+        Args:
+            name: its name in configurations and results.
+            needs: the fields of :class:`ScoreInputs` that it reads.
+            follows_logit_scale: whether another scale changes how it ranks; by default if it needs ``logits``.
+
+        Raises:
+            VLMQError: an unknown input.
+            KeyError: the name is taken.
+        """
+        for need in needs:
+            if need not in _INPUTS:
+                raise unknown("input of a score", need, sorted(_INPUTS))
+        follows = "logits" in needs if follows_logit_scale is None else follows_logit_scale
+
+        def file(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            super(ScoreRegistry, self).register(name)(Score(name, function, frozenset(needs), follows))
+            return function
+
+        return file
+
+
+OOD_SCORES = ScoreRegistry("OOD score")
+"""Every score by name. Parameters beyond the inputs have the published defaults."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +151,11 @@ class OODScore:
 
     name: str
     parameters: Mapping[str, float]
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it reads; see :class:`Score`."""
+        return OOD_SCORES[self.name].needs
 
     def __call__(self, inputs: ScoreInputs) -> Tensor:
         """Scores ``[n]``; see :data:`OOD_SCORES`."""
@@ -114,7 +177,7 @@ def ood_score(text: str) -> OODScore:
     is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in parameters.values())
     if not isinstance(call.func, ast.Name) or call.args or not is_number:
         raise _malformed(text)
-    known = list(inspect.signature(OOD_SCORES[call.func.id]).parameters)[1:]
+    known = list(inspect.signature(OOD_SCORES[call.func.id].function).parameters)[1:]
     for name in parameters:
         if name not in known:
             raise unknown(f"parameter of the OOD score '{call.func.id}'", name, known)
@@ -142,31 +205,31 @@ def _positive(temperature: float) -> float:
     return temperature
 
 
-@OOD_SCORES.register("mcm")
+@OOD_SCORES.register("mcm", needs={"cosine"})
 def mcm(inputs: ScoreInputs, temperature: float = 1.0) -> Tensor:
     """Maximum concept matching: max_c softmax_c(cosine / T) (Ming et al. 2022, eq. 1). ``[n]`` in (0, 1]."""
     return (_at_least_float32(inputs.cosine) / _positive(temperature)).softmax(-1).amax(-1)
 
 
-@OOD_SCORES.register("msp")
+@OOD_SCORES.register("msp", needs={"logits"})
 def msp(inputs: ScoreInputs) -> Tensor:
     """Maximum softmax probability of the logits (Hendrycks & Gimpel 2017). ``[n]`` in (0, 1]."""
     return _at_least_float32(inputs.logits).softmax(-1).amax(-1)
 
 
-@OOD_SCORES.register("maxlogit")
+@OOD_SCORES.register("maxlogit", needs={"logits"}, follows_logit_scale=False)
 def maxlogit(inputs: ScoreInputs) -> Tensor:
     """Highest logit (Hendrycks et al. 2022). ``[n]``."""
     return _at_least_float32(inputs.logits).amax(-1)
 
 
-@OOD_SCORES.register("energy")
+@OOD_SCORES.register("energy", needs={"logits"})
 def energy(inputs: ScoreInputs) -> Tensor:
     """Negative free energy at T = 1: log sum_c exp(logit_c) (Liu et al. 2020, eq. 4). ``[n]`` in nats."""
     return _at_least_float32(inputs.logits).logsumexp(-1)
 
 
-@OOD_SCORES.register("entropy")
+@OOD_SCORES.register("entropy", needs={"logits"})
 def entropy(inputs: ScoreInputs) -> Tensor:
     """Negated Shannon entropy of the softmax of the logits. ``[n]`` in nats, in [-log C, 0]."""
     log_probs = _at_least_float32(inputs.logits).log_softmax(-1)
@@ -174,7 +237,7 @@ def entropy(inputs: ScoreInputs) -> Tensor:
     return (probs * log_probs.where(probs > 0, 0.0)).sum(-1)  # p log p is 0 at p = 0
 
 
-@OOD_SCORES.register("gl_mcm")
+@OOD_SCORES.register("gl_mcm", needs={"cosine", "local_cosine"})
 def gl_mcm(inputs: ScoreInputs, temperature: float = 1.0, local_weight: float = 1.0) -> Tensor:
     """Global-local MCM: MCM + weight * max over patches and classes of softmax_c(local cosine / T) (Miyai et al. 2023).
 
@@ -193,7 +256,7 @@ def _feature_pair(score: str, inputs: ScoreInputs) -> tuple[Tensor, Tensor]:
     return features, reference
 
 
-@OOD_SCORES.register("knn")
+@OOD_SCORES.register("knn", needs={"features", "calibration_features"})
 def knn(inputs: ScoreInputs, k: int = 50) -> Tensor:
     """Negated distance to the k-th nearest calibration feature, all features normalised (Sun et al. 2022). ``[n]``.
 
@@ -210,7 +273,7 @@ def knn(inputs: ScoreInputs, k: int = 50) -> Tensor:
     return -torch.cat(distances)
 
 
-@OOD_SCORES.register("mahalanobis")
+@OOD_SCORES.register("mahalanobis", needs={"features", "calibration_features"})
 def mahalanobis(inputs: ScoreInputs) -> Tensor:
     """Negated squared Mahalanobis distance to the nearest class mean of the calibration features (Lee et al. 2018).
 

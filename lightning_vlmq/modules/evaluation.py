@@ -14,39 +14,28 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
-from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes, zero_shot_classifiers
-from lightning_vlmq.evaluation.evaluators import classwise_rows, default_evaluators, headline
-from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures, tower_digest
-from lightning_vlmq.evaluation.quantities import Evaluator, Row
-from lightning_vlmq.evaluation.tuning import PairFeatures, encode_pairs, own_logit_scale, tuned_logit_scale
-from lightning_vlmq.metrics import (
-    OOD_SCORES,
-    PAIR_SCORES,
-    PATCH_SCORES,
-    RECORD_COLUMNS,
-    ClasswiseJackknife,
-    LogitScale,
-    SampleRecords,
-    ScoreInputs,
-    ood_score,
-    per_sample,
-)
+from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
+from lightning_vlmq.evaluation.evaluators import Evaluator, Row, default_evaluators, headline
+from lightning_vlmq.evaluation.features import FeatureCache, tower_digest
+from lightning_vlmq.evaluation.judged import Judged, Records
+from lightning_vlmq.evaluation.results import rows_by_variant
+from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
-from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.openclip import Activation
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import METHODS, CoverageReport, load_quantized, quantize
 from lightning_vlmq.quant.methods import Quantization
-from lightning_vlmq.quant.scheme import FULL_PRECISION
+from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.schema import RunKey
+from lightning_vlmq.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
 
 AS_IT_IS = Quantization()
+AS_PUBLISHED = Statistics()
 
 
 class EvaluationModule(LightningModule):
@@ -66,6 +55,7 @@ class EvaluationModule(LightningModule):
         scores: OOD scores to record, with parameters where they are not the published ones: ``mcm(temperature=0.5)``.
         lst: whether to also judge the model with its logit scale fitted on the data module's caption pairs, all else as it is.
         evaluators: what to make of the records; all dimensions by default.
+        statistics: bins, resamples and seed of every statistic; stored with the run, for whoever compares it with others.
         cache: folder for image features, shared by runs; ``None`` keeps none.
 
     Raises:
@@ -84,6 +74,7 @@ class EvaluationModule(LightningModule):
         cache: str | None = None,
         trained_like: str | None = None,
         activation: Activation | None = None,
+        statistics: Statistics = AS_PUBLISHED,
     ) -> None:
         super().__init__()
         named = isinstance(vlm, str)
@@ -93,6 +84,7 @@ class EvaluationModule(LightningModule):
         self.scores = {text: ood_score(text) for text in scores}
         self.lst = lst
         self.evaluators = default_evaluators() if evaluators is None else evaluators
+        self.statistics = statistics
         self.cache = FeatureCache(cache)
         self.checkpoint = checkpoint
         self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
@@ -101,9 +93,9 @@ class EvaluationModule(LightningModule):
         self._prepared = False
         self.rows: list[Row] = []
         self.tuned_rows: list[Row] = []
-        self.records: dict[str, dict[str, Tensor]] = {}
-        self.reference_records: dict[str, dict[str, Tensor]] | None = None
-        self.tuned_records: dict[str, dict[str, Tensor]] | None = None
+        self.records: Records = {}
+        self.reference_records: Records | None = None
+        self.tuned_records: Records | None = None
 
     @property
     def run_key(self) -> RunKey:
@@ -169,83 +161,46 @@ class EvaluationModule(LightningModule):
     # validation, test and prediction -------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Build the models' zero-shot classifiers, tune the logit scale, and see which features are known already."""
-        self._models = {"model": self.vlm} | ({} if self.reference is None else {"reference": self.reference})
-        self._classifiers: dict[str, dict[str, Tensor]] = {}
-        self._features: dict[tuple[str, str], SetFeatures] = {}
-        self._patches: dict[tuple[str, str], SetFeatures] = {}
-        self._pairs: dict[str, PairFeatures] = {}
-        # Logit scales by model: each scale, by its name, is a model of its own to the evaluators.
-        self._scales: dict[str, dict[str, LogitScale]] = {}
+        """Take the models under judgement: the model itself, and its full-precision reference where there is one."""
         tunes = self.lst and not (self.trainer.sanity_checking or self.trainer.predicting)
-        kinds = {score.name for score in self.scores.values()}
-        for which, vlm in self._models.items():
-            vlm.eval()
-            quantized = which == "model" and self.scheme is not None
-            how = (self.scheme, self.quant.method) if quantized else (None, FULL_PRECISION)
-            towers = {tower: tower_digest(vlm, *how, tower) for tower in TOWERS}
-            with torch.no_grad():
-                self._classifiers[which] = zero_shot_classifiers(vlm, self.data, self.cache, towers["text"])
-            for s in self.eval_sets:
-                self._features[which, s.name] = SetFeatures(self.cache, towers["vision"], s)
-                if kinds & PATCH_SCORES:
-                    self._patches[which, s.name] = SetFeatures(self.cache, towers["vision"], s, "patches")
-            self._scales[which] = {which: own_logit_scale(vlm)}
-            if (tunes and which == "model") or kinds & PAIR_SCORES:
-                self._pairs[which] = encode_pairs(vlm, self.data, self.cache, towers)
-        if tunes:
-            self._scales["model"]["tuned"] = tuned_logit_scale(self.vlm, self._pairs["model"])
-        columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
-        columns |= dict.fromkeys(self.scores, torch.float32)
-        self._collected: dict[tuple[str, str], SampleRecords] = {}
-        self._classwise: dict[tuple[str, str], ClasswiseJackknife] = {}
-        for which, scales in self._scales.items():
-            for key in ((name, s.name) for name in scales for s in self.eval_sets):
-                self._collected[key] = SampleRecords(columns).to(self.device)
-            for s in self.eval_sets:
-                if ROLES[s.role].is_classwise:
-                    n_classes = len(self._classifiers[which][s.name])
-                    self._classwise |= {
-                        (name, s.name): ClasswiseJackknife(n_classes).to(self.device) for name in scales
-                    }
+        self._judged = self._judge(self.vlm, self.scheme, self.quant.method, tunes)
+        self._reference = None if self.reference is None else self._judge(self.reference, None, FULL_PRECISION, False)
+
+    def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
+        name = FULL_PRECISION if scheme is None else method
+        towers = {tower: tower_digest(vlm, scheme, name, tower) for tower in TOWERS}
+        return Judged(vlm, self.data, self.cache, towers, self.scores, self.statistics, tunes)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Record one batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]`` for every model."""
-        s = self.eval_sets[dataloader_idx]
-        for which, scales in self._scales.items():
-            inputs = self._score_inputs(which, s.name, batch)
-            for name, scale in scales.items():
-                own = inputs if name == which else replace(inputs, logits=scale.logits(inputs.cosine))
-                self._collected[name, s.name].update(index=batch["index"], **self._columns(own, batch["target"]))
-                if (name, s.name) in self._classwise:
-                    self._classwise[name, s.name].update(batch["index"], own.logits, batch["target"])
+        for judged in filter(None, (self._judged, self._reference)):
+            judged.record(self.eval_sets[dataloader_idx], batch)
 
     def on_validation_epoch_end(self) -> None:
         """Gather the records of all processes, evaluate them, log the rows."""
-        records: dict[str, dict[str, dict[str, Tensor]]] = {}
-        for (name, dataset), collected in self._collected.items():
-            columns = {key: column.cpu() for key, column in collected.compute().items()}
-            records.setdefault(name, {})[dataset] = columns
-        classwise: dict[str, dict[str, Tensor]] = {name: {} for name in records}
-        for (name, dataset), metric in self._classwise.items():
-            classwise[name][dataset] = metric.compute().cpu()
+        own, tuned = self._judged.own, self._judged.tuned
+        reference = None if self._reference is None else self._reference.own
+        variants = [variant for variant in (reference, own, tuned) if variant is not None]
+        for variant in variants:
+            variant.gather()
         for s in self.eval_sets:
-            self._check_complete(s, records["model"][s.name])
-        self.records, self.reference_records = records["model"], records.get("reference")
-        self.tuned_records = records.get("tuned")
+            self._check_complete(s, own.records[s.name])
+        self.records = own.records
+        self.reference_records = None if reference is None else reference.records
+        self.tuned_records = None if tuned is None else tuned.records
         if self.trainer.sanity_checking:
             return
         if self.trainer.world_size == 1:  # under DDP each process has only its share, which is not worth filing
-            for features in (*self._features.values(), *self._patches.values()):
-                features.keep()
-        rows: dict[str, list[Row]] = {}
-        for name, scale in self._scales["model"].items():
-            rows[name] = classwise_rows(self.eval_sets, classwise[name], classwise.get("reference"))
-            rows[name] += [
-                row for e in self.evaluators for row in e.rows(self.eval_sets, records[name], self.reference_records)
-            ]
-            rows[name] += self._model_rows({"logit_scale": scale.scale, "logit_bias": scale.bias})
-        self.rows, self.tuned_rows = rows["model"] + self._coverage_rows(), rows.get("tuned", [])
+            for judged in filter(None, (self._judged, self._reference)):
+                judged.keep_features()
+        found = rows_by_variant(variants, self.eval_sets, self.evaluators, self.statistics)
+        rows = {
+            id(variant): own_rows
+            + self._model_rows({"logit_scale": variant.scale.scale, "logit_bias": variant.scale.bias})
+            for variant, own_rows in zip(variants, found)
+        }
+        self.rows = rows[id(own)] + self._coverage_rows()
+        self.tuned_rows = [] if tuned is None else rows[id(tuned)]
         self.log_dict(headline(self.rows), sync_dist=True)
         self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 
@@ -256,28 +211,7 @@ class EvaluationModule(LightningModule):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The record columns of one batch, ``index`` included, each ``[b]``."""
-        inputs = self._score_inputs("model", self.eval_sets[dataloader_idx].name, batch)
-        return {"index": batch["index"], **self._columns(inputs, batch["target"])}
-
-    def _score_inputs(self, which: str, name: str, batch: dict[str, Any]) -> ScoreInputs:
-        vlm, classifier = self._models[which], self._classifiers[which][name]
-        index, image, local = batch["index"], batch["image"], None
-        if len(index) == 0:  # none of the batch's images could be read
-            features, patches = classifier[:0], classifier[:0, None]
-        else:
-            features = self._features[which, name].of(index, lambda: vlm.encode_image(image))
-        if (which, name) in self._patches:
-            if len(index):
-                patches = self._patches[which, name].of(index, lambda: encode_patches(vlm, image))
-            local = patches @ classifier.T
-        cosine = features @ classifier.T
-        pairs = self._pairs[which].images.to(cosine) if which in self._pairs else None
-        logits = self._scales[which][which].logits(cosine)
-        return ScoreInputs(cosine, logits, features, local, calibration_features=pairs)
-
-    def _columns(self, inputs: ScoreInputs, target: Tensor) -> dict[str, Tensor]:
-        columns = {"target": target, **per_sample(inputs.logits, target)}
-        return columns | {score: fn(inputs) for score, fn in self.scores.items()}
+        return {"index": batch["index"], **self._judged.columns(self.eval_sets[dataloader_idx], batch)}
 
     def _check_complete(self, s: EvalSet, records: dict[str, Tensor]) -> None:
         limits = (self.trainer.limit_val_batches, self.trainer.limit_test_batches)

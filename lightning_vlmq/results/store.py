@@ -13,11 +13,12 @@ results file is there and readable**. Writers need no lock, because no two runs 
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import subprocess
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -30,9 +31,12 @@ from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
+from lightning_vlmq.statistics import Statistics
 
 _MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
 _WRITTEN = b"lightning_vlmq.written"
+_STATISTICS = b"lightning_vlmq.statistics"
+AS_PUBLISHED = Statistics()
 _SECONDS = b"lightning_vlmq.seconds"
 _CORES = b"lightning_vlmq.cpu_count"
 
@@ -69,7 +73,13 @@ class ResultsStore:
         self.root = Path(root)
 
     def write(
-        self, run_id: str, rows: pd.DataFrame, samples: pd.DataFrame, curves: pd.DataFrame, seconds: float | None = None
+        self,
+        run_id: str,
+        rows: pd.DataFrame,
+        samples: pd.DataFrame,
+        curves: pd.DataFrame,
+        seconds: float | None = None,
+        statistics: Statistics = AS_PUBLISHED,
     ) -> None:
         """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
 
@@ -79,6 +89,7 @@ class ResultsStore:
             samples: per-sample records, columns as in :data:`SAMPLE_SCHEMA` and one per OOD score; may be empty.
             curves: points, columns as in :data:`CURVE_SCHEMA`; may be empty.
             seconds: how long the model took to make, see :meth:`seconds`.
+            statistics: the settings that the rows were computed with.
 
         Raises:
             VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
@@ -97,7 +108,10 @@ class ResultsStore:
                 raise unknown("role", role, ROLES)
         self._write_part("samples", run_id, sample_table)
         self._write_part("curves", run_id, curve_table)
-        metadata = {_WRITTEN: datetime.now(UTC).isoformat().encode()}
+        metadata = {
+            _WRITTEN: datetime.now(UTC).isoformat().encode(),
+            _STATISTICS: json.dumps(asdict(statistics)).encode(),
+        }
         if seconds is not None:
             metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
         self._write_part("results", run_id, row_table.replace_schema_metadata(metadata))
@@ -127,6 +141,20 @@ class ResultsStore:
         if _WRITTEN not in metadata:
             raise VLMQError(f"{self._path('results', run_id)} was not written by a results store; delete it")
         return datetime.fromisoformat(metadata[_WRITTEN].decode())
+
+    def statistics(self, run_id: str) -> Statistics:
+        """The settings that a run's rows were computed with.
+
+        Raises:
+            VLMQError: like :meth:`rows`, or the run was stored without them or with unknown ones.
+        """
+        metadata = self._read("results", run_id).schema.metadata or {}
+        try:
+            return Statistics(**json.loads(metadata[_STATISTICS]))
+        except (KeyError, TypeError, json.JSONDecodeError):
+            raise VLMQError(
+                f"run '{run_id}' in '{self.root}' does not say how its statistics were computed; delete it and run it again"
+            ) from None
 
     def seconds(self, run_id: str) -> tuple[float, int]:
         """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores.

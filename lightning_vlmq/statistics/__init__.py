@@ -12,12 +12,13 @@ from lightning_vlmq.statistics.bootstrap import (
     summarise,
 )
 from lightning_vlmq.statistics.replicates import (
-    ConfidenceMetrics,
     RankingMetrics,
-    confidence_metrics,
+    SelectiveMetrics,
     ranking_metrics,
     resample_counts,
+    selective_metrics,
 )
+from lightning_vlmq.statistics.settings import Statistics
 from lightning_vlmq.statistics.significance import (
     DeLongResult,
     ShareImproved,
@@ -30,23 +31,24 @@ from lightning_vlmq.statistics.significance import (
 
 __all__ = [
     "BootstrapResult",
-    "ConfidenceMetrics",
     "DeLongResult",
     "RankingMetrics",
+    "SelectiveMetrics",
     "ShareImproved",
+    "Statistics",
     "benjamini_hochberg",
     "bootstrap",
     "bootstrap_indices",
     "bootstrap_means",
     "bootstrap_replicates",
     "bootstrap_standard_error",
-    "confidence_metrics",
     "delong",
     "delong_standard_error",
     "difference",
     "paired_bootstrap",
     "ranking_metrics",
     "resample_counts",
+    "selective_metrics",
     "share_improved",
     "standard_error_of_mean",
     "summarise",

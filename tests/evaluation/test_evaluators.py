@@ -5,6 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from cases.evaluation import aligned
+from cases.evaluation import rows as rows_from
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
@@ -15,11 +17,10 @@ from lightning_vlmq.evaluation.evaluators import (
     ClassificationEvaluator,
     OODEvaluator,
     SpuriousEvaluator,
-    classwise_rows,
     headline,
 )
-from lightning_vlmq.evaluation.quantities import Resampled
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs, per_sample
+from lightning_vlmq.statistics import Statistics
 
 CLASSES = 7
 
@@ -46,7 +47,7 @@ def by_metric(rows):
 def test_classification_rows_equal_torchmetrics():
     s = make_set("a", "id", 300)
     (mine, logits, target), (theirs, _, _) = make_records(300), make_records(300, shift=0.1)
-    rows = by_metric(ClassificationEvaluator().rows([s], {"a": mine}, {"a": theirs}))
+    rows = by_metric(rows_from(ClassificationEvaluator(), [s], {"a": mine}, {"a": theirs}))
     probs = logits.softmax(1)
     value = {m: rows["a", "", m].value for m in ("top1", "top5", "ece", "nll", "brier", "agreement", "delta_top1")}
     for k, metric in ((1, "top1"), (5, "top5")):
@@ -67,12 +68,12 @@ def test_classification_rows_equal_torchmetrics():
 def test_selective_and_flip_rows_are_their_definitions():
     s = make_set("a", "id", 250)
     mine, theirs = make_records(250)[0], make_records(250, shift=0.1)[0]
-    rows = by_metric(ClassificationEvaluator(risk=0.2).rows([s], {"a": mine}, {"a": theirs}))
+    rows = by_metric(rows_from(ClassificationEvaluator(), [s], {"a": mine}, {"a": theirs}, Statistics(risk=0.2)))
     value = {metric: row.value for (_, _, metric), row in rows.items()}
     order = mine["confidence"].argsort(descending=True)
     risk = 1 - mine["correct"][order].double().cumsum(0) / torch.arange(1, 251)
     assert value["aurc"] == pytest.approx(float(risk.mean()))
-    assert value["coverage_at_risk_20"] == pytest.approx(max(k + 1 for k in range(250) if risk[k] <= 0.2) / 250)
+    assert value["coverage_at_risk"] == pytest.approx(max(k + 1 for k in range(250) if risk[k] <= 0.2) / 250)
     bins = (mine["confidence"].double() * 15).floor()
     gap = mine["correct"].double() - mine["confidence"].double()
     assert value["mce"] == pytest.approx(max(abs(float(gap[bins == b].mean())) for b in bins.unique()), abs=1e-6)
@@ -85,18 +86,26 @@ def test_selective_and_flip_rows_are_their_definitions():
     )
 
 
-@pytest.mark.parametrize("metric", ["top1", "ece", "mce", "adaptive_ece", "aurc", "coverage_at_risk_5", "delta_ece"])
+@pytest.mark.parametrize("metric", ["top1", "ece", "mce", "adaptive_ece", "aurc", "coverage_at_risk", "delta_ece"])
 def test_standard_errors_are_the_general_bootstrap_s(metric):
     s = make_set("a", "id", 200)
     mine, theirs = make_records(200)[0], make_records(200, shift=0.1)[0]
-    rows = by_metric(ClassificationEvaluator(n_resamples=600).rows([s], {"a": mine}, {"a": theirs}))
+    rows = by_metric(
+        rows_from(
+            ClassificationEvaluator(),
+            [s],
+            {"a": mine},
+            {"a": theirs},
+            Statistics(n_resamples=600, n_resamples_ranking=600),
+        )
+    )
     functions = {
         "top1": lambda c, k: k.double().mean(-1),
         "ece": metrics.calibration_error,
         "mce": partial(metrics.calibration_error, norm="max"),
         "adaptive_ece": partial(metrics.calibration_error, binning="mass"),
         "aurc": metrics.aurc,
-        "coverage_at_risk_5": partial(metrics.coverage_at_risk, risk=0.05),
+        "coverage_at_risk": partial(metrics.coverage_at_risk, risk=0.05),
         "delta_ece": metrics.calibration_error,
     }
     columns_q, columns_f = ([r["confidence"], r["correct"]] for r in (mine, theirs))
@@ -110,16 +119,6 @@ def test_standard_errors_are_the_general_bootstrap_s(metric):
     assert rows["a", "", metric].stderr == pytest.approx(found.stderr, rel=0.2)
 
 
-def test_classwise_rows_are_errors_and_their_change():
-    sets = [make_set("a", "id", 90), make_set("b", "corruption", 90)]
-    mine, theirs = (torch.tensor(values, dtype=torch.float64) for values in ([0.2, 0.21, 0.19], [0.1, 0.11, 0.1]))
-    rows = by_metric(classwise_rows(sets, {"a": mine}, {"a": theirs}))
-    assert set(rows) == {("a", "", "classwise_ece"), ("a", "", "delta_classwise_ece")}
-    assert rows["a", "", "classwise_ece"].value == 0.2
-    assert rows["a", "", "classwise_ece"].stderr == pytest.approx(0.01)  # sqrt(1/2 * 2 * 0.01^2)
-    assert rows["a", "", "delta_classwise_ece"].value == pytest.approx(-1.0)
-
-
 def test_ood_rows_equal_scikit_learn():
     sets = [make_set("in", "id", 200), make_set("near", "near_ood", 90), make_set("far", "far_ood", 70)]
     records = {
@@ -127,7 +126,7 @@ def test_ood_rows_equal_scikit_learn():
         "near": make_records(90, ood=True)[0],
         "far": make_records(70, ood=True)[0],
     }
-    rows = by_metric(OODEvaluator().rows(sets, records, None))
+    rows = by_metric(rows_from(OODEvaluator(), sets, records, None))
     for name in ("near", "far"):
         for score in ("mcm", "energy"):
             inside, outside = records["in"][score].double().numpy(), records[name][score].double().numpy()
@@ -152,7 +151,7 @@ def test_spurious_rows_equal_the_definitions():
     sets = [make_set("b_common", "spurious", 150), make_set("b_counter", "spurious", 120)]
     f = {"b_common": make_records(150)[0], "b_counter": make_records(120, shift=0.1)[0]}
     q = {"b_common": make_records(150, shift=0.05)[0], "b_counter": make_records(120, shift=0.15)[0]}
-    rows = by_metric(SpuriousEvaluator().rows(sets, q, f))
+    rows = by_metric(rows_from(SpuriousEvaluator(), sets, q, f))
 
     def accuracy(records, name):
         return records[name]["correct"].double().mean().item()
@@ -162,21 +161,21 @@ def test_spurious_rows_equal_the_definitions():
     assert rows["b", "", "rsg"].value == pytest.approx(gap["q"])
     assert rows["b", "", "delta_rsg"].value == pytest.approx(gap["q"] - gap["f"])
     assert rows["b", "", "vuln_add"].value == pytest.approx(delta["b_counter"] - delta["b_common"])
-    assert all(r.stderr > 0 and r.n == 270 for r in rows.values())
+    assert all(r.stderr > 0 and r.n == 270 for (_, _, name), r in rows.items() if "rsg" in name or name == "vuln_add")
 
 
 def test_identical_models_change_nothing():
     sets = [make_set("in", "id", 80), make_set("out", "near_ood", 50)]
     records = {"in": make_records(80)[0], "out": make_records(50, ood=True)[0]}
     for evaluator in (ClassificationEvaluator(), OODEvaluator()):
-        changes = [r for r in evaluator.rows(sets, records, records) if r.metric.startswith("delta_")]
+        changes = [r for r in rows_from(evaluator, sets, records, records) if r.metric.startswith("delta_")]
         assert changes and all(r.value == 0 and r.stderr == 0 for r in changes)
 
 
 def test_one_sample_gives_values_and_no_crash():
     sets = [make_set("in", "id", 1), make_set("out", "near_ood", 1)]
     records = {"in": make_records(1)[0], "out": make_records(1, ood=True)[0]}
-    rows = ClassificationEvaluator().rows(sets, records, None) + OODEvaluator().rows(sets, records, None)
+    rows = rows_from(ClassificationEvaluator(), sets, records, None) + rows_from(OODEvaluator(), sets, records, None)
     assert {r.metric for r in rows} >= {"top1", "ece", "auroc", "fpr95"}
     assert all(np.isfinite(r.value) for r in rows)
 
@@ -184,21 +183,68 @@ def test_one_sample_gives_values_and_no_crash():
 def test_same_seed_same_standard_errors():
     sets = [make_set("in", "id", 60)]
     records = {"in": make_records(60)[0]}
-    assert ClassificationEvaluator().rows(sets, records, None) == ClassificationEvaluator().rows(sets, records, None)
+    assert rows_from(ClassificationEvaluator(), sets, records, None) == rows_from(
+        ClassificationEvaluator(), sets, records, None
+    )
 
 
 def test_headline_averages_over_a_role():
     sets = [make_set(f"c{i}", "corruption", 40, corruption="c", severity=i + 1) for i in range(3)]
     records = {s.name: make_records(40)[0] for s in sets}
-    rows = ClassificationEvaluator().rows(sets, records, None)
-    expected = np.mean([records[s.name]["correct"].double().mean().item() for s in sets])
+    sets.append(make_set("corruptions_clean", "corruption", 40))  # an original counts in no mean
+    records["corruptions_clean"] = make_records(40, shift=-1)[0]
+    rows = rows_from(ClassificationEvaluator(), sets, records, None, means=True)
+    assert {(r.dataset, r.metric) for r in rows if r.dataset == "corruptions_clean"} == {("corruptions_clean", "top1")}
+    expected = np.mean([records[s.name]["correct"].double().mean().item() for s in sets[:-1]])
     assert headline(rows)["corruption/top1"] == pytest.approx(expected)
 
 
 def test_spurious_sets_need_a_partner():
     with pytest.raises(VLMQError, match="b_counter"):
-        SpuriousEvaluator().rows([make_set("b_common", "spurious", 5)], {}, None)
-    with pytest.raises(VLMQError, match="n_resamples"):
-        Resampled(1)
-    with pytest.raises(VLMQError, match="risk"):
-        ClassificationEvaluator(risk=5)
+        rows_from(SpuriousEvaluator(), [make_set("b_common", "spurious", 5)], {"b_common": make_records(5)[0]}, None)
+
+
+@pytest.mark.parametrize("field", ["n_bins", "n_resamples", "n_resamples_ranking", "n_groups", "seed", "risk"])
+def test_settings_out_of_range_are_refused(field):
+    with pytest.raises(VLMQError, match=field):
+        Statistics(**{field: -1})
+
+
+def test_sets_of_a_group_are_resampled_together_and_others_not():
+    """The same records twice: their difference has no spread if they are of the same scenes, else that of two samples."""
+    records, same = make_records(300)[0], {"group": "g"}
+    for about, together in ((same, True), ({}, False)):
+        sets = [make_set(f"b_{name}", "spurious", 300, **about) for name in ("common", "counter")]
+        rows = by_metric(rows_from(SpuriousEvaluator(), sets, {s.name: records for s in sets}, None))
+        assert rows["b", "", "rsg"].value == 0
+        assert (rows["b", "", "rsg"].stderr == 0) == together
+
+
+def test_which_resamples_are_drawn_depends_on_nothing_else():
+    """A run's rows stay the same to the last bit, whatever other runs and sets it is evaluated with."""
+    sets = [make_set("in", "id", 90), make_set("out", "near_ood", 60), make_set("s", "shift", 50)]
+
+    def run(shift):
+        return {s.name: make_records(len(s.images), s.name == "out", shift)[0] for s in sets}
+
+    reference, own, other = run(0.0), run(0.1), run(0.2)
+    for evaluator in (ClassificationEvaluator(), OODEvaluator()):
+        alone = evaluator.estimates(aligned(sets[:2], reference, own))
+        among = evaluator.estimates(aligned(sets[::-1], reference, other, own))
+        for measure, estimate in alone.items():
+            assert np.array_equal(estimate.value, among[measure].value[[0, 2]]), measure
+            assert np.array_equal(estimate.replicates, among[measure].replicates[:, [0, 2]]), measure
+
+
+def test_auroc_s_standard_error_is_delong_s():
+    sets = [make_set("in", "id", 400), make_set("near", "near_ood", 300)]
+    f, q = ({"in": make_records(400)[0], "near": make_records(300, ood=True)[0]} for _ in range(2))
+    row = by_metric(rows_from(OODEvaluator(), sets, q, f))["near", "mcm", "auroc"]
+    expected = statistics.delong_standard_error(q["in"]["mcm"], q["near"]["mcm"])
+    assert row.stderr == pytest.approx(expected, rel=0.1)
+    found = OODEvaluator().estimates(aligned(sets, f, q))
+    (auroc,) = (e for m, e in found.items() if (m.metric, m.dataset, m.score) == ("auroc", "near", "mcm"))
+    pair = statistics.delong(f["in"]["mcm"], f["near"]["mcm"], q["in"]["mcm"], q["near"]["mcm"])
+    change = auroc.replicates[:, 1] - auroc.replicates[:, 0]
+    assert change.std(ddof=1) == pytest.approx(pair.stderr, rel=0.1)
+    assert auroc.value[1] - auroc.value[0] == pytest.approx(pair.difference)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics import functional
 from lightning_vlmq.statistics.replicates import (
-    ConfidenceMetrics,
     RankingMetrics,
-    confidence_metrics,
+    SelectiveMetrics,
     ranking_metrics,
     resample_counts,
+    selective_metrics,
 )
 
 
@@ -52,8 +52,6 @@ def test_equal_to_scikit_learn_with_sample_weights(digits):
     scores, is_id = np.concatenate([id_scores, ood_scores]), np.repeat([1, 0], [90, 60])
     for r in range(5):
         weights = np.concatenate([id_counts[:, r], ood_counts[:, r]])
-        auroc = roc_auc_score(is_id, scores, sample_weight=weights)
-        assert found.auroc[r] == pytest.approx(auroc, abs=3e-6)
         aupr_in = average_precision_score(is_id, scores, sample_weight=weights)
         assert found.aupr_in[r] == pytest.approx(aupr_in, abs=3e-6)
         aupr_out = average_precision_score(1 - is_id, -scores, sample_weight=weights)
@@ -93,39 +91,29 @@ def samples(n: int, digits: int | None, seed: int) -> tuple[np.ndarray, np.ndarr
 
 @pytest.mark.parametrize("digits", [None, 2, 1, 0])
 @pytest.mark.parametrize("n", [200, 31, 9, 1])
-def test_confidence_metrics_are_those_of_the_resampled_samples(n, digits):
+def test_selective_metrics_are_those_of_the_resampled_samples(n, digits):
     confidence, correct = samples(n, digits, seed=n)
     counts = resample_counts(n, 80, seed=3)  # more than one chunk
-    found = confidence_metrics(confidence, correct, counts, n_bins=15, risk=0.2)
+    found = selective_metrics(confidence, correct, counts, risk=0.2)
     functions = {
-        "ece": functional.calibration_error,
-        "mce": lambda c, k: functional.calibration_error(c, k, norm="max"),
-        "adaptive_ece": lambda c, k: functional.calibration_error(c, k, binning="mass"),
         "aurc": functional.aurc,
+        "augrc": functional.augrc,
         "coverage_at_risk": lambda c, k: functional.coverage_at_risk(c, k, risk=0.2),
     }
-    assert tuple(functions) == ConfidenceMetrics._fields
+    assert tuple(functions) == SelectiveMetrics._fields
     drawn = [torch.from_numpy(np.repeat(np.arange(n), counts[:, r].astype(int))) for r in range(80)]
     for name, function in functions.items():
         expected = [float(function(torch.from_numpy(confidence)[i], torch.from_numpy(correct)[i])) for i in drawn]
         np.testing.assert_allclose(getattr(found, name), expected, atol=1e-9, err_msg=name)
 
 
-def test_confidences_on_the_edges_of_bins_stay_on_their_side():
-    confidence = torch.linspace(0, 1, 16)  # float32, as the metric's own edges
-    correct = np.arange(16) % 2 == 0
-    counts = np.ones((16, 1), dtype=np.float32)
-    found = confidence_metrics(confidence.numpy(), correct, counts, n_bins=15, risk=0.0)
-    assert found.ece[0] == pytest.approx(float(functional.calibration_error(confidence, torch.from_numpy(correct))))
-
-
 def test_undefined_confidences_and_misfits():
     counts = resample_counts(5, 4, seed=0)
     confidence, correct = samples(5, None, seed=0)
     confidence[2] = np.nan
-    found = confidence_metrics(confidence, correct, counts, n_bins=15, risk=0.05)
+    found = selective_metrics(confidence, correct, counts, risk=0.05)
     assert all(np.isnan(values).all() and len(values) == 4 for values in found)
     with pytest.raises(VLMQError, match="one correctness and one count each"):
-        confidence_metrics(confidence[:4], correct[:4], counts, n_bins=15, risk=0.05)
+        selective_metrics(confidence[:4], correct[:4], counts, risk=0.05)
     with pytest.raises(VLMQError, match="need samples"):
-        confidence_metrics(confidence[:0], correct[:0], counts[:0], n_bins=15, risk=0.05)
+        selective_metrics(confidence[:0], correct[:0], counts[:0], risk=0.05)

@@ -12,12 +12,15 @@ from lightning_vlmq.metrics.functional.calibration import (
     BinSums,
     ReliabilityBins,
     TrajectoryBins,
+    bin_gaps,
     calibration_error,
     classwise_bin_sums,
     classwise_ece,
     equal_mass_bin_sums,
     equal_width_bin_sums,
+    equal_width_bins,
     reliability_bins,
+    signed_calibration_error,
     trajectory_bins,
 )
 from lightning_vlmq.metrics.functional.change import added_vulnerability, relative_change, relative_spurious_gap
@@ -28,9 +31,10 @@ from lightning_vlmq.metrics.functional.corruption import (
     mean_corruption_error,
     relative_mean_corruption_error,
 )
+from lightning_vlmq.metrics.functional.debiased import debiased_error, debiased_magnitude, gap_variances
 from lightning_vlmq.metrics.functional.logit_scale import LogitScale, fit_logit_scale
-from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood
-from lightning_vlmq.metrics.functional.selective import aurc, coverage_at_risk, risk_at_coverage
+from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood, placements
+from lightning_vlmq.metrics.functional.selective import augrc, aurc, coverage_at_risk, risk_at_coverage
 from lightning_vlmq.metrics.functional.temperature import fit_temperature, temperature_scaled_ece
 
 __all__ = [
@@ -46,30 +50,38 @@ __all__ = [
     "adaptive_ece_from_cells",
     "added_vulnerability",
     "agreement",
+    "augrc",
     "aupr_in",
     "aupr_out",
     "aurc",
     "auroc",
+    "bin_gaps",
     "calibration_error",
     "classwise_bin_sums",
     "classwise_ece",
     "confidence_and_correct",
     "confidence_cells",
     "coverage_at_risk",
+    "debiased_error",
+    "debiased_magnitude",
     "equal_mass_bin_sums",
     "equal_width_bin_sums",
+    "equal_width_bins",
     "fit_logit_scale",
     "fit_temperature",
     "fpr95",
     "fpr95_openood",
+    "gap_variances",
     "mean_corruption_error",
     "per_sample",
+    "placements",
     "relative_change",
     "relative_mean_corruption_error",
     "relative_spurious_gap",
     "reliability_bins",
     "risk_at_coverage",
     "score_bins",
+    "signed_calibration_error",
     "temperature_scaled_ece",
     "trajectory_bins",
 ]

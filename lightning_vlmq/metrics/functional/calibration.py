@@ -76,12 +76,27 @@ def _checked(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, 
     return confidence, correct
 
 
+def equal_width_bins(confidence: Tensor, n_bins: int) -> Tensor:
+    """The bin of each confidence: ``n_bins`` equal ones [lo, hi), and one more for those of exactly 1 (and NaN).
+
+    Edges are computed in the confidence's own dtype, as torchmetrics does, so that a value on an edge falls on the same side.
+
+    Args:
+        confidence: float32 or float64 ``[...]`` in [0, 1].
+        n_bins: number of bins.
+
+    Returns:
+        int64 ``[...]`` in [0, n_bins].
+    """
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype, device=confidence.device)
+    return (torch.bucketize(confidence, edges, right=True) - 1).clamp(max=n_bins)
+
+
 def equal_width_bin_sums(confidence: Tensor, correct: Tensor, n_bins: int = 15) -> BinSums:
     """Sum samples into ``n_bins`` equal-width bins [lo, hi), and those of confidence exactly 1 into one more.
 
     The extra bin is torchmetrics' convention, kept so that the errors are equal to
-    :class:`torchmetrics.classification.MulticlassCalibrationError`'s. Edges are computed in the confidence's own dtype,
-    as torchmetrics does, so that a value on an edge falls on the same side.
+    :class:`torchmetrics.classification.MulticlassCalibrationError`'s.
 
     Args:
         confidence: float ``[..., n]`` in [0, 1].
@@ -95,8 +110,7 @@ def equal_width_bin_sums(confidence: Tensor, correct: Tensor, n_bins: int = 15) 
         VLMQError: shapes differ, ``n_bins`` is below 1, or a confidence is outside [0, 1].
     """
     confidence, correct = _checked(confidence, correct, n_bins)
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype, device=confidence.device)
-    bins = torch.bucketize(confidence, edges, right=True) - 1
+    bins = equal_width_bins(confidence, n_bins)
     zeros = torch.zeros(*confidence.shape[:-1], n_bins + 1, dtype=torch.float64, device=confidence.device)
     confidence = confidence.to(torch.float64)
     return BinSums(
@@ -128,19 +142,54 @@ def equal_mass_bin_sums(confidence: Tensor, correct: Tensor, n_bins: int = 15) -
     confidence, order = confidence.sort(-1)
     correct = tie_group_means(confidence, correct.gather(-1, order))
     confidence = confidence.to(torch.float64)
-    size, larger = divmod(n, n_bins)
-    position = torch.arange(n, device=confidence.device)
-    bins = torch.where(
-        position < larger * (size + 1),
-        position // (size + 1),
-        larger + (position - larger * (size + 1)).div(max(size, 1), rounding_mode="floor"),
-    ).expand(confidence.shape)
+    bins = _mass_bin_of_rank(n, n_bins, confidence.device).expand(confidence.shape)
     zeros = torch.zeros(*confidence.shape[:-1], n_bins, dtype=torch.float64, device=confidence.device)
     return BinSums(
         count=zeros.scatter_add(-1, bins, torch.ones_like(confidence)),
         confidence=zeros.scatter_add(-1, bins, confidence),
         correct=zeros.scatter_add(-1, bins, correct),
     )
+
+
+def _mass_bin_of_rank(n: int, n_bins: int, device: torch.device) -> Tensor:
+    size, larger = divmod(n, n_bins)
+    position = torch.arange(n, device=device)
+    return torch.where(
+        position < larger * (size + 1),
+        position // (size + 1),
+        larger + (position - larger * (size + 1)).div(max(size, 1), rounding_mode="floor"),
+    )
+
+
+def bin_gaps(confidence: Tensor, correct: Tensor, n_bins: int = 15, binning: Binning = "width") -> Tensor:
+    """What each sample adds to its bin's gap: the calibration error is the sum over bins of the absolute mean over samples.
+
+    Args:
+        confidence: float ``[n]`` in [0, 1].
+        correct: bool ``[n]``.
+        n_bins: number of bins.
+        binning: as :func:`calibration_error`. Of samples of equal confidence that a cut divides, each has the mean correctness.
+
+    Returns:
+        float64 ``[n, n_bins + 1]`` (``"mass"``: ``[n, n_bins]``), correct - confidence in the sample's bin and 0 in the others.
+
+    Raises:
+        VLMQError: as :func:`calibration_error`, or more dimensions than one.
+    """
+    confidence, correct = _checked(confidence, correct, n_bins)
+    if confidence.ndim != 1:
+        raise VLMQError(f"gaps are of samples [n], got {tuple(confidence.shape)}")
+    if binning == "width":
+        bins, right = equal_width_bins(confidence, n_bins), correct.to(torch.float64)
+    elif binning == "mass":
+        ordered, order = confidence.sort()
+        back = order.argsort()
+        bins = _mass_bin_of_rank(len(confidence), n_bins, confidence.device)[back]
+        right = tie_group_means(ordered, correct[order])[back]
+    else:
+        raise unknown("binning", binning, ["width", "mass"])
+    gaps = torch.zeros(len(confidence), n_bins + (binning == "width"), dtype=torch.float64, device=confidence.device)
+    return gaps.scatter_(1, bins.unsqueeze(1), (right - confidence.to(torch.float64)).unsqueeze(1))
 
 
 def calibration_error(
@@ -170,6 +219,19 @@ def calibration_error(
     if binning == "mass":
         return equal_mass_bin_sums(confidence, correct, n_bins).calibration_error(norm)
     raise unknown("binning", binning, ["width", "mass"])
+
+
+def signed_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Mean confidence minus accuracy: sum_b (n_b / n) (conf_b - acc_b), whatever the bins. Negative is underconfident.
+
+    Args:
+        confidence: float ``[..., n]`` in [0, 1].
+        correct: bool ``[..., n]``.
+
+    Returns:
+        float64 ``[...]`` in [-1, 1]; NaN where ``n`` is 0 or a confidence is NaN.
+    """
+    return (confidence.to(torch.float64) - correct.to(torch.float64)).mean(-1)
 
 
 def reliability_bins(confidence: Tensor, correct: Tensor, n_bins: int = 15) -> ReliabilityBins:
@@ -266,13 +328,13 @@ def trajectory_bins(confidence: Tensor, correct: Tensor, n_bins: int = 15) -> Tr
         raise VLMQError(f"trajectories need confidence [models, n], got {tuple(confidence.shape)}")
     if bool(confidence[0].isnan().any()):
         raise VLMQError("trajectories start from the first model's confidence, which has NaN: leave these samples out")
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=confidence.dtype, device=confidence.device)
-    bins = (torch.bucketize(confidence[0], edges, right=True) - 1).clamp(max=n_bins - 1).expand(confidence.shape)
+    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
+    bins = equal_width_bins(confidence[0], n_bins).clamp(max=n_bins - 1).expand(confidence.shape)
     zeros = torch.zeros(confidence.shape[0], n_bins, dtype=torch.float64, device=confidence.device)
     confidence = confidence.to(torch.float64)
     count = zeros.scatter_add(-1, bins, torch.ones_like(confidence))
     return TrajectoryBins(
-        edges=edges.to(torch.float64),
+        edges=edges,
         count=count[0],
         confidence=zeros.scatter_add(-1, bins, confidence) / count,
         accuracy=zeros.scatter_add(-1, bins, correct.to(torch.float64)) / count,

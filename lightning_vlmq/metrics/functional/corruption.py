@@ -41,8 +41,8 @@ def mean_corruption_error(errors: Tensor, baseline: Tensor) -> Tensor:
             that mean in place of every severity gives the same.
 
     Returns:
-        float64 ``[...]``, a ratio (1 is as bad as the baseline; papers write it in percent). A corruption on which the baseline
-        makes no error is infinite, or NaN where the model makes none either.
+        float64 ``[...]``, a ratio (1 is as bad as the baseline; papers write it in percent). NaN where the baseline
+        makes no error on a corruption.
 
     Raises:
         VLMQError: no corruption or severity.
@@ -62,8 +62,8 @@ def relative_mean_corruption_error(
         baseline_clean: the baseline model's, ``[...]``.
 
     Returns:
-        float64 ``[...]``, a ratio: how much of the baseline's loss by corruption the model has. NaN or infinite where the baseline
-        loses nothing.
+        float64 ``[...]``, a ratio: how much of the baseline's loss by corruption the model has. NaN where the baseline loses
+        nothing on a corruption: a ratio to a loss of 0 or less says nothing.
 
     Raises:
         VLMQError: no corruption or severity.
@@ -78,4 +78,4 @@ def _mean_ratio(errors: Tensor, baseline: Tensor, clean: Tensor | float, baselin
         (e.double() - torch.as_tensor(c, dtype=torch.float64)[..., None, None]).expand(errors.shape).sum(-1)
         for e, c in ((errors, clean), (baseline, baseline_clean))
     )
-    return (lost / lost_baseline).mean(-1)
+    return torch.where(lost_baseline > 0, lost / lost_baseline, torch.nan).mean(-1)

@@ -46,10 +46,33 @@ def auroc(id_scores: Tensor, ood_scores: Tensor) -> Tensor:
     n_pairs = positive.shape[-1] * negative.shape[-1]
     if n_pairs == 0:
         return _undefined(positive)
-    ordered = negative.sort(-1).values
-    below = torch.searchsorted(ordered, positive, right=False).sum(-1)
-    at_most = torch.searchsorted(ordered, positive, right=True).sum(-1)
-    return _where_defined((below + at_most).to(torch.float64) / (2 * n_pairs), positive, negative)
+    return _where_defined(
+        _twice_below(positive, negative).sum(-1).to(torch.float64) / (2 * n_pairs), positive, negative
+    )
+
+
+def _twice_below(scores: Tensor, others: Tensor) -> Tensor:
+    """For each score, twice the number of the others below it, plus the number of equal ones."""
+    ordered = others.sort(-1).values
+    return torch.searchsorted(ordered, scores, right=False) + torch.searchsorted(ordered, scores, right=True)
+
+
+def placements(id_scores: Tensor, ood_scores: Tensor) -> tuple[Tensor, Tensor]:
+    """DeLong's structural components (DeLong et al. 1988): the means of either are the AUROC, which is linear in both to first order.
+
+    Args:
+        id_scores: float ``[..., n1]``, ``n1 > 0``.
+        ood_scores: float ``[..., n2]``, ``n2 > 0``.
+
+    Returns:
+        float64 ``[..., n1]``, the share of OOD samples below each ID sample, and ``[..., n2]``, of ID samples above each OOD sample;
+        equal ones count half. NaN throughout where a score is NaN.
+    """
+    positive, negative = _aligned(id_scores, ood_scores)
+    undefined = (positive.isnan().any(-1) | negative.isnan().any(-1)).unsqueeze(-1)
+    below = _twice_below(positive, negative).to(torch.float64) / (2 * negative.shape[-1])
+    above = 1 - _twice_below(negative, positive).to(torch.float64) / (2 * positive.shape[-1])
+    return below.masked_fill(undefined, torch.nan), above.masked_fill(undefined, torch.nan)
 
 
 def _average_precision(positive: Tensor, negative: Tensor) -> Tensor:

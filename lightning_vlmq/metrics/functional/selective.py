@@ -54,6 +54,27 @@ def aurc(confidence: Tensor, correct: Tensor) -> Tensor:
     return risk_at_coverage(confidence, correct).mean(-1)
 
 
+def augrc(confidence: Tensor, correct: Tensor) -> Tensor:
+    """Area under the generalized risk-coverage curve (Traub et al. 2024, eq. 6): mean over k of errors among the k most confident, over n.
+
+    The risk of a silent failure, error and acceptance at once; equal to (1 - AUROC_f) a (1 - a) + (1 - a)^2 / 2 for accuracy a and the
+    AUROC of confidence for correctness (ibid., eq. 8), up to 1 / n. Lower is better. With ties the mean over every order of the tied.
+
+    Args:
+        confidence: float ``[..., n]``.
+        correct: bool ``[..., n]``.
+
+    Returns:
+        float64 ``[...]`` in [0, 1]; NaN where ``n`` is 0 or a confidence is NaN.
+
+    Raises:
+        VLMQError: shapes differ.
+    """
+    n = confidence.shape[-1]
+    share = torch.arange(1, n + 1, device=confidence.device, dtype=torch.float64) / max(n, 1)
+    return (risk_at_coverage(confidence, correct) * share).mean(-1)
+
+
 def checked_risk(risk: float) -> float:
     """The error rate as it came.
 

@@ -11,13 +11,16 @@ import pandas as pd
 import torch
 from scipy.stats import norm
 
-from lightning_vlmq.evaluation.estimates import Array, Estimate, estimate_all, stored_estimates
-from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.metrics.functional import TrajectoryBins, relative_change
+from lightning_vlmq.evaluation.evaluators import change as change_of
+from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
+from lightning_vlmq.evaluation.measures import METRICS, Measure
+from lightning_vlmq.evaluation.quantities import AlignedRuns, Array, Estimate, SampleMean, deviation
+from lightning_vlmq.evaluation.records import SampleMatrix
+from lightning_vlmq.metrics.functional import TrajectoryBins
 from lightning_vlmq.quant.scheme import FULL_PRECISION
-from lightning_vlmq.statistics import benjamini_hochberg, summarise
+from lightning_vlmq.statistics import Statistics, benjamini_hochberg, summarise
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults, align, reference_of
+from lightning_vlmq.study.analysis.runs import Setting, StoredRun, StudyResults, align, reference_of
 
 FULL = Setting(FULL_PRECISION, 32, 32, "none")
 """The setting every VLM is compared with."""
@@ -70,6 +73,7 @@ class StudyAnalysis:
 
     Attributes:
         results: what they were computed from.
+        statistics: with which settings.
         comparisons: by VLM, setting (:data:`FULL` included) and measure; settings with a tuned logit scale have only those measures
             that follow it.
         diagnostics: by VLM and setting.
@@ -80,6 +84,7 @@ class StudyAnalysis:
     """
 
     results: StudyResults
+    statistics: Statistics
     comparisons: dict[Key, Comparison]
     diagnostics: dict[tuple[str, Setting], Diagnostics]
     trajectories: dict[tuple[str, Setting], TrajectoryBins]
@@ -104,7 +109,8 @@ class StudyAnalysis:
     @property
     def n_tests(self) -> int:
         """Number of p-values that were corrected for each other."""
-        return sum(not np.isnan(comparison.p_value) for comparison in self.comparisons.values())
+        tested = (c for (_, _, measure), c in self.comparisons.items() if measure.tested_by == measure)
+        return sum(not np.isnan(comparison.p_value) for comparison in tested)
 
     def changes(
         self, measure: Measure, vlm: str | None = None, is_tuned: bool = False, **setting: Any
@@ -145,7 +151,8 @@ class StudyAnalysis:
             for name, interval in (("change", c.change), ("effect", c.effect)):
                 for part, number in zip(Interval._fields, interval or [np.nan] * 4):
                     row[name if part == "estimate" else f"{name}_{part}"] = number
-            rows.append(row | {"p_value": c.p_value, "q_value": c.q_value})
+            tests = {"p_value": c.p_value, "q_value": c.q_value, "tested_by": measure.tested_by.metric}
+            rows.append(row | tests | {"convention": measure.info.convention})
         return pd.DataFrame(rows)
 
 
@@ -154,24 +161,26 @@ def average_effect(comparisons: list[Comparison]) -> Interval:
 
     Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images.
     """
-    replicates = torch.from_numpy(np.mean([comparison.effects for comparison in comparisons], axis=0))
+    replicates = np.mean([comparison.effects for comparison in comparisons], axis=0)
     return _interval(float(np.mean([c.effect.estimate for c in comparisons if c.effect])), replicates)
 
 
-def analyse(results: StudyResults, seed: int = 0) -> StudyAnalysis:
+def analyse(results: StudyResults) -> StudyAnalysis:
     """Compare every run of a study with the full-precision run of its VLM (of its seed, where there is one).
 
-    The p-value of a change is that of z = change / standard error: DeLong's for AUROC on one data set, the paired
-    bootstrap's elsewhere. (Counting the resamples beyond zero has a floor, 2 / (R + 1), that a correction over hundreds
-    of comparisons does not get past.) Intervals are the bootstrap's percentiles, centred on the estimate.
+    Values and standard errors are those of the runs' rows: computed by the same functions, with the settings stored with the runs. The
+    p-value of a change is that of z = change / standard error of the paired bootstrap. (Counting the resamples beyond zero has a floor,
+    2 / (R + 1), that a correction over hundreds of comparisons does not get past.) Intervals are the bootstrap's percentiles, centred on
+    the estimate. The change of a calibration error is that of its debiased form, see
+    :class:`~lightning_vlmq.evaluation.measures.Metric`.
 
     Args:
         results: the study's runs.
-        seed: seed of the bootstrap.
 
     Raises:
         VLMQError: a part of the store cannot be read, or a run saw other samples than full precision.
     """
+    settings_of_all = results.statistics
     found: dict[Key, list[_Pair]] = defaultdict(list)
     diagnostics: dict[tuple[str, Setting], list[Diagnostics]] = defaultdict(list)
     trajectories: dict[tuple[str, Setting], list[TrajectoryBins]] = defaultdict(list)
@@ -184,7 +193,7 @@ def analyse(results: StudyResults, seed: int = 0) -> StudyAnalysis:
             runs = [reference, *(run for run in quantized if reference_of(run, references) is reference)]
             settings = [FULL, *(run.setting for run in runs[1:])]
             sets = align(runs)
-            estimates = estimate_all(sets, seed) | stored_estimates(results.rows, [run.run_id for run in runs])
+            estimates = _estimates(sets, results, runs, settings_of_all)
             for measure, estimate in estimates.items():
                 for position, setting in enumerate(settings):
                     if measure.follows_logit_scale or not setting.is_tuned:
@@ -193,20 +202,66 @@ def analyse(results: StudyResults, seed: int = 0) -> StudyAnalysis:
             for position, (run, setting) in enumerate(zip(runs, settings)):
                 if setting.is_tuned:
                     continue
-                if diagnosis := diagnose(sets, position):
+                if diagnosis := diagnose(sets, position, settings_of_all.n_bins):
                     diagnostics[vlm, setting].append(diagnosis)
                 stages = dict.fromkeys([0, position, tuned.get(run.key.tuned, position)])
-                if len(stages) > 1 and (followed := trajectory(sets, list(stages))):
+                if len(stages) > 1 and (followed := trajectory(sets, list(stages), settings_of_all.n_bins)):
                     trajectories[vlm, setting].append(followed)
     comparisons = {key: _compare(key[1], key[2], pairs) for key, pairs in found.items()}
+    comparisons = _corrected({key: c for key, c in comparisons.items() if not np.isnan(c.value)})
     return StudyAnalysis(
         results=results,
-        comparisons=_corrected({key: c for key, c in comparisons.items() if not np.isnan(c.value)}),
+        statistics=settings_of_all,
+        comparisons=_with_tested_changes(comparisons),
         diagnostics={key: merge(seeds) for key, seeds in diagnostics.items()},
         trajectories={key: merge_trajectories(_alike(seeds)) for key, seeds in trajectories.items()},
         unreferenced=unreferenced,
         score=next((measure.score for _, _, measure in comparisons if measure.score and not measure.dataset), ""),
     )
+
+
+def _estimates(
+    sets: dict[str, list[SampleMatrix]], results: StudyResults, runs: list[StoredRun], settings: Statistics
+) -> dict[Measure, Estimate]:
+    """What the report shows: everything in distribution, means on other labelled sets, all metrics of the main OOD score, AUROC of all.
+
+    Corrupted and shifted sets are left out of what takes a pass over every resample: there are hundreds of them.
+    """
+    main = main_score(recorded_scores(sets["id"])) if "id" in sets else ""
+    quick = {name for name in METRICS if isinstance(METRICS[name].of, SampleMean)} - {
+        "adaptive_ece",
+        "adaptive_ece_debiased",
+    }
+
+    def wanted(metric: str, role: str, score: str) -> bool:
+        if score:
+            return metric == "auroc" or score == main
+        return role == "id" or (role != "spurious" and metric in quick)
+
+    every = [matrix for matrices in sets.values() for matrix in matrices]
+    estimates = estimate_all(AlignedRuns(every, settings, wanted))
+    shown = {m: e for m, e in estimates.items() if not m.dataset or (m.metric == "auroc" and m.role != "spurious")}
+    return shown | _stored_estimates(results.rows, [run.run_id for run in runs])
+
+
+def _stored_estimates(rows: pd.DataFrame, run_ids: list[str]) -> dict[Measure, Estimate]:
+    """Measures that follow from more than samples, from the rows: class-wise errors, each with its standard error and its change's."""
+    found: dict[Measure, Estimate] = {}
+    for name in ("classwise_ece", "classwise_ece_debiased"):
+        own = rows[(rows["role"] == "id") & (rows["dataset"] == "") & rows["metric"].isin([name, f"delta_{name}"])]
+        stored = own.set_index(["metric", "run_id"])[["value", "stderr"]]
+        value, stderr, change = (np.full(len(run_ids), np.nan) for _ in range(3))
+        for k, run_id in enumerate(run_ids):
+            if (name, run_id) in stored.index:
+                value[k], stderr[k] = stored.loc[(name, run_id)]
+            if (f"delta_{name}", run_id) in stored.index:
+                scale = value[0] if METRICS[name].is_relative else 1.0
+                change[k] = stored.loc[(f"delta_{name}", run_id), "stderr"] * scale
+        if not np.isnan(value).all():
+            n = int(rows.loc[own.index, "n"].max())
+            empty = np.empty((0, len(value)))
+            found[Measure(name, "id")] = Estimate(value, empty, n, np.stack([stderr, change]))
+    return found
 
 
 def _alike(seeds: list[TrajectoryBins]) -> list[TrajectoryBins]:
@@ -224,32 +279,62 @@ class _Pair:
 
 
 def _compare(setting: Setting, measure: Measure, pairs: list[_Pair]) -> Comparison:
+    """One measure by itself; what is tested by another measure gets its change from :func:`_with_tested_changes`."""
     value = float(np.mean([pair.estimate.value[pair.position] for pair in pairs]))
     reference = float(np.mean([pair.estimate.value[0] for pair in pairs]))
     if pairs[0].estimate.closed_form is not None:
         return _compare_closed_form(setting, measure, pairs, value, reference)
-    drawn = torch.from_numpy(np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0))
-    bare = Comparison(value, _interval(value, drawn).stderr, reference, len(pairs))
-    if setting == FULL or measure.metric == "agreement":
+    drawn = np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0)
+    bare = Comparison(value, deviation(drawn), reference, len(pairs))
+    if setting == FULL:
         return bare
-    if measure.metric == "vuln_add":  # a comparison with full precision already
-        change = effect = _interval(value, drawn)
-        drawn_effect = drawn
-    else:
-        drawn_reference = torch.from_numpy(np.mean([pair.estimate.replicates[:, 0] for pair in pairs], axis=0))
-        change = effect = _interval(value - reference, drawn - drawn_reference)
-        drawn_effect = drawn - drawn_reference
-        if measure.info.is_relative:
-            drawn_effect = relative_change(drawn_reference, drawn)
-            effect = _interval(float(relative_change(reference, value)), drawn_effect)
+    both = Estimate(
+        np.array([reference, value]),
+        np.stack([np.mean([pair.estimate.replicates[:, 0] for pair in pairs], axis=0), drawn], axis=1),
+        pairs[0].estimate.n,
+    )
+    if measure.info.needs_reference:
+        if not measure.info.is_tested:
+            return bare
+        effect = change = _interval(value, drawn)  # a comparison with full precision already
+        return replace(bare, change=change, effect=effect, p_value=p_value_of(change), effects=drawn)
+    point, drawn_effect = change_of(measure, both, 1)
+    change, effect = _interval(value - reference, drawn - both.replicates[:, 0]), _interval(point, drawn_effect)
     p_value = p_value_of(change)
-    return replace(bare, change=change, effect=effect, p_value=p_value, effects=drawn_effect.numpy())
+    if not measure.info.is_tested:
+        unknown = (float("nan"),) * 3
+        change, effect, p_value = Interval(change.estimate, *unknown), Interval(point, *unknown), float("nan")
+    return replace(bare, change=change, effect=effect, p_value=p_value, effects=drawn_effect)
+
+
+def _with_tested_changes(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
+    """Give measures that another one is tested for that one's change, and p-value: an error's debiased change, in its own unit.
+
+    The effect of a relative measure is that change over the full-precision value as it is shown, which is taken as known.
+    """
+    found = dict(comparisons)
+    for (vlm, setting, measure), own in comparisons.items():
+        tested = comparisons.get((vlm, setting, measure.tested_by))
+        if measure.tested_by == measure or own.change is None:
+            continue
+        if tested is None or tested.change is None:
+            unknown = Interval(own.change.estimate, *(float("nan"),) * 3)
+            found[vlm, setting, measure] = replace(own, change=unknown, effect=unknown, p_value=float("nan"))
+            continue
+        effect, effects = tested.change, tested.effects
+        if measure.info.is_relative:
+            effect = Interval(*(float(part) for part in _relative(tested.change, own.reference)))
+            effects = -tested.effects / own.reference if own.reference else np.full_like(tested.effects, np.nan)
+        found[vlm, setting, measure] = replace(
+            own, change=tested.change, effect=effect, effects=effects, p_value=tested.p_value, q_value=tested.q_value
+        )
+    return found
 
 
 def _compare_closed_form(
     setting: Setting, measure: Measure, pairs: list[_Pair], value: float, reference: float
 ) -> Comparison:
-    """As :func:`_compare`, with standard errors known without resampling.
+    """As :func:`_compare`, with the standard errors that a run's rows hold.
 
     Over seeds, standard errors are averaged: one test set's error is nearly the same in all, so averaging runs does not
     shrink it.
@@ -275,13 +360,10 @@ def _relative(change: Interval, reference: float) -> Interval:
     return Interval(-estimate / reference, stderr / abs(reference), -high / reference, -low / reference)
 
 
-def _interval(estimate: float, replicates: torch.Tensor) -> Interval:
-    """Percentile interval of replicates centred on the estimate.
-
-    A calibration error is biased upwards in a resample (noise adds to every bin's gap), so that its plain percentiles can
-    leave the estimate out; the other measures' replicates are centred already.
-    """
-    summary = summarise(estimate, replicates + (estimate - replicates.nanmean()))
+def _interval(estimate: float, replicates: Array) -> Interval:
+    """Percentile interval of replicates centred on the estimate; those that are not finite are left out, as in every standard error."""
+    finite = torch.from_numpy(replicates[np.isfinite(replicates)])
+    summary = summarise(estimate, finite + (estimate - finite.mean()) if len(finite) else finite)
     return Interval(summary.estimate, summary.stderr, summary.low, summary.high)
 
 
@@ -295,6 +377,8 @@ def p_value_of(change: Interval) -> float:
 
 
 def _corrected(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
-    p_values = torch.tensor([comparison.p_value for comparison in comparisons.values()], dtype=torch.float64)
+    """Adjusted over what is tested by itself: a test that stands for another measure too counts once."""
+    own = [c.p_value if key[2].tested_by == key[2] else float("nan") for key, c in comparisons.items()]
+    p_values = torch.tensor(own, dtype=torch.float64)
     adjusted = benjamini_hochberg(p_values).tolist()
     return {key: replace(c, q_value=q_value) for (key, c), q_value in zip(comparisons.items(), adjusted)}

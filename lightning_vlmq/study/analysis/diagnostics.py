@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_vlmq.evaluation.measures import N_BINS
 from lightning_vlmq.evaluation.records import Columns, SampleMatrix
 from lightning_vlmq.metrics.functional import BinSums, TrajectoryBins, equal_width_bin_sums, trajectory_bins
 
@@ -30,7 +29,7 @@ class Diagnostics:
     """One VLM in one setting; sums or means over seeds.
 
     Attributes:
-        bins: reliability bins on the in-distribution data, each sum ``[15]``.
+        bins: reliability bins on the in-distribution data, each sum ``[n_bins]``.
         flips: shares of in-distribution samples by what became of full precision's prediction: ``unchanged``,
             ``broken`` (right to wrong), ``repaired`` (wrong to right), ``moved`` (wrong to another wrong).
         clean: in-distribution accuracy.
@@ -43,12 +42,13 @@ class Diagnostics:
     corruption: dict[tuple[str, int], Accuracy]
 
 
-def diagnose(sets: dict[str, list[SampleMatrix]], position: int) -> Diagnostics | None:
+def diagnose(sets: dict[str, list[SampleMatrix]], position: int, n_bins: int) -> Diagnostics | None:
     """Diagnostics of one run of aligned samples, or ``None`` where it has no in-distribution data.
 
     Args:
         sets: aligned samples by role, the full-precision run first.
         position: the run's number.
+        n_bins: bins of the reliability diagram.
     """
     own = {role: [m for m in matrices if position in m.tables] for role, matrices in sets.items()}
     if not own.get("id"):
@@ -58,7 +58,7 @@ def diagnose(sets: dict[str, list[SampleMatrix]], position: int) -> Diagnostics 
     same = run["prediction"] == reference["prediction"]
     kinds = {"unchanged": same, "broken": was_right & ~right, "repaired": ~was_right & right}
     kinds["moved"] = ~same & ~was_right & ~right
-    sums = equal_width_bin_sums(torch.from_numpy(run["confidence"]), torch.from_numpy(right), N_BINS)
+    sums = equal_width_bin_sums(torch.from_numpy(run["confidence"]), torch.from_numpy(right), n_bins)
     return Diagnostics(
         bins=BinSums(*(_fold(getattr(sums, name)) for name in _SUMS)),
         flips={name: float(np.mean(which)) for name, which in kinds.items()},
@@ -71,12 +71,13 @@ def diagnose(sets: dict[str, list[SampleMatrix]], position: int) -> Diagnostics 
     )
 
 
-def trajectory(sets: dict[str, list[SampleMatrix]], positions: Sequence[int]) -> TrajectoryBins | None:
+def trajectory(sets: dict[str, list[SampleMatrix]], positions: Sequence[int], n_bins: int) -> TrajectoryBins | None:
     """Reliability of the in-distribution samples of each confidence bin of the first run, under each run.
 
     Args:
         sets: aligned samples by role.
         positions: the runs' numbers, e.g. full precision, quantized, quantized with a tuned logit scale.
+        n_bins: bins of the first run's confidence.
 
     Returns:
         The bins; ``None`` where a run lacks the data, or the first has an undefined confidence.
@@ -86,7 +87,7 @@ def trajectory(sets: dict[str, list[SampleMatrix]], positions: Sequence[int]) ->
         return None
     columns = [_concatenated(own, position) for position in positions]
     confidence, correct = (torch.from_numpy(np.stack([c[name] for c in columns])) for name in ("confidence", "correct"))
-    return None if bool(confidence[0].isnan().any()) else trajectory_bins(confidence, correct, N_BINS)
+    return None if bool(confidence[0].isnan().any()) else trajectory_bins(confidence, correct, n_bins)
 
 
 def merge_trajectories(seeds: list[TrajectoryBins]) -> TrajectoryBins:
@@ -126,7 +127,7 @@ def _concatenated(matrices: list[SampleMatrix], run: int) -> Columns:
 
 def _fold(sums: Tensor) -> Tensor:
     """In a diagram, confidence exactly 1 belongs to the last bin."""
-    return torch.cat([sums[: N_BINS - 1], sums[N_BINS - 1 :].sum(0, keepdim=True)])
+    return torch.cat([sums[:-2], sums[-2:].sum(0, keepdim=True)])
 
 
 def _accuracy(correct: NDArray[np.bool_]) -> Accuracy:

@@ -17,6 +17,7 @@ from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import SCOPES
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.statistics import Statistics
 
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
 
@@ -110,8 +111,8 @@ class StoredRun:
         sets = {}
         for start, stop in zip(starts, [*starts[1:], len(order)]):
             first = table.iloc[int(order[start])]
-            text = (str(first[name]) for name in ("dataset", "role", "corruption"))
-            where = EvaluationSet(*text, int(first["severity"]), str(first["group"]))
+            name, role, corruption, group = (str(first[key]) for key in ("dataset", "role", "corruption", "group"))
+            where = EvaluationSet(name, role, corruption, int(first["severity"]), group)
             sets[where] = {name: column[start:stop] for name, column in columns.items()}
         return sets
 
@@ -157,6 +158,24 @@ class StudyResults:
         replaced -= {run.run_id for run in runs}
         kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
         return cls(Path(root), tuple(runs), kept, len(replaced))
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The settings that every run's rows were computed with; the analysis goes on with them.
+
+        Raises:
+            VLMQError: the runs differ in them, or one does not say.
+        """
+        found: dict[Statistics, str] = {}
+        for run in self.runs:
+            found.setdefault(run.store.statistics(run.run_id), run.run_id)
+        if len(found) > 1:
+            (first, one), (second, other), *_ = found.items()
+            raise VLMQError(
+                f"runs '{one}' ({first}) and '{other}' ({second}) were evaluated with different statistics and cannot be compared; "
+                "run one again with the other's, or keep them in separate studies"
+            )
+        return next(iter(found), Statistics())
 
     @cached_property
     def vlms(self) -> list[str]:

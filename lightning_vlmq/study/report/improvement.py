@@ -33,18 +33,61 @@ def improvement_table(analysis: StudyAnalysis) -> str:
 
 def _share(measure: Measure, comparisons: list[Comparison]) -> str:
     """Share with its Wilson interval above the numbers of significant changes."""
-    higher = measure.info.higher_is_better
-    references, values = (torch.tensor([getattr(c, name) for c in comparisons]) for name in ("reference", "value"))
-    share = share_improved(references, values, better="higher" if higher else "lower")
+    gains = torch.tensor([gain(measure, c) for c in comparisons], dtype=torch.float64)
+    share = share_improved(torch.zeros_like(gains), gains, better="higher")
     if share.n_compared == 0:
         return "–"
-    significant = [c.value > c.reference for c in comparisons if c.q_value < 0.05]
-    better = sum(rises == higher for rises in significant)
+    significant = [tested_gain(measure, c) > 0 for c in comparisons if c.q_value < 0.05]
+    better = sum(significant)
     text = f"{100 * share.share:.0f} % <i>[{100 * share.low:.0f}, {100 * share.high:.0f}]</i>"
     counts = (
         f"{share.n_improved} of {share.n_compared}; significantly {better} better, {len(significant) - better} worse"
     )
     return f"{text}<br><i>{counts}</i>"
+
+
+def gain(measure: Measure, comparison: Comparison) -> float:
+    """By how much a setting's value is better than full precision's."""
+    return measure.info.gain(comparison.reference, comparison.value)
+
+
+def tested_gain(measure: Measure, comparison: Comparison) -> float:
+    """The same of the change that is tested, see :class:`~lightning_vlmq.evaluation.measures.Metric`."""
+    change = 0.0 if comparison.change is None else comparison.change.estimate
+    return measure.info.gain(comparison.reference, comparison.reference + change)
+
+
+def joint_table(analysis: StudyAnalysis) -> str:
+    """How gains go together: shares of (VLM, setting) pairs by the signs of the changes of ECE and AUROC, and with gains in all three.
+
+    AUROC is the mean of near- and far-OOD's. Pairs that lack a number are left out.
+    """
+    measures = {"top1": [Measure("top1", "id")], "ece": [ECE]}
+    measures["auroc"] = [Measure("auroc", role, "", analysis.score) for role in ("near_ood", "far_ood")]
+    gains: list[dict[str, float]] = []
+    for vlm in analysis.vlms:
+        for setting in analysis.settings:
+            found = {name: [analysis.comparisons.get((vlm, setting, m)) for m in own] for name, own in measures.items()}
+            if all(c is not None and c.change is not None for own in found.values() for c in own):
+                pairs = {name: [(m, c) for m, c in zip(measures[name], own) if c] for name, own in found.items()}
+                gains.append({name: float(np.mean([gain(m, c) for m, c in own])) for name, own in pairs.items()})
+    if not gains:
+        return ""
+    signs = [(g["ece"] > 0, g["auroc"] > 0) for g in gains]
+    lines = {
+        "calibration better, OOD detection better": [s == (True, True) for s in signs],
+        "calibration better, OOD detection not": [s == (True, False) for s in signs],
+        "calibration not, OOD detection better": [s == (False, True) for s in signs],
+        "neither better": [s == (False, False) for s in signs],
+        "accuracy, calibration and OOD detection all better": [all(v > 0 for v in g.values()) for g in gains],
+    }
+    body = []
+    for title, which in lines.items():
+        hits = torch.tensor(which, dtype=torch.float64)
+        share = share_improved(torch.zeros_like(hits), hits, better="higher")
+        text = f"{100 * share.share:.0f} % <i>[{100 * share.low:.0f}, {100 * share.high:.0f}]</i>"
+        body.append([title, text, f"{share.n_improved} of {share.n_compared}"])
+    return html_table([["change of ECE and of AUROC (mean of near and far)", "share", "(VLM, setting) pairs"]], body)
 
 
 def tuning_table(analysis: StudyAnalysis, vlm: str) -> str:

@@ -7,7 +7,7 @@ from html import escape
 
 from matplotlib.figure import Figure
 
-from lightning_vlmq.evaluation.measures import N_BINS, N_RESAMPLES, N_RESAMPLES_SLOW
+from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.report import figures, improvement, tables
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
@@ -56,7 +56,7 @@ def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
     reliability = _figure(
         figures.reliability_diagrams(analysis),
         "Reliability diagrams of full precision and quantized models",
-        f"Accuracy over mean confidence in {N_BINS} equal-width bins of the in-distribution images (bins of fewer than "
+        f"Accuracy over mean confidence in {analysis.statistics.n_bins} equal-width bins of the in-distribution images (bins of fewer than "
         f"{MIN_COUNT} left out). Below the diagonal: overconfident; above: underconfident.",
     )
     curves = _figure(
@@ -91,14 +91,15 @@ def _averages(analysis: StudyAnalysis) -> str:
     means = f"{note}{tables.average_table(analysis)}"
     note = (
         "<p class='note'>Value ± half its 95 % interval; below it the change against full precision likewise, in "
-        "points (ECE and RSG: lower is better). Marks as everywhere corrected over the whole study.</p>"
+        "points (ECE and RSG: lower is better; ECE: of the debiased error, so not just the difference of the values). "
+        "Marks as everywhere corrected over the whole study.</p>"
     )
     each = f"{note}{tables.dimension_table(analysis)}"
     note = (
         "<p class='note'>Share of (VLM, setting) pairs better than full precision, with Wilson intervals that take the pairs as "
         "independent.</p>"
     )
-    shares = f"{note}{improvement.improvement_table(analysis)}"
+    shares = f"{note}{improvement.improvement_table(analysis)}{improvement.joint_table(analysis)}"
     return (
         f"<details{is_open}><summary>Means over VLMs with 95 % intervals</summary>{means}</details>"
         f"<details{is_open}><summary>Share of improved runs</summary>{shares}</details>"
@@ -110,9 +111,9 @@ def _tuning(analysis: StudyAnalysis) -> str:
     trajectories = _figure(
         figures.reliability_trajectories(analysis),
         "Each confidence bin followed from full precision to quantized to tuned",
-        f"Where the images of each of full precision's {N_BINS} confidence bins (of at least {MIN_COUNT} images) go when the model "
-        "is quantized, and when its logit scale is then tuned: accuracy over mean confidence. Of each method the fewest bits and "
-        "the widest scope.",
+        f"Where the images of each of full precision's {analysis.statistics.n_bins} confidence bins (of at least "
+        f"{MIN_COUNT} images) go when the model is quantized, and when its logit scale is then tuned: accuracy over mean confidence. Of "
+        "each method the fewest bits and the widest scope.",
     )
     parts = {vlm: improvement.tuning_table(analysis, vlm) for vlm in analysis.vlms}
     found = {vlm: table for vlm, table in parts.items() if table}
@@ -157,7 +158,8 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
     legend = (
         "<p class='note'>Value ± standard error over test images; below it the change against full precision, red where "
         "significantly worse, green where significantly better. * q &lt; 0.05, ** q &lt; 0.01, *** q &lt; 0.001, "
-        "corrected over the whole grid; hover over a cell for interval and p-value.</p>"
+        "corrected over the whole grid; hover over a cell for interval and p-value, over a heading for its convention. Changes of ECE, "
+        "adaptive and class-wise ECE are of the debiased errors; MCE is not tested.</p>"
     )
     by_vlm = "".join(
         f"<details{'' if position else ' open'}><summary>{escape(vlm)}</summary>{tables.vlm_table(analysis, vlm)}</details>"
@@ -193,22 +195,31 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
 
 def _provenance(analysis: StudyAnalysis) -> Section:
     results = analysis.results
+    settings = analysis.statistics
     versions = ", ".join(sorted(results.rows["code_version"].unique()))
     seeds = ", ".join(str(seed) for seed in sorted(results.rows["seed"].unique()))
     notes = [
         f"Code version {escape(versions)}; seed {escape(seeds)} (several seeds are averaged; intervals then still cover the "
         "sampling of test images, not of seeds).",
         "Every quantized run is compared with the full-precision run of its VLM on the same images in the same order.",
-        f"Intervals: percentiles of a paired bootstrap over images, {N_RESAMPLES:,} resamples ({N_RESAMPLES_SLOW} for "
-        "adaptive ECE, MCE, AURC, coverage at risk, and the OOD metrics averaged over data sets); all models see the same "
-        "resamples. Resamples are centred on the estimate, because calibration errors are biased upwards in them. Class-wise ECE: "
-        "a jackknife over groups of images.",
-        "p-values: z = change / standard error, the bootstrap's or jackknife's, or DeLong's for AUROC on one data set; "
+        f"Intervals: percentiles of a paired bootstrap over images, {settings.n_resamples:,} resamples ({settings.n_resamples_ranking} for "
+        "AURC, AUGRC, coverage at risk, MCE, AUPR, FPR95, and class-wise ECE, whose resamples are of groups of images), centred on the "
+        "estimate; the very numbers of the runs' rows. All models see the same resamples; so do sets of the same scenes, and no others. "
+        "AUROC is resampled by its structural components, so that its variance is DeLong's.",
+        "Plug-in calibration errors are biased upwards, by an amount that does not cancel between models. Values shown are the plug-in, as "
+        "in other work; their changes, intervals and tests are of debiased errors (each bin's |gap| by a nearly unbiased estimate, after "
+        "Cai &amp; Low 2011). MCE has no interval that holds and is not tested. Brier and NLL need no such care.",
+        "p-values: z = change / standard error; "
         f"Benjamini-Hochberg over all {analysis.n_tests:,} comparisons of this study.",
-        f"ECE, class-wise ECE, MCE: {N_BINS} equal-width bins; adaptive ECE: {N_BINS} bins of equal mass; Brier: sum over classes, "
-        "in [0, 2], shown in percent like the other fractions. Every convention: docs/metrics.md.",
-        "<code>fpr95</code> takes in-distribution as positive (CLIP and MCM papers), <code>fpr95_openood</code> takes OOD as "
-        "positive (OpenOOD v1.5). AUPR-in and AUPR-out likewise name the positive class.",
+        f"ECE, class-wise ECE, MCE: {settings.n_bins} equal-width bins; adaptive ECE: {settings.n_bins} bins of equal mass; coverage at "
+        f"{100 * settings.risk:g} % risk; Brier: sum over classes, in [0, 2], shown in percent like the other fractions. Every "
+        "convention: docs/metrics.md.",
+        "Conventions in which peers differ: "
+        + "; ".join(
+            f"<code>{name}</code> {escape(METRICS[name].convention)}"
+            for name in ("fpr95", "fpr95_openood", "aupr_in", "aupr_out")
+        )
+        + ".",
         f"Near- and far-OOD columns are means over the data sets of the role, with the score "
         f"<code>{escape(analysis.score or '–')}</code>.",
         "RSG = (A<sub>common</sub> − A<sub>counter</sub>) / A<sub>common</sub>; ΔRSG is its change in points; "

@@ -23,7 +23,6 @@ from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.notation import percent_interval, signed
 from lightning_vlmq.study.report.published import Claim
 
-_NOT_IN_PERCENT = ("nll",)
 _ROLE_TITLES = {
     "id": "in-distribution",
     "corruption": "corruptions (mean)",
@@ -56,13 +55,13 @@ def number(measure: Measure, value: float) -> str:
     """A measure's value as the tables write it: in percent, or as it is."""
     if np.isnan(value):
         return "–"
-    text = f"{value:.3f}" if measure.metric in _NOT_IN_PERCENT else f"{100 * value:.1f}"
+    text = f"{100 * value:.1f}" if measure.info.in_percent else f"{value:.3f}"
     return text.replace("-", "−")
 
 
 def signed_number(measure: Measure, value: float) -> str:
     """A change of a measure as the tables write it."""
-    return signed(value, 3) if measure.metric in _NOT_IN_PERCENT else signed(100 * value, 1)
+    return signed(100 * value, 1) if measure.info.in_percent else signed(value, 3)
 
 
 def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
@@ -74,14 +73,34 @@ def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
     if comparison.change is None:
         return f"<td>{value or '–'}</td>"
     change = comparison.change
-    improved = (change.estimate > 0) == measure.info.higher_is_better
-    kind = "" if not comparison.q_value < 0.05 else " class='better'" if improved else " class='worse'"
+    kind = (
+        ""
+        if not comparison.q_value < 0.05
+        else " class='better'"
+        if _improved(measure, comparison)
+        else " class='worse'"
+    )
     error = f" ±{number(measure, change.stderr)}" if measure.metric == "vuln_add" else ""
     mark = f"{signed_number(measure, change.estimate)}{error}<sup>{stars(comparison.q_value)}</sup>"
-    title = f"change {signed_number(measure, change.estimate)} ± {number(measure, change.stderr)}, "
-    title += f"95 % interval {signed_number(measure, change.low)} to {signed_number(measure, change.high)}, "
-    title += f"p = {comparison.p_value:.2g}, corrected {comparison.q_value:.2g}"
+    title = f"change {signed_number(measure, change.estimate)}, not tested"
+    if not np.isnan(comparison.p_value):
+        title = f"change {signed_number(measure, change.estimate)} ± {number(measure, change.stderr)}, "
+        title += f"95 % interval {signed_number(measure, change.low)} to {signed_number(measure, change.high)}, "
+        title += f"p = {comparison.p_value:.2g}, corrected {comparison.q_value:.2g}"
+        title += "" if measure.tested_by == measure else f" (of {measure.tested_by.info.title})"
     return f"<td{kind} title='{title}'>{value}{'<br>' if value else ''}<span>{mark}</span></td>"
+
+
+def _improved(measure: Measure, comparison: Comparison) -> bool:
+    change = 0.0 if comparison.change is None else comparison.change.estimate
+    return measure.info.gain(comparison.reference, comparison.reference + change) > 0
+
+
+def _heading(measure: Measure, unit: str = " %") -> str:
+    """A measure's column heading; its convention when the mouse is on it."""
+    text = escape(measure.info.title) + (unit if measure.info.in_percent else "")
+    convention = measure.info.convention
+    return f"<abbr title='{escape(convention, quote=True)}'>{text}</abbr>" if convention else text
 
 
 def average_table(analysis: StudyAnalysis) -> str:
@@ -135,8 +154,13 @@ def _interval_cell(measure: Measure, comparison: Comparison | None) -> str:
     change = comparison.change
     if change is None:
         return f"<td>{value}</td>"
-    improved = (change.estimate > 0) == measure.info.higher_is_better
-    kind = "" if not comparison.q_value < 0.05 else " class='better'" if improved else " class='worse'"
+    kind = (
+        ""
+        if not comparison.q_value < 0.05
+        else " class='better'"
+        if _improved(measure, comparison)
+        else " class='worse'"
+    )
     estimate, interval = percent_interval(change.estimate, change.low, change.high)
     half = percent_interval(0.5 * (change.high - change.low), change.low, change.high)[0].lstrip("+")
     mark = f"{estimate} ±{half}<sup>{stars(comparison.q_value)}</sup>"
@@ -146,14 +170,14 @@ def _interval_cell(measure: Measure, comparison: Comparison | None) -> str:
 def vlm_table(analysis: StudyAnalysis, vlm: str) -> str:
     """Every measure of one VLM: full precision, then each setting beside it."""
     own = {measure for name, _, measure in analysis.comparisons if name == vlm}
-    measures = [m for m in analysis.measures if m in own and not m.dataset]
+    measures = [m for m in analysis.measures if m in own and not m.dataset and m.info.is_shown]
     measures.sort(key=lambda m: list(_ROLE_TITLES).index(m.role))  # stable: display order inside a role
     groups: dict[str, list[Measure]] = {}
     for measure in measures:
         score = f", {measure.score}" if measure.score else ""
         groups.setdefault(_ROLE_TITLES[measure.role] + score, []).append(measure)
     top = ["<th></th>"] + [f"<th colspan='{len(m)}' class='group'>{escape(t)}</th>" for t, m in groups.items()]
-    head = ["setting", *(escape(m.info.title) + ("" if m.metric in _NOT_IN_PERCENT else " %") for m in measures)]
+    head = ["setting", *map(_heading, measures)]
     body = []
     for setting in [FULL, *analysis.settings]:
         found = [analysis.comparisons.get((vlm, setting, measure)) for measure in measures]
@@ -164,7 +188,7 @@ def vlm_table(analysis: StudyAnalysis, vlm: str) -> str:
 
 
 def detection_table(analysis: StudyAnalysis) -> str:
-    """AUROC of every data set and score, tested with DeLong's method."""
+    """AUROC of every data set and score."""
     measures = [m for m in analysis.measures if m.metric == "auroc" and m.dataset]
     if not measures:
         return ""
@@ -186,12 +210,13 @@ def zero_shot_table(analysis: StudyAnalysis) -> str:
     """Top-1 of the full-precision models on every labelled data set, corruptions averaged over severities."""
     results = analysis.results
     references = {run.run_id: vlm for vlm in analysis.vlms for run in results.runs_of(vlm)[0]}
-    rows = results.rows[(results.rows["metric"] == "top1") & results.rows["run_id"].isin(references)].copy()
+    rows = results.rows[results.rows["run_id"].isin(references) & (results.rows["dataset"] != "")]
+    rows = rows[rows["metric"] == "top1"].copy()
     if rows.empty:
         return ""
     rows["vlm"] = rows["run_id"].map(references)
     is_corrupted = rows["role"] == "corruption"
-    rows["set"] = rows["dataset"].where(~is_corrupted, rows["corruption"].str.replace("_", " "))
+    rows["set"] = rows["dataset"].where(~is_corrupted, rows["corruption"].str.replace("_", " ").replace("", "none"))
     grouped = rows.groupby(["vlm", "role", "set"], sort=False)[["value", "stderr"]].mean()
     order = rows.drop_duplicates(["role", "set"])[["role", "set"]].itertuples(index=False, name=None)
     columns = sorted(order, key=lambda pair: list(_ROLE_TITLES).index(pair[0]))
@@ -283,13 +308,13 @@ def published_table(claims: list[Claim]) -> str:
 def data_table(analysis: StudyAnalysis) -> str:
     """The evaluation data sets with their numbers of samples."""
     rows = analysis.results.rows
-    rows = rows[rows["role"].isin(_ROLE_TITLES) & rows["metric"].isin(["top1", "auroc"])]
+    rows = rows[rows["role"].isin(_ROLE_TITLES) & rows["metric"].isin(["top1", "auroc"]) & (rows["dataset"] != "")]
     body = []
     for role in _ROLE_TITLES:
         own = rows[rows["role"] == role]
         if own.empty:
             continue
-        names = list(dict.fromkeys(own["corruption"] if role == "corruption" else own["dataset"]))
+        names = list(dict.fromkeys(own["corruption"].replace("", "none") if role == "corruption" else own["dataset"]))
         severities = sorted(own["severity"].unique())
         suffix = f", severities {severities[0]}–{severities[-1]}" if role == "corruption" else ""
         low, high = own["n"].min(), own["n"].max()

@@ -43,7 +43,7 @@ def _cell(measure: Measure, comparison: Comparison | None) -> str:
     text = signed(100 * change, 1)
     if not comparison.q_value < 0.05:
         return f"{value} [dim]({text})[/]"
-    colour = "green" if (change > 0) == measure.info.higher_is_better else "red"
+    colour = "green" if measure.info.gain(comparison.reference, comparison.reference + change) > 0 else "red"
     return f"{value} [{colour}]({text}*)[/]"
 
 

@@ -1,0 +1,168 @@
+"""One model under judgement: its features, classifiers, logit scales, and the records that batch after batch adds to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.evaluation.classifiers import zero_shot_classifiers
+from lightning_vlmq.evaluation.classwise import Gaps
+from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures
+from lightning_vlmq.evaluation.tuning import encode_pairs, own_logit_scale, tuned_logit_scale
+from lightning_vlmq.metrics import (
+    OOD_SCORES,
+    RECORD_COLUMNS,
+    ClasswiseGaps,
+    LogitScale,
+    OODScore,
+    SampleRecords,
+    ScoreInputs,
+    per_sample,
+)
+from lightning_vlmq.models import VLM
+from lightning_vlmq.models.local import encode_patches
+from lightning_vlmq.statistics import Statistics
+
+Records = dict[str, dict[str, Tensor]]
+"""Columns of :class:`~lightning_vlmq.metrics.SampleRecords` by data set, on the CPU."""
+
+
+class Variant:
+    """A model with one of its logit scales, and what was recorded of it: to statistics, a run of its own.
+
+    Args:
+        scale: the logit scale (and bias).
+        scores: names of the scores to record.
+        classes: number of classes by set.
+        sets: the evaluation sets.
+        settings: bins and groups of class-wise errors.
+        device: where batches are.
+    """
+
+    def __init__(
+        self,
+        scale: LogitScale,
+        scores: Sequence[str],
+        classes: Mapping[str, int],
+        sets: Sequence[EvalSet],
+        settings: Statistics,
+        device: torch.device,
+    ) -> None:
+        self.scale = scale
+        columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
+        columns |= dict.fromkeys(scores, torch.float32)
+        self._collected = {s.name: SampleRecords(columns).to(device) for s in sets}
+        self._gaps = {
+            s.name: ClasswiseGaps(classes[s.name], settings.n_bins, settings.n_groups).to(device)
+            for s in sets
+            if ROLES[s.role].is_classwise
+        }
+        self.records: Records = {}
+        self.gaps: dict[str, Gaps] = {}
+
+    def update(self, s: EvalSet, index: Tensor, logits: Tensor, target: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Add a batch of one set."""
+        self._collected[s.name].update(index=index, **columns)
+        if s.name in self._gaps:
+            self._gaps[s.name].update(index, logits, target)
+
+    def gather(self) -> None:
+        """Fill ``records`` and ``gaps`` with what all processes saw."""
+        self.records = {
+            name: {key: column.cpu() for key, column in found.compute().items()}
+            for name, found in self._collected.items()
+        }
+        self.gaps = {
+            name: {key: sums.cpu() for key, sums in gaps.compute().items()} for name, gaps in self._gaps.items()
+        }
+
+
+class Judged:
+    """A VLM on a data module's sets.
+
+    Args:
+        vlm: the model, on the device to run on.
+        data: the data module, set up.
+        cache: where features are kept.
+        towers: digest of each tower, see :func:`~.features.tower_digest`.
+        scores: OOD scores to record, by the name that results have.
+        settings: the statistics' settings.
+        tunes: whether it is also judged with its logit scale fitted on the caption pairs.
+
+    Attributes:
+        own: with the scale that it came with.
+        tuned: with the tuned one, or ``None``.
+
+    Raises:
+        VLMQError: pairs are needed, and there are none.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        data: ReliabilityDataModule,
+        cache: FeatureCache,
+        towers: Mapping[str, str],
+        scores: Mapping[str, OODScore],
+        settings: Statistics,
+        tunes: bool = False,
+    ) -> None:
+        self.vlm, self._scores = vlm.eval(), dict(scores)
+        needs = frozenset().union(*(score.needs for score in scores.values()))
+        with torch.no_grad():
+            self._classifiers = zero_shot_classifiers(vlm, data, cache, towers["text"])
+        vision, sets = towers["vision"], data.eval_sets
+        self._features = {s.name: SetFeatures(cache, vision, s) for s in sets}
+        self._patches = {s.name: SetFeatures(cache, vision, s, "patches") for s in sets if "local_cosine" in needs}
+        pairs = encode_pairs(vlm, data, cache, towers) if tunes or "calibration_features" in needs else None
+        self._pairs = pairs.images if pairs is not None and "calibration_features" in needs else None
+        classes = {name: len(classifier) for name, classifier in self._classifiers.items()}
+        about = (list(scores), classes, sets, settings, vlm.mean.device)
+        self.own = Variant(own_logit_scale(vlm), *about)
+        self.tuned = Variant(tuned_logit_scale(vlm, pairs), *about) if tunes and pairs is not None else None
+
+    @property
+    def variants(self) -> list[Variant]:
+        """As it came, and tuned if it is."""
+        return [self.own] if self.tuned is None else [self.own, self.tuned]
+
+    def record(self, s: EvalSet, batch: Mapping[str, Any]) -> None:
+        """Add a batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]``."""
+        inputs = self._inputs(s, batch)
+        for variant in self.variants:
+            own = inputs if variant is self.own else replace(inputs, logits=variant.scale.logits(inputs.cosine))
+            variant.update(s, batch["index"], own.logits, batch["target"], self._columns(own, batch["target"]))
+
+    def columns(self, s: EvalSet, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The record columns of one batch, each ``[b]``."""
+        return self._columns(self._inputs(s, batch), batch["target"])
+
+    def keep_features(self) -> None:
+        """File what the cache did not know."""
+        for features in (*self._features.values(), *self._patches.values()):
+            features.keep()
+
+    def _columns(self, inputs: ScoreInputs, target: Tensor) -> dict[str, Tensor]:
+        columns = {"target": target, **per_sample(inputs.logits, target)}
+        return columns | {name: score(inputs) for name, score in self._scores.items()}
+
+    def _inputs(self, s: EvalSet, batch: Mapping[str, Any]) -> ScoreInputs:
+        classifier, index, image, local = self._classifiers[s.name], batch["index"], batch["image"], None
+        if len(index) == 0:  # none of the batch's images could be read
+            features, patches = classifier[:0], classifier[:0, None]
+        else:
+            features = self._features[s.name].of(index, lambda: self.vlm.encode_image(image))
+        if s.name in self._patches:
+            if len(index):
+                patches = self._patches[s.name].of(index, lambda: encode_patches(self.vlm, image))
+            local = patches @ classifier.T
+        cosine = features @ classifier.T
+        pairs = None if self._pairs is None else self._pairs.to(cosine)
+        return ScoreInputs(cosine, self.own.scale.logits(cosine), features, local, calibration_features=pairs)
