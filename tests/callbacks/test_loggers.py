@@ -92,7 +92,7 @@ def test_a_run_is_one_line_of_hparams_with_few_scalars(tmp_path, every_row):
     start = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
     assert start.hparams["method"].string_value == "minmax" and start.hparams["weight_bits"].number_value == 4
     scalars = set(read.Tags()["scalars"])
-    named = {f"{row.dataset}/{row.metric}" for row in module.rows if not row.score}
+    named = {f"{row.dataset or row.role}/{row.metric}" for row in module.rows if not row.score}
     assert "id/top1" in scalars and named.issubset(scalars) == every_row
     assert every_row or len(scalars) < 60
     texts = {
