@@ -67,7 +67,7 @@ def write_study(
 def make_run(
     key: RunKey, run_id: str, size: float = 1.0, code_version: str = "0.1.0", settings: Statistics = QUICK
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    full = replace(key, method="fp32", scope="none", weight_bits=32, act_bits=32)
+    full = replace(key, method="fp32", scope="none", weight_bits=32, act_bits=32, is_tuned=False)
     runs = [key] if key == full else [full, key]
     variants = [_Made(run, size) for run in runs]
     table = pd.concat(variants[-1].frames, ignore_index=True)
