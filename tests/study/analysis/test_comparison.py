@@ -344,12 +344,12 @@ def test_every_number_is_the_store_s_to_the_last_digit(tmp_path, settings):
     store = write_study(tmp_path, keys, size=0.1, settings=settings)
     analysis = analyse(StudyResults.load(tmp_path))
     rows = store.rows()
-    names = ["method", "weight_bits", "role", "dataset", "score", "metric"]
+    names = ["method", "is_tuned", "weight_bits", "role", "dataset", "score", "metric"]
     found = rows.set_index(names)[["value", "stderr"]]
     assert analysis.statistics == settings
     compared = set()
     for (_, setting, measure), c in analysis.comparisons.items():
-        key = (setting.method, setting.weight_bits, measure.role, measure.dataset, measure.score)
+        key = (setting.method, setting.is_tuned, setting.weight_bits, measure.role, measure.dataset, measure.score)
         if not (setting == FULL and measure.info.needs_reference):
             assert tuple(found.loc[(*key, measure.metric)]) == (c.value, c.stderr), measure
         if c.effect is not None and not measure.info.needs_reference and measure.tested_by == measure:
