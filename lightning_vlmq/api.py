@@ -7,7 +7,7 @@ Example:
     >>> vlm = vlmq.load_vlm("vit_clean")
     >>> quantized = vlmq.quantize(vlm, "minmax", calibration, ["a photo of a shirt"] * 8, weight_bits=4, scope="vision_text")
     >>> table = vlmq.evaluate(quantized, images, labels, class_names=["shirt", "bag", "boot"])
-    >>> bool(table.query("metric == 'agreement'")["value"].item() <= 1)
+    >>> bool(table.query("metric == 'agreement' and dataset == 'own'")["value"].item() <= 1)
     True
     >>> f"{quantized.coverage.weight_share():.0%} of the weights"
     '100% of the weights'

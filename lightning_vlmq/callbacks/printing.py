@@ -65,7 +65,7 @@ class HeadlinePrinter(Callback):
         runs = {"full precision": reference, "quantized": records} if reference else {"full precision": records}
         runs |= {"tuned": tuned} if tuned else {}
         sets = {s.name: s for s in pl_module.eval_sets}
-        lines = headline(side_by_side([_samples(sets, own) for own in runs.values()]))
+        lines = headline(side_by_side([_samples(sets, own) for own in runs.values()]), pl_module.statistics)
         table = headline_table(lines, list(runs), has_change=reference is not None)
         table.title = f"{table.title}{_randomness(pl_module)}"
         rich_print(table)
@@ -90,7 +90,7 @@ def headline_table(lines: Sequence[HeadlineLine], titles: Sequence[str], has_cha
         table.add_column(title, justify="right")
     if has_change:
         table.add_column("change, points", justify="right", no_wrap=True)
-        table.caption = "± half a 95 % interval, * significant at 5 % FDR; tuned: logit scale"
+        table.caption = "± half a 95 % interval, * significant at 5 % FDR"
     for line in lines:
         cells = [f"{100 * value:.1f}" for value in line.values]
         if has_change:

@@ -53,7 +53,7 @@ _PACKAGES = ("torch", "torchvision", "torchao", "open_clip_torch", "timm", "ligh
 
 @command("card", "Read results")
 def run(args: list[str]) -> None:
-    """Card CHECKPOINT FULL RUN: the reliability card of a saved model, from its run beside full precision's."""
+    """Write the reliability card of a saved model, from its run beside full precision's."""
     parser = argparse.ArgumentParser(
         prog="vlmq card",
         description="Write README.md into a saved model's folder: what was quantized, what it did to every dimension, how to repeat it. "
@@ -87,7 +87,7 @@ def card(checkpoint: Path, full: str, run_id: str, root: str, licence: str = "ot
     Raises:
         VLMQError: the checkpoint cannot be read, a run is missing, or is of another model, method or scheme than the checkpoint.
     """
-    from lightning_vlmq.commands.compare import require_same_samples, samples
+    from lightning_vlmq.commands.compare import require_same_samples, samples, settings_of
     from lightning_vlmq.evaluation.headline import headline, side_by_side
     from lightning_vlmq.results.store import ResultsStore
 
@@ -106,7 +106,7 @@ def card(checkpoint: Path, full: str, run_id: str, root: str, licence: str = "ot
         raise VLMQError(f"run '{full}' is {before['model']} {before['method']}, not {saved.model} in full precision")
     loaded = [samples(name, root) for name in (full, run_id)]
     require_same_samples(loaded, [full, run_id])
-    lines = headline(side_by_side(loaded))
+    lines = headline(side_by_side(loaded), settings_of([full, run_id], root))
     parts = [_metadata(saved, lines, licence), _about(saved), _dimensions(lines), _coverage(saved), _spectra(rows)]
     parts += [_data(rows), _reproduce(saved, about, checkpoint)]
     return "\n\n".join(part for part in parts if part) + "\n"

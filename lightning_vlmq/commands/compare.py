@@ -11,11 +11,12 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 
 if TYPE_CHECKING:
     from lightning_vlmq.evaluation.records import Columns, EvaluationSet
+    from lightning_vlmq.statistics import Statistics
 
 
 @command("compare", "Read results")
 def run(args: list[str]) -> None:
-    """Compare RUN RUN: every dimension of two stored runs side by side, with the change and its interval."""
+    """Put two stored runs side by side: every dimension, the change and its interval."""
     parser = argparse.ArgumentParser(prog="vlmq compare", description=run.__doc__)
     parser.add_argument(
         "runs",
@@ -33,7 +34,7 @@ def run(args: list[str]) -> None:
     loaded = [samples(name, given.root) for name in given.runs]
     shared = set(loaded[0]) & set(loaded[1])
     require_same_samples(loaded, given.runs)
-    lines = headline(side_by_side(loaded))
+    lines = headline(side_by_side(loaded), settings_of(given.runs, given.root))
     if not lines:
         raise VLMQError(f"{' and '.join(given.runs)} share no data sets to compare on")
     for where in sorted({where.dataset for own in loaded for where in set(own) - shared}):
@@ -64,6 +65,21 @@ def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:
     if not found:
         raise VLMQError(f"run '{run_id}' of '{store.root}' has no samples to compare; run it again")
     return found
+
+
+def settings_of(names: list[str], root: str) -> Statistics:
+    """The statistics' settings of stored runs; raises :class:`VLMQError` where they differ: one cannot be read by the other's."""
+    from lightning_vlmq.results.store import ResultsStore
+
+    found = []
+    for name in names:
+        folder, colon, run_id = name.rpartition(":")
+        found.append(ResultsStore(folder if colon else root).statistics(run_id))
+    if found[0] != found[-1]:
+        raise VLMQError(
+            f"{' and '.join(names)} were evaluated with different statistics; run one of them again with the other's"
+        )
+    return found[0]
 
 
 def require_same_samples(loaded: list[dict[EvaluationSet, Columns]], names: list[str]) -> None:

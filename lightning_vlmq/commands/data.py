@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @command("data", "Data and models")
 def run(args: list[str]) -> None:
-    """Data check: are the data sets of a config there, complete and readable?
+    """Check (data check) that the data sets of a config are there, complete and readable.
 
     Args:
         args: the command line after ``vlmq data``.

@@ -150,7 +150,7 @@ KINDS: Mapping[str, Callable[[], dict[str, Entry]]] = {
 
 @command("list", _GROUP)
 def run_list(args: list[str]) -> None:
-    """List models | methods | scores | metrics | corruptions | data | studies | configs, one line each."""
+    """Say what there is: models, methods, scores, metrics, corruptions, data, studies, configs, one line each."""
     parser = argparse.ArgumentParser(prog="vlmq list", description="Everything that goes by a name, one line each.")
     parser.add_argument("kind", choices=[*KINDS], help="what to list")
     parser.add_argument("word", nargs="?", default="", help="only those with this in their name")
@@ -174,7 +174,7 @@ def run_list(args: list[str]) -> None:
 
 @command("show", _GROUP)
 def run_show(args: list[str]) -> None:
-    """Show NAME: a model, method, score, metric, corruption, data set, study or config in full."""
+    """Show whatever goes by a name in full: description, options, config, how to use it."""
     parser = argparse.ArgumentParser(prog="vlmq show", description="Whatever goes by a name, in full.")
     parser.add_argument("name", help="as vlmq list prints it; KIND/NAME where two kinds share a name")
     name = parser.parse_args(args or ["--help"]).name

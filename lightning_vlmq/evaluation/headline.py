@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from scipy.stats import norm
 
-from lightning_vlmq.evaluation.estimates import Estimate, estimate_all, main_score
-from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
+from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
+from lightning_vlmq.evaluation.measures import Dimension, dimensions
+from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate, deviation
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
-from lightning_vlmq.statistics import benjamini_hochberg
+from lightning_vlmq.statistics import Statistics, benjamini_hochberg
 
 Z95 = float(norm.ppf(0.975))
 
@@ -24,7 +25,8 @@ class HeadlineLine:
     Attributes:
         dimension: which, and the measure that stands for it.
         values: the measure of each run, fractions; the first run is what the second is compared with.
-        change: the second run's minus the first's; NaN for a single run.
+        change: the second run's minus the first's, of the measure that stands for this one where a change is tested (a calibration
+            error's is debiased, and need not be the difference of the values); NaN for a single run.
         half_width: half its 95 % interval, 1.96 standard errors of a paired bootstrap over samples.
         q_value: that there is no change, two-sided, corrected over the lines (Benjamini & Hochberg); NaN where nothing can be tested.
     """
@@ -46,46 +48,39 @@ class HeadlineLine:
         return (self.change > 0) == self.dimension.measure.info.higher_is_better
 
 
-def side_by_side(runs: Sequence[Mapping[EvaluationSet, Columns]]) -> dict[str, list[SampleMatrix]]:
-    """Per-sample columns of runs on the same samples, by role; only the sets that all runs have."""
-    sets: dict[str, list[SampleMatrix]] = {}
-    for where in runs[0]:
-        if all(where in run for run in runs):
-            tables = {number: run[where] for number, run in enumerate(runs)}
-            sets.setdefault(where.role, []).append(SampleMatrix(where, tables, len(runs)))
-    return sets
+def side_by_side(runs: Sequence[Mapping[EvaluationSet, Columns]]) -> list[SampleMatrix]:
+    """Per-sample columns of runs on the same samples; only the sets that all runs have."""
+    shared = [where for where in runs[0] if all(where in run for run in runs)]
+    return [SampleMatrix(where, {number: run[where] for number, run in enumerate(runs)}, len(runs)) for where in shared]
 
 
-def headline(sets: Mapping[str, list[SampleMatrix]], seed: int = 0) -> list[HeadlineLine]:
+def headline(sets: Sequence[SampleMatrix], settings: Statistics) -> list[HeadlineLine]:
     """A line a dimension that the sets allow.
 
     Args:
-        sets: samples of one or more runs by role, as :func:`side_by_side` gives them.
-        seed: seed of the bootstrap.
+        sets: samples of one or more runs, as :func:`side_by_side` gives them.
+        settings: bins, resamples and their seed.
     """
-    score = main_score(sets["id"][0]) if sets.get("id") else None
-    return lines_of(estimate_all(sets, seed), score or "")
-
-
-def lines_of(estimates: Mapping[Measure, Estimate], score: str) -> list[HeadlineLine]:
-    """The lines that estimates give; ``score`` is the OOD score that stands for detection."""
-    found = [(d, estimates[d.measure]) for d in dimensions(score) if d.measure in estimates]
-    changes = [_change(estimate) for _, estimate in found]
-    p_values = [p_value_of(*change) for change in changes]
-    q_values = benjamini_hochberg(torch.tensor(p_values, dtype=torch.float64)).tolist() if found else []
+    inside = [s for s in sets if s.where.role == "id"]
+    shown = dimensions(main_score(recorded_scores(inside)) if inside else "")
+    needed = {(m.metric, m.role, m.score) for d in shown for m in (d.measure, d.measure.tested_by)}
+    found = estimate_all(AlignedRuns(sets, settings, lambda *asked: asked in needed))
+    shown = [d for d in shown if d.measure in found]
+    changes = [_change(found.get(d.measure.tested_by)) for d in shown]
+    p_values = torch.tensor([p_value_of(*change) for change in changes], dtype=torch.float64)
+    q_values = benjamini_hochberg(p_values).tolist() if shown else []
     return [
-        HeadlineLine(dimension, tuple(map(float, estimate.value)), change, Z95 * stderr, q_value)
-        for (dimension, estimate), (change, stderr), q_value in zip(found, changes, q_values)
+        HeadlineLine(dimension, tuple(map(float, found[dimension.measure].value)), change, Z95 * stderr, q_value)
+        for dimension, (change, stderr), q_value in zip(shown, changes, q_values)
     ]
 
 
-def _change(estimate: Estimate) -> tuple[float, float]:
+def _change(estimate: Estimate | None) -> tuple[float, float]:
     """Second run minus first, and its standard error; NaN for a single run."""
-    if len(estimate.value) < 2:
+    if estimate is None or estimate.k < 2:
         return float("nan"), float("nan")
-    drawn = estimate.replicates[:, 1] - estimate.replicates[:, 0]
-    drawn = drawn[np.isfinite(drawn)]
-    return float(estimate.value[1] - estimate.value[0]), float(drawn.std(ddof=1)) if len(drawn) > 1 else float("nan")
+    change = float(estimate.value[1] - estimate.value[0])
+    return change, deviation(estimate.replicates[:, 1] - estimate.replicates[:, 0])
 
 
 def p_value_of(change: float, stderr: float) -> float:

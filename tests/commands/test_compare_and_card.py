@@ -38,7 +38,12 @@ def test_two_runs_side_by_side(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     main(["compare", "full", f"{folder}:w3", "--root", str(folder)])
     said = capsys.readouterr().out
-    rows = ResultsStore(folder).rows().query("metric == 'top1' and role == 'id'").set_index("run_id")["value"]
+    rows = (
+        ResultsStore(folder)
+        .rows()
+        .query("metric == 'top1' and role == 'id' and dataset != ''")
+        .set_index("run_id")["value"]
+    )
     line = next(line for line in said.splitlines() if line.strip().startswith("Accuracy"))
     assert f"{100 * rows['full']:.1f}" in line and f"{100 * rows['w3']:.1f}" in line and "±" in line
     assert "Spurious correlation" in said and "full" in said
@@ -59,7 +64,11 @@ def test_a_card_says_what_was_done_and_what_it_did(folder, capsys):
     _, front, text = path.read_text().split("---\n", 2)
     about = yaml.safe_load(front)
     assert about["license"] == "apache-2.0" and about["base_model"] == "vit_clean" and "quantized" in about["tags"]
-    rows = ResultsStore(folder).rows().query("metric == 'top1' and role == 'id' and run_id == 'w3'")["value"]
+    rows = (
+        ResultsStore(folder)
+        .rows()
+        .query("metric == 'top1' and role == 'id' and dataset != '' and run_id == 'w3'")["value"]
+    )
     metrics = {metric["name"]: metric["value"] for metric in about["model-index"][0]["results"][0]["metrics"]}
     assert metrics["Accuracy: top-1"] == pytest.approx(rows.item(), abs=1e-6)
     for heading in ("Reliability", "What was quantized", "Spectra of the weights", "Data", "Again"):

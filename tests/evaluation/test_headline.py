@@ -5,6 +5,7 @@ import pytest
 
 from lightning_vlmq.evaluation.headline import headline, side_by_side
 from lightning_vlmq.evaluation.records import EvaluationSet
+from lightning_vlmq.statistics import Statistics
 
 WHERE = EvaluationSet("photos", "id", "", 0)
 
@@ -33,7 +34,9 @@ def runs(rng, n, worse):
 
 def test_the_change_of_accuracy_has_the_error_of_paired_differences():
     first, second = runs(np.random.default_rng(0), 2000, 0.03)
-    line = next(line for line in headline(side_by_side([first, second])) if line.dimension.title == "Accuracy")
+    line = next(
+        line for line in headline(side_by_side([first, second]), Statistics()) if line.dimension.title == "Accuracy"
+    )
     difference = second[WHERE]["correct"].astype(float) - first[WHERE]["correct"]
     assert line.change == pytest.approx(difference.mean())
     assert line.half_width == pytest.approx(1.96 * difference.std(ddof=1) / 2000**0.5, rel=0.1)
@@ -42,20 +45,20 @@ def test_the_change_of_accuracy_has_the_error_of_paired_differences():
 
 def test_a_run_beside_itself_has_not_changed():
     first, _ = runs(np.random.default_rng(1), 200, 0.0)
-    for line in headline(side_by_side([first, first])):
+    for line in headline(side_by_side([first, first]), Statistics()):
         assert line.change == line.half_width == 0 and not line.is_significant
 
 
 def test_one_run_has_values_alone():
     first, _ = runs(np.random.default_rng(2), 50, 0.0)
-    lines = headline(side_by_side([first]))
+    lines = headline(side_by_side([first]), Statistics())
     assert [line.dimension.title for line in lines] == ["Accuracy", "Calibration"]
     assert all(len(line.values) == 1 and np.isnan(line.change) and not line.is_significant for line in lines)
 
 
 def test_sets_that_one_run_lacks_are_left_out():
     first, second = runs(np.random.default_rng(3), 50, 0.0)
-    assert not headline(side_by_side([first, {EvaluationSet("others", "id", "", 0): second[WHERE]}]))
+    assert not headline(side_by_side([first, {EvaluationSet("others", "id", "", 0): second[WHERE]}]), Statistics())
 
 
 def test_no_change_is_seldom_called_one():
@@ -66,6 +69,8 @@ def test_no_change_is_seldom_called_one():
         swapped = rng.random(300) < 0.1  # as often to the better as to the worse
         second = np.where(swapped, rng.random(300) < 0.8, first)
         confidence = rng.uniform(0.5, 1, 300)
-        lines = headline(side_by_side([{WHERE: columns(first, confidence)}, {WHERE: columns(second, confidence)}]))
+        lines = headline(
+            side_by_side([{WHERE: columns(first, confidence)}, {WHERE: columns(second, confidence)}]), Statistics()
+        )
         found += lines[0].is_significant
     assert found <= 9  # 3 expected of 60 at 5 %; 10 or more happens once in a thousand
