@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lightning import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.overlap import require_disjoint
@@ -80,8 +82,11 @@ class ReliabilityDataModule(LightningDataModule):
     def _loader(self, data: Any, batch_size: int, train: bool) -> DataLoader[Batch]:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler: Any
-        if train:
-            sampler = DistributedSampler(data, world, rank) if world > 1 else RandomSampler(data)
+        if (
+            train
+        ):  # an epoch's order is a matter of the seed and its number, so that a resumed run goes on as it would have
+            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning keeps seed_everything's
+            sampler = DistributedSampler(data, world, rank, seed=seed)
         else:
             sampler = (
                 UnrepeatedDistributedSampler(data, world, rank, shuffle=False) if world > 1 else SequentialSampler(data)
@@ -91,6 +96,7 @@ class ReliabilityDataModule(LightningDataModule):
             batch_size=batch_size,  # by name: Lightning rebuilds loaders for prediction from the names
             sampler=sampler,
             num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
             persistent_workers=train and self.num_workers > 0,  # evaluation has a loader a set: theirs must not pile up
             drop_last=train and len(data) // world >= batch_size,
             collate_fn=as_is,

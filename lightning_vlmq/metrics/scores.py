@@ -267,7 +267,9 @@ def knn(inputs: ScoreInputs, k: int = 50) -> Tensor:
         raise VLMQError(f"the {k}-th nearest of {len(reference)} calibration features does not exist: set k lower")
     reference = torch.nn.functional.normalize(reference, dim=-1)
     distances = [
-        torch.cdist(chunk, reference).kthvalue(k, dim=-1).values
+        torch.cdist(chunk, reference)
+        .topk(k, dim=-1, largest=False)
+        .values[:, -1]  # CUDA's kthvalue is not deterministic
         for chunk in torch.nn.functional.normalize(features, dim=-1).split(4096)
     ]
     return -torch.cat(distances)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightning_vlmq.core.deterministic import running_sum
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
@@ -16,8 +17,8 @@ from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, static_laye
 from lightning_vlmq.quant.scheme import QuantScheme
 
 BINS = 4096
-HISTC_LIMIT = 2**23
-"""Values per call of ``torch.histc``, whose float32 counts stop being exact at 2^24."""
+CHUNK = 2**23
+"""Values sorted into a histogram at once, for the memory that their bins take."""
 MOMENT_BUDGET = 2**28
 """Second-moment entries held at once (1 GiB of float32); more layers than fit are done in further passes."""
 
@@ -41,14 +42,16 @@ class HistogramObserver:
 
     def observe(self, x: Tensor) -> None:
         """Take in one batch of inputs, any shape."""
-        for part in x.float().flatten().split(HISTC_LIMIT):
-            counts = torch.histc(part, bins=len(self.counts), min=self.minimum, max=self.maximum)
-            self.counts += counts.double().cpu()
+        bins = len(self.counts)
+        for part in x.float().flatten().split(CHUNK):
+            inside = part[(part >= self.minimum) & (part <= self.maximum)]
+            place = ((inside - self.minimum) * (bins / (self.maximum - self.minimum))).long().clamp_(0, bins - 1)
+            self.counts += place.bincount(minlength=bins).double().cpu()  # CUDA's histc is not deterministic
         self.seen += x.numel()
 
     def quantile(self, share: float) -> float:
         """Value below which a share (0 to 1) of the inputs lies, to within one bin; linear inside the bin."""
-        cumulative = self.counts.cumsum(0)
+        cumulative = running_sum(self.counts)
         target = share * cumulative[-1]
         index = int(torch.searchsorted(cumulative, target.view(1)).clamp(max=len(self.counts) - 1))
         before = cumulative[index] - self.counts[index]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_vlmq.core.deterministic import running_sum
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.spectral.moments import eigenbasis
 
@@ -102,7 +103,7 @@ def random_subspace(moment: Tensor, energy: float, generator: torch.Generator) -
     if not 0 <= energy <= total * (1 + 1e-9):
         raise VLMQError(f"a random subspace cannot hold an energy of {energy:g} of {total:g}")
     basis = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q.to(moment)
-    held = ((moment @ basis) * basis).sum(0).cumsum(0)
+    held = running_sum(((moment @ basis) * basis).sum(0))
     if energy == 0 or energy >= total * (1 - 1e-12) or dim == 1:
         return basis[:, : 0 if energy < total / 2 else dim]
     m = 1 + int((held[:-1] - energy).abs().argmin())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_vlmq.core.deterministic import running_sum
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.spectral.weights import as_matrix
 
@@ -124,7 +125,7 @@ class RankCut:
         inputs = right if self._moment is None else right @ self._moment
         products = (left.mT @ left) * (inputs @ right.mT)  # error of a set of directions: the sum of its block
         edges = products.tril(-1).sum(1) * 2 + products.diagonal()
-        return torch.cat([edges.new_zeros(1), edges.cumsum(0)]).clamp_min(0)
+        return torch.cat([edges.new_zeros(1), running_sum(edges)]).clamp_min(0)
 
     def nearest(self, error: float, from_top: bool = False) -> int:
         """How many of the last (or first) directions to drop for the output error nearest to ``error``, on a log scale.
@@ -176,7 +177,7 @@ def filter_gains(weight: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
     rank = torch.arange(1, len(values) + 1, dtype=torch.float64)
     low = (rank / 2**0.5).ceil().long().clamp_min(1) - 1
     high = (rank * 2**0.5).floor().long().clamp_max(len(values))
-    sums = [torch.cat([t.new_zeros(1), torch.where(kept, t, 0.0).cumsum(0)]).cpu() for t in (energy, coherent)]
+    sums = [torch.cat([t.new_zeros(1), running_sum(torch.where(kept, t, 0.0))]).cpu() for t in (energy, coherent)]
     window, product = (total[high] - total[low] for total in sums)
     smooth = torch.where(window > 0, product / window.where(window > 0, torch.ones(())), 1.0)
     return smooth.to(measured), measured

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from cases.qat import train
+from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.modules import QATModule, Quantization
 from lightning_vlmq.quant import quantized_layers
 from lightning_vlmq.quant.fake_quant import STEP_FLOOR
 
@@ -47,3 +51,27 @@ def test_steps_stay_positive_at_a_reckless_rate(method):
     assert torch.isfinite(every).all() and (every >= STEP_FLOOR).all()
     assert (every == STEP_FLOOR).any()  # some were stopped there
     assert all(torch.isfinite(torch.tensor(watcher.losses)))
+
+
+@pytest.mark.parametrize("method", ["ste_feature", "lsqplus_contrastive", "rot_lsq_contrastive"])
+def test_a_resumed_fit_gives_the_weights_of_the_undisturbed_one(method, tmp_path):
+    def fit(resume=None, disturb=0):
+        seed_everything(3, verbose=False)
+        torch.rand(disturb)  # what else a process may have drawn by then
+        data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=24, train_batch_size=8)
+        module = QATModule("vit_clean", quant=Quantization(method=method, scope="vision_text", weight_bits=4))
+        keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1, every_n_epochs=1, save_on_train_epoch_end=True)
+        trainer = Trainer(
+            accelerator="cpu", max_epochs=3, limit_val_batches=0, logger=False, callbacks=[keeper] if resume is None else [],
+            enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=resume is None,
+            use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=resume, weights_only=False)
+        return module.vlm.state_dict()
+
+    whole = fit()
+    resumed = fit(str(tmp_path / "epoch=0.ckpt"), disturb=100)
+    different = [name for name, tensor in whole.items() if not torch.equal(tensor, resumed[name])]
+    assert different == []
+    start = torch.load(tmp_path / "epoch=0.ckpt", weights_only=False)["state_dict"]
+    assert any(not torch.equal(start[f"vlm.{name}"], tensor) for name, tensor in whole.items())  # it did go on

@@ -1,11 +1,15 @@
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
+from cases.determinism import CudaDeterminism
 from cases.quant import build, make_batches, second_moment, squared_output_error
 from timm.layers import Conv2dSame
 from torch import nn
 
-from lightning_vlmq.quant import QuantConv2d, QuantLinear, QuantScheme, observers, swap_layers
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.quant import METHODS, QuantConv2d, QuantLinear, QuantScheme, observers, quantize, swap_layers
 from lightning_vlmq.quant.calibrating import RangeObserver
 from lightning_vlmq.quant.observers import HistogramObserver, MagnitudeObserver, output_error, second_moments
 
@@ -84,3 +88,33 @@ def test_range_is_the_range_of_all_batches():
     for part in x:
         observer.observe(part)
     assert observer.minimum == x.min() and observer.maximum == x.max() and observer.seen == 200
+
+
+def test_histogram_counts_are_those_of_torch():
+    x = torch.randn(20_000)
+    histogram = HistogramObserver(-1.5, 2.0)
+    histogram.observe(torch.cat([x, torch.tensor([torch.nan, -1.5, 2.0])]))
+    expected = torch.histc(torch.cat([x, torch.tensor([-1.5, 2.0])]), 4096, -1.5, 2.0)
+    assert histogram.counts.sum() == expected.sum()
+    assert (histogram.counts - expected).abs().sum() <= 4  # values on an edge, where both round
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].needs_training])
+def test_quantizing_needs_nothing_that_cuda_cannot_do_deterministically(method: str):
+    vlm = build("convnext_clean")
+    scheme = QuantScheme(8, 8, scope="vision_text")
+    with CudaDeterminism(), suppress(VLMQError):  # noise is seldom matched on so few images, but was drawn by then
+        quantize(vlm, method, scheme, make_batches(vlm, (16,)))
+        with torch.no_grad():
+            vlm.encode_image(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].needs_training])
+def test_a_training_step_needs_nothing_that_cuda_cannot_do_deterministically(name: str):
+    vlm = build("align_clean")
+    batch = make_batches(vlm, (4,))
+    with CudaDeterminism():
+        quantize(vlm, name, QuantScheme(4, 8, scope="vision_text"), batch)
+        image, text = vlm.encode_image(batch[0]["image"]), vlm.encode_text(batch[0]["tokens"])
+        teacher = torch.nn.functional.normalize(torch.randn_like(image), dim=-1)
+        METHODS[name]().loss(image, text, teacher, teacher, vlm.logit_scale()).backward()
