@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,9 +15,13 @@ from torch import Tensor
 
 from lightning_vlmq.callbacks.activations import ActivationSpectrum
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
+from lightning_vlmq.core.identity import describe, digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.quant import save_quantized
+from lightning_vlmq.results.identity import run_identity, why_partial
 from lightning_vlmq.results.store import ResultsStore, code_version
+
+log = logging.getLogger(__name__)
 
 _SET_COLUMNS = ("dataset", "role", "corruption", "severity")
 
@@ -33,21 +36,35 @@ class ResultsWriter(Callback):
 
     Args:
         root: the study's folder.
-        run_id: the run's name in the store; by default a hash of the model's and the data module's settings and the seed.
+        run_id: the run's name in the store; by default a hash of everything that decides its numbers, see
+            :func:`~lightning_vlmq.results.identity.run_identity`.
+
+    A run that sees less than all data (``fast_dev_run``, ``limit_val_batches`` and its like) files nothing and says so.
+
+    Raises:
+        VLMQError: before anything is computed, if the root holds another experiment under the run id.
     """
 
     def __init__(self, root: str = "logs/runs", run_id: str | None = None) -> None:
         self.root = Path(root)
         self.run_id = run_id
         self.store = ResultsStore(root)
+        self._partial: str | None = None
+        self._identity: Any = None
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Name the run and give the module a place for its features, before anything is computed."""
         self._start = self._made = time.perf_counter()
         if not hasattr(pl_module, "run_key"):
             return
+        self._partial = why_partial(trainer)
+        self._identity = describe(run_identity(trainer, pl_module))
         if self.run_id is None:
-            self.run_id = default_run_id(trainer, pl_module)
+            self.run_id = digest(self._identity, 12)
+        elif self._partial is None and trainer.is_global_zero:
+            self.store.require_same(self.run_id, self._identity)
+        if self._partial is not None and stage != "predict" and trainer.is_global_zero:
+            log.warning("nothing is filed in '%s': the run does not see all data (%s)", self.root, self._partial)
         if getattr(pl_module.cache, "folder", None) is None:
             pl_module.cache.folder = self.root / "cache"
 
@@ -62,6 +79,7 @@ class ResultsWriter(Callback):
         training_goes_on = trainer.state.fn == "fit" and trainer.global_step < trainer.estimated_stepping_batches
         if (
             trainer.is_global_zero
+            and self._partial is None
             and getattr(pl_module, "rows", None)
             and not trainer.sanity_checking
             and not training_goes_on
@@ -72,7 +90,7 @@ class ResultsWriter(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the trained quantized model."""
-        if trainer.is_global_zero and getattr(pl_module, "coverage", None) is not None:
+        if trainer.is_global_zero and self._partial is None and getattr(pl_module, "coverage", None) is not None:
             folder = self.root / "models" / str(self.run_id)
             save_quantized(pl_module.vlm, folder, pl_module.quant.method, pl_module.scheme, pl_module.coverage)
 
@@ -102,10 +120,13 @@ class ResultsWriter(Callback):
             tuned = {**module.run_key.tuned.columns(), "code_version": code_version(), "run_id": f"{self.run_id}.lst"}
             tuned_rows = pd.DataFrame([{**asdict(row), **tuned} for row in module.tuned_rows])
             samples = _sample_table(module.eval_sets, module.tuned_records)
-            self.store.write(tuned["run_id"], tuned_rows, samples, pd.DataFrame(), statistics=module.statistics)
+            self.store.write(
+                tuned["run_id"], tuned_rows, samples, pd.DataFrame(), None, module.statistics, self._identity
+            )
         samples = _sample_table(module.eval_sets, module.records)
         points = pd.concat([part for part in curves if len(part)] or curves)
-        self.store.write(self.run_id, pd.DataFrame(rows), samples, points, self._made - self._start, module.statistics)
+        seconds = self._made - self._start
+        self.store.write(self.run_id, pd.DataFrame(rows), samples, points, seconds, module.statistics, self._identity)
 
 
 def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:
@@ -114,14 +135,3 @@ def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Te
         where = {key: getattr(s, "name" if key == "dataset" else key) for key in (*_SET_COLUMNS, "group")}
         parts.append(pd.DataFrame({key: column.numpy() for key, column in records[s.name].items()}).assign(**where))
     return pd.concat(parts)
-
-
-def default_run_id(trainer: Trainer, module: Any) -> str:
-    """A hash of what decides a run's result: both sets of constructor arguments and the seed."""
-    settings = {
-        "module": type(module).__name__,
-        "model": {key: value for key, value in module.hparams.items() if key != "cache"},
-        "data": dict(trainer.datamodule.hparams),  # type: ignore[attr-defined]
-        "seed": module.run_key.seed,
-    }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=repr).encode()).hexdigest()[:12]

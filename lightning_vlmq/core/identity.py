@@ -67,5 +67,24 @@ def digest(value: Any, length: int = 16) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
 
 
+def first_difference(one: Any, other: Any, where: str = "") -> str | None:
+    """Where two descriptions part first, in words: ``"quant.weight_bits was 4, is 8"``; ``None`` for equal ones."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        nested = ((key, one.get(key), other.get(key)) for key in sorted(one.keys() | other.keys()))
+        found = (first_difference(a, b, f"{where}.{key}" if where else key) for key, a, b in nested)
+        return next((difference for difference in found if difference is not None), None)
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        found = (first_difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(one, other)))
+        return next((difference for difference in found if difference is not None), None)
+    if one == other and isinstance(one, bool) == isinstance(other, bool):
+        return None
+    return f"{where or 'identity'} was {_short(one)}, is {_short(other)}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -41,6 +42,20 @@ class ReliabilityDataModule(LightningDataModule):
         self.batch_size = batch_size
         self.train_batch_size = train_batch_size
         self.num_workers = num_workers
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers of a run on these data, once they are set up: each set's content and classes, the pairs' content.
+
+        ``train_batch_size`` counts because it is what training and calibration see at once; ``batch_size`` does not, as every
+        sample is evaluated by itself.
+        """
+        return {
+            "sets": [{f.name: getattr(s, f.name) for f in fields(s) if f.name != "images"} for s in self.eval_sets],
+            "class_names": list(self.class_names),
+            "templates": list(self.templates),
+            "pairs": None if self.pairs is None else self.pairs.digest(),
+            "train_batch_size": self.train_batch_size,
+        }
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader an evaluation set, in the order of ``eval_sets``; under DDP each sample is seen by exactly one process."""

@@ -6,18 +6,20 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import lightning_vlmq
 from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM
+from lightning_vlmq.models.provenance import content_hash
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 
 
@@ -93,8 +95,10 @@ class SetFeatures:
             self.cache.put(self.tower, self._name, torch.cat(self._fresh))
 
 
-def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str, tower: str = "vision") -> str:
-    """What decides a tower's outputs, as a hash: its tensors, its structure, how it is quantized, and the code's version.
+def tower_digest(
+    vlm: VLM, scheme: QuantScheme | None, method: str, tower: str = "vision", computing: Mapping[str, Any] | None = None
+) -> str:
+    """What decides a tower's outputs, as a hash: its tensors, structure, preprocessing or tokenizer, quantization and computing.
 
     The scope counts only as far as it holds the tower: a vision tower is the same whether the text tower is quantized too or not.
 
@@ -103,6 +107,7 @@ def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str, tower: str =
         scheme: how it is quantized, ``None`` for full precision.
         method: by which method.
         tower: ``"vision"`` or ``"text"``.
+        computing: precision, device and versions, see :func:`~lightning_vlmq.results.identity.computing`.
     """
     if scheme is not None and tower in scheme.towers:
         described = f"{method} {dataclasses.replace(scheme, scope='vision')}"
@@ -110,15 +115,8 @@ def tower_digest(vlm: VLM, scheme: QuantScheme | None, method: str, tower: str =
         described = f"{FULL_PRECISION} None"
     own = {name: tensor for name, tensor in vlm.state_dict().items() if vlm.tower_of(name) == tower}
     modules = [module for name, module in vlm.model.named_children() if vlm.tower_of(f"model.{name}") == tower]
-    state = hashlib.sha256(f"{lightning_vlmq.__version__} {torch.__version__} {described} {modules}".encode())
-    for name, tensor in sorted(own.items()):
-        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        state.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-            if tensor.ndim
-            else str(float(tensor)).encode()
-        )
-    return state.hexdigest()[:20]
+    own_input = vlm.identity()["preprocessing" if tower == "vision" else "tokenizer"]
+    return digest([dict(computing or {}), described, str(modules), own_input, content_hash(own)], 20)
 
 
 def text_digest(texts: Sequence[str], *more: Sequence[str]) -> str:

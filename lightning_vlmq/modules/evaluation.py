@@ -28,6 +28,7 @@ from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import METHODS, CoverageReport, load_quantized, quantize
 from lightning_vlmq.quant.methods import Quantization
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
+from lightning_vlmq.results.identity import computing, file_digest, why_partial
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.statistics import Statistics
 
@@ -115,6 +116,18 @@ class EvaluationModule(LightningModule):
             scheme.variant,
         )
 
+    def identity(self) -> dict[str, Any]:
+        """What decides this module's numbers: the model and its weights, how it is quantized, scores, evaluators, statistics."""
+        return {
+            "vlm": self.vlm,
+            "quant": FULL_PRECISION if self.checkpoint is None and self.scheme is None else self.quant,
+            "checkpoint": None if self.checkpoint is None else file_digest(self.checkpoint),
+            "scores": list(self.scores),
+            "lst": self.lst,
+            "evaluators": list(self.evaluators),
+            "statistics": self.statistics,
+        }
+
     @property
     def data(self) -> ReliabilityDataModule:
         """The data module of this run."""
@@ -168,7 +181,7 @@ class EvaluationModule(LightningModule):
 
     def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
         name = FULL_PRECISION if scheme is None else method
-        towers = {tower: tower_digest(vlm, scheme, name, tower) for tower in TOWERS}
+        towers = {tower: tower_digest(vlm, scheme, name, tower, computing(self.trainer)) for tower in TOWERS}
         return Judged(vlm, self.data, self.cache, towers, self.scores, self.statistics, tunes)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -214,9 +227,8 @@ class EvaluationModule(LightningModule):
         return {"index": batch["index"], **self._judged.columns(self.eval_sets[dataloader_idx], batch)}
 
     def _check_complete(self, s: EvalSet, records: dict[str, Tensor]) -> None:
-        limits = (self.trainer.limit_val_batches, self.trainer.limit_test_batches)
         missing = len(s.images) - len(records["index"])
-        if missing == 0 or limits != (1.0, 1.0) or self.trainer.sanity_checking:
+        if missing == 0 or self.trainer.sanity_checking or why_partial(self.trainer):
             return
         if getattr(s.images, "on_bad_image", "error") == "skip" and missing > 0:
             if missing == len(s.images):

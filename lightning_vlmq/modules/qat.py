@@ -43,6 +43,10 @@ class QATModule(EvaluationModule):
         self.method = method
         self.lr, self.weight_decay, self.step_lr = lr, weight_decay, step_lr
 
+    def identity(self) -> dict[str, Any]:
+        """As :meth:`EvaluationModule.identity`, and the rates."""
+        return {**super().identity(), "lr": self.lr, "weight_decay": self.weight_decay, "step_lr": self.step_lr}
+
     def on_fit_start(self) -> None:
         """Run the teacher over all pairs: features ``[pairs, dim]`` of images and of captions, and the captions' tokens."""
         assert self.reference is not None and self.scheme is not None

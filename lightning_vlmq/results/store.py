@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -29,6 +30,7 @@ import pyarrow.parquet as pq
 import lightning_vlmq
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.identity import first_difference
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
 from lightning_vlmq.statistics import Statistics
@@ -38,6 +40,7 @@ _WRITTEN = b"lightning_vlmq.written"
 _STATISTICS = b"lightning_vlmq.statistics"
 AS_PUBLISHED = Statistics()
 _SECONDS = b"lightning_vlmq.seconds"
+_IDENTITY = b"lightning_vlmq.identity"
 _CORES = b"lightning_vlmq.cpu_count"
 
 
@@ -80,6 +83,7 @@ class ResultsStore:
         curves: pd.DataFrame,
         seconds: float | None = None,
         statistics: Statistics = AS_PUBLISHED,
+        identity: Any = None,
     ) -> None:
         """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
 
@@ -90,6 +94,7 @@ class ResultsStore:
             curves: points, columns as in :data:`CURVE_SCHEMA`; may be empty.
             seconds: how long the model took to make, see :meth:`seconds`.
             statistics: the settings that the rows were computed with.
+            identity: what decides the numbers, as :func:`~lightning_vlmq.core.identity.describe` gives it; see :meth:`identity`.
 
         Raises:
             VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
@@ -112,6 +117,8 @@ class ResultsStore:
             _WRITTEN: datetime.now(UTC).isoformat().encode(),
             _STATISTICS: json.dumps(asdict(statistics)).encode(),
         }
+        if identity is not None:
+            metadata[_IDENTITY] = json.dumps(identity, sort_keys=True).encode()
         if seconds is not None:
             metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
         self._write_part("results", run_id, row_table.replace_schema_metadata(metadata))
@@ -168,6 +175,25 @@ class ResultsStore:
                 f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again"
             )
         return float(metadata[_SECONDS]), int(metadata[_CORES])
+
+    def identity(self, run_id: str) -> Any:
+        """What decided a run's numbers, as nested plain values; ``None`` where it was not said. Raises like :meth:`rows`."""
+        metadata = self._read("results", run_id).schema.metadata or {}
+        return json.loads(metadata[_IDENTITY]) if _IDENTITY in metadata else None
+
+    def require_same(self, run_id: str, identity: Any) -> None:
+        """Check that a run of this name, if there is one, is the experiment with this identity: only then may it be written again.
+
+        Raises:
+            VLMQError: it is another; the message names the first difference.
+        """
+        if not self.has(run_id):
+            return
+        if (difference := first_difference(self.identity(run_id), identity)) is not None:
+            raise VLMQError(
+                f"'{self.root}' holds another run '{run_id}' ({difference}); choose another --results.run_id or --results.root, "
+                f"or delete {self._path('results', run_id)}"
+            )
 
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
         """Results rows of the given runs (default: all), with the columns of :data:`ROW_SCHEMA`.

@@ -10,6 +10,7 @@ from cases.files import random_pixels, refused, write_image, write_tree
 from lightning import Trainer, seed_everything
 from PIL import Image
 
+from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data import FileData
 from lightning_vlmq.data.readers import Folder, FolderPairs, ImageList, ImageNet, ImageNetA, ImageNetV2, Waterbirds
 from lightning_vlmq.data.readers.names import IMAGENET, TEMPLATES
@@ -140,7 +141,7 @@ class TestBadInput:
 
     def test_no_pairs(self, root):
         data = build(root, MINE)
-        refused(data.calibration_batches, "no caption pairs", "configs/data")
+        refused(data.calibration_batches, "no caption pairs", "--config data/cc3m")
         refused(data.train_dataloader, "no caption pairs")
 
     def test_pairs_that_are_evaluated_too(self, root):
@@ -259,17 +260,14 @@ class TestEvaluation:
         refused(lambda: validate(data, EvaluationModule("vit_clean")), "none of the 5 images", "'else'")
 
 
-def test_settings_decide_the_run_id(root):
-    from lightning_vlmq.callbacks.results import default_run_id
-
-    def run_id(data):
-        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False)
-        trainer.datamodule = data
-        return default_run_id(trainer, EvaluationModule("vit_clean"))
-
-    first = run_id(build(root, MINE, setup=False))
-    assert run_id(build(root, MINE, setup=False)) == first
-    assert run_id(build(root, MINE, ELSE, setup=False)) != first
+def test_content_and_settings_decide_the_identity(root):
+    first = digest(build(root, MINE))
+    assert digest(build(root, MINE)) == first
+    others = [build(root, MINE, ELSE), build(root, MINE, image_size=40), build(root, MINE, train_batch_size=7)]
+    others += [build(root, MINE, class_names=["x", "y", "z"]), build(root, MINE, templates=["{}"])]
+    assert len({first, *map(digest, others)}) == 6
+    Image.new("RGB", (40, 30)).save(root / "mine" / "coat" / "0.png")
+    assert digest(build(root, MINE)) != first  # the same settings on a changed file
 
 
 def test_images_may_be_larger_or_smaller_than_asked_for(root):
