@@ -13,6 +13,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.preprocessing import Framing
 from lightning_vlmq.data.overlap import require_disjoint
 from lightning_vlmq.data.sets import Batch, EvalSet, TensorImages, as_is
 
@@ -56,6 +57,15 @@ class ReliabilityDataModule(LightningDataModule):
             "pairs": None if self.pairs is None else self.pairs.digest(),
             "train_batch_size": self.train_batch_size,
         }
+
+    @property
+    def framing(self) -> Framing | None:
+        """How the run's model wants images framed; ``None`` outside of a run."""
+        vlm = getattr(getattr(self.trainer, "lightning_module", None), "vlm", None)
+        return None if vlm is None else vlm.preprocessing.framing
+
+    def follow(self, framing: Framing | None) -> None:
+        """Decode images as a model wants them framed. Images in memory stay as they are: the model frames them on its device."""
 
     def val_dataloader(self) -> list[DataLoader[Batch]]:
         """One loader an evaluation set, in the order of ``eval_sets``; under DDP each sample is seen by exactly one process."""

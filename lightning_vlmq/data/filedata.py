@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +10,18 @@ from pathlib import Path
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.preprocessing import Framing
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.images.encoded import OnBadImage
 from lightning_vlmq.data.images.files import FileImages, decode_all
+from lightning_vlmq.data.images.pixels import Preprocess
 from lightning_vlmq.data.readers.base import Reader, Reading, shorten
 from lightning_vlmq.data.readers.names import TEMPLATES, resolve_class_names, resolve_templates
 from lightning_vlmq.data.readers.pairs import PairReader
 from lightning_vlmq.data.sets import EvalSet
+
+log = logging.getLogger(__name__)
 
 
 class FileData(ReliabilityDataModule):
@@ -35,7 +40,8 @@ class FileData(ReliabilityDataModule):
             ``cifar10``, or a text file with a name a line.
         templates: prompts with ``{}`` for the class name, instead of the id set's; or a name of
             :data:`~lightning_vlmq.data.readers.names.TEMPLATES`.
-        image_size: height and width that images are decoded to, in pixels: the model's own is best. CIFAR's stay smaller.
+        image_size: height and width that images are decoded to, in pixels; ``None`` takes the model's, as resize mode and
+            interpolation always are (224, shortest side, where no model runs). CIFAR's stay smaller.
         calibration_pairs: number of caption pairs.
         pairs_seed: ``None`` takes the first pairs, a seed draws them.
         max_images: at most this many images of each set, drawn with ``data_seed``; ``None`` takes all.
@@ -53,7 +59,7 @@ class FileData(ReliabilityDataModule):
         pairs: PairReader | None = None,
         class_names: str | list[str] | None = None,
         templates: str | list[str] | None = None,
-        image_size: int = 224,
+        image_size: int | None = None,
         calibration_pairs: int = 1000,
         pairs_seed: int | None = None,
         max_images: int | None = None,
@@ -74,7 +80,8 @@ class FileData(ReliabilityDataModule):
                 raise VLMQError(f"{name} must be at least 1, got {value}")
         self.readers = tuple(sets)
         self.pair_reader = pairs
-        self.reading = Reading(Path(root), image_size, on_bad_image, max_images, data_seed)
+        self.image_size = image_size
+        self.reading = Reading(Path(root), Preprocess(image_size or 224), on_bad_image, max_images, data_seed)
         self.calibration_pairs, self.pairs_seed = calibration_pairs, pairs_seed
         self.given_names = None if class_names is None else resolve_class_names(class_names)
         self.given_templates = None if templates is None else resolve_templates(templates)
@@ -83,10 +90,23 @@ class FileData(ReliabilityDataModule):
         """List the sets, agree on the classes, decode the caption pairs, and see that none of them is evaluated too."""
         if not self.readers:
             raise VLMQError("data.sets is empty; add a config (vlmq list data names them), or readers of your own")
+        self.follow(self.framing)
         self.take([s for reader in self.readers for s in reader.read(self.reading)])
         if self.pair_reader is not None:
             self.pairs = decode_all(self.read_pairs(), self.num_workers, "calibration images")
             self.require_disjoint_pairs()
+
+    def follow(self, framing: Framing | None) -> None:
+        """Decode images as a model wants them framed; another ``image_size`` than its own is said. ``None`` changes nothing."""
+        if framing is None:
+            return
+        if self.image_size not in (None, framing.size):
+            log.warning(
+                "images are decoded to %d pixels and resized to the model's %d; leave image_size out to decode once",
+                *(self.image_size, framing.size),
+            )
+            framing = replace(framing, size=self.image_size, resize_to=None)  # type: ignore[arg-type]
+        self.reading = replace(self.reading, preprocess=Preprocess.of(framing))
 
     def read_pairs(self) -> FileImages:
         """The caption pairs, listed but not decoded. Raises :class:`VLMQError` as their reader does."""

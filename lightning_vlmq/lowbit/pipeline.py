@@ -115,6 +115,7 @@ def convert(
     full = load_origin(description.get("origin") or {}).requires_grad_(False).to(_device(device))
     quantized = copy.deepcopy(full)
     saved = load_quantized(quantized, folder)
+    data.follow(full.preprocessing.framing)
     data.setup("validate")
     pairs = data.calibration_batches() if activations == "static" else []
     calibration = [{"image": b["image"], "tokens": full.tokenize(b["caption"])} for b in pairs]

@@ -84,8 +84,8 @@ def load_named(name: str, pretrained: str | None, trained_like: str | None, acti
     if activation is not None:
         recipe = Recipe(activation == "quick_gelu", recipe.preprocess)
     config["quick_gelu"] = recipe.quick_gelu
-    tokenize = _tokenizer(name)
-    model = _build(name, config)
+    tokenize = tokenizer_of(name)
+    model = build(name, config)
     if pretrained == RANDOM:
         draw_missing_weights(model)
     else:
@@ -112,8 +112,8 @@ def load_folder(name: str, folder: Path, revision: str = "") -> VLM:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model ({_reason(error)})") from error
     path = _weights_in(folder)
-    tokenize = _tokenizer(f"local-dir:{folder}")
-    model = _build(name, config)
+    tokenize = tokenizer_of(f"local-dir:{folder}")
+    model = build(name, config)
     fit(model, path)
     return _finish(model, tokenize, name, path.name, content.get("preprocess_cfg") or {}, config, revision)
 
@@ -225,7 +225,7 @@ def _is_quick(config: Mapping[str, Any]) -> bool:
     return bool(config.get("quick_gelu", False))
 
 
-def _build(name: str, config: Mapping[str, Any]) -> nn.Module:
+def build(name: str, config: Mapping[str, Any]) -> nn.Module:
     """The architecture of a config, freshly drawn; no weights of towers are fetched."""
     entries = json.loads(json.dumps(config))
     custom = entries.pop("custom_text", False) or "hf_model_name" in entries["text_cfg"]
@@ -241,7 +241,8 @@ def _build(name: str, config: Mapping[str, Any]) -> nn.Module:
         raise VLMQError(f"cannot build model '{name}': its config has an entry too many ({_reason(error)})") from error
 
 
-def _tokenizer(name: str) -> Any:
+def tokenizer_of(name: str) -> Any:
+    """open_clip's tokenizer of an architecture or ``local-dir:`` folder. Raises :class:`VLMQError` where its files lack."""
     with _one_line_errors(f"cannot make the tokenizer of '{name}'"):
         return open_clip.get_tokenizer(name)
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.images import Preprocess
 from lightning_vlmq.data.readers import Reading
 
 SHARED = Path(os.environ.get("VLMQ_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -83,7 +84,7 @@ def write_tar(path, members):
 
 
 def reading(root, size=16, **kwargs):
-    return Reading(root, size, **kwargs)
+    return Reading(root, Preprocess(size), **kwargs)
 
 
 def refused(step, *words):

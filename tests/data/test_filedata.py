@@ -1,6 +1,7 @@
 """Sets and pairs composed: classes that go together, bad combinations, and a run through the Trainer."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -8,9 +9,11 @@ import pytest
 import torch
 from cases.files import random_pixels, refused, write_image, write_tree
 from lightning import Trainer, seed_everything
+from open_clip import image_transform
 from PIL import Image
 
 from lightning_vlmq.core.identity import digest
+from lightning_vlmq.core.preprocessing import Framing
 from lightning_vlmq.data import FileData
 from lightning_vlmq.data.readers import Folder, FolderPairs, ImageList, ImageNet, ImageNetA, ImageNetV2, Waterbirds
 from lightning_vlmq.data.readers.names import IMAGENET, TEMPLATES
@@ -275,3 +278,27 @@ def test_images_may_be_larger_or_smaller_than_asked_for(root):
     for k, (height, width) in enumerate(((8, 9), (70, 33))):
         Image.fromarray(random_pixels(rng, height, width)).save(root / "else" / f"{k}.png")
     assert by_name(build(root, MINE, ELSE))["else"].images.__getitems__([0, 1, 2])["image"].shape == (3, 3, 32, 32)
+
+
+class TestFraming:
+    @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+    def test_images_are_decoded_as_the_model_of_the_run_wants_them(self, root, mode):
+        module = EvaluationModule("vit_clean", evaluators=[])
+        framing = Framing(32, mode, "bilinear", 9)
+        module.vlm.preprocessing = replace(module.vlm.preprocessing, framing=framing)
+        data = build(root, MINE, setup=False, image_size=None)
+        Trainer(
+            accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        ).predict(module, data)  # fmt: skip
+        transform = image_transform(
+            32, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode, interpolation="bilinear", fill_color=9
+        )
+        images = by_name(data)["mine"].images
+        with Image.open(root / "mine" / "bag" / "0.png") as image:
+            torch.testing.assert_close(images.decode(0) / 255, transform(image))
+
+    def test_another_size_is_said(self, root, caplog):
+        data = build(root, MINE, setup=False, image_size=40)
+        data.follow(Framing(32, "squash"))
+        assert "40 pixels and resized to the model's 32" in caplog.text
+        assert data.reading.preprocess.framing == Framing(40, "squash")

@@ -8,10 +8,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.preprocessing import Framing, Interpolation, ResizeMode
 
 
 class UnreadableImage(VLMQError):
@@ -31,24 +30,40 @@ class UnreadableImage(VLMQError):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Shortest side to ``size`` (bicubic, antialiased), centre crop, RGB: open_clip's preprocessing up to the normalisation.
+    """open_clip's preprocessing up to the normalisation: an image framed and made RGB.
 
     Attributes:
         size: height and width of the result, in pixels.
+        resize_mode: this and the next three as :class:`~lightning_vlmq.core.preprocessing.Framing` has them.
+        interpolation: see there.
+        fill: see there.
+        resize_to: see there.
         border: pixels cut off at each edge first (ObjectNet's red frame).
     """
 
     size: int
+    resize_mode: ResizeMode = "shortest"
+    interpolation: Interpolation = "bicubic"
+    fill: int = 0
+    resize_to: int | None = None
     border: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise VLMQError(f"image_size is a number of pixels and must be at least 1, got {self.size}")
+        self.framing  # noqa: B018 - says what is wrong with the settings
+
+    @classmethod
+    def of(cls, framing: Framing) -> Preprocess:
+        """What frames images as a model wants them."""
+        return cls(**vars(framing))
+
+    @property
+    def framing(self) -> Framing:
+        """How the image is framed."""
+        return Framing(self.size, self.resize_mode, self.interpolation, self.fill, self.resize_to)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels, uint8 ``[3, size, size]``. Raises Pillow's errors for a damaged file."""
         if self.border:
             image = ImageOps.crop(image, self.border)
-        image = F.resize(image, self.size, InterpolationMode.BICUBIC)
-        image = F.center_crop(image, [self.size, self.size]).convert("RGB")  # converted last, as open_clip does
+        image = self.framing(image).convert("RGB")  # converted last, as open_clip does
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +45,14 @@ class Reading:
 
     Attributes:
         root: folder of all data sets.
-        image_size: height and width of the decoded images, in pixels.
+        preprocess: from a decoded file to pixels.
         on_bad_image: see :class:`~lightning_vlmq.data.images.FileImages`.
         max_images: at most this many images a set, drawn with ``seed``; ``None`` takes all.
         seed: seed of that draw; sets of the same size get the same rows.
     """
 
     root: Path
-    image_size: int
+    preprocess: Preprocess
     on_bad_image: OnBadImage = "error"
     max_images: int | None = None
     seed: int = 0
@@ -79,8 +79,10 @@ class Reading:
         Where all images have one size that is smaller (CIFAR), they stay as they are: the model enlarges them on its device.
         """
         rows = torch.arange(len(source)) if rows is None else rows
-        size = self.image_size if source.side is None else min(self.image_size, source.side)
-        return FileImages(source, Preprocess(size, border), rows, self.on_bad_image, **columns)
+        wanted = replace(self.preprocess, border=border)
+        if source.side is not None and source.side < wanted.size:
+            wanted = replace(wanted, size=source.side, resize_to=None)
+        return FileImages(source, wanted, rows, self.on_bad_image, **columns)
 
     def eval_set(
         self,
