@@ -9,9 +9,11 @@ from matplotlib.figure import Figure
 
 from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
 from lightning_vlmq.study.report import figures, improvement, tables
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
 from lightning_vlmq.study.report.figures.spectra import read_spectra
+from lightning_vlmq.study.report.mechanism import prediction_html, verdict_table
 from lightning_vlmq.study.report.published import compare_with_published
 
 Section = tuple[str, str, str]
@@ -19,7 +21,7 @@ Section = tuple[str, str, str]
 
 LINKS = {"spurious": "Spurious", "tables": "Tables", "published": "Published", "zero-shot": "Zero-shot"}
 """Shorter names of sections, by anchor."""
-LINKS |= {"coverage": "Coverage", "how": "How"}
+LINKS |= {"mechanism": "Mechanism", "coverage": "Coverage", "how": "How"}
 
 
 def sections(analysis: StudyAnalysis) -> list[Section]:
@@ -82,7 +84,23 @@ def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
         ("spurious", "Spurious correlation", slopes),
         ("corruption", "Corruption", curves + changes),
         ("flips", "Flips", flips),
+        ("mechanism", "Is the spectral filter the cause?", _mechanism(analysis)),
     ]
+
+
+def _mechanism(analysis: StudyAnalysis) -> str:
+    """Controls beside what they imitate, and what foretells a change; empty without controls and recorded activations."""
+    found = verdicts(analysis)
+    figure = _figure(
+        figures.verdict_overview(found),
+        "Change of each control as a share of quantization's, by dimension and setting",
+        "Does a control do what quantization does? Mean over VLMs; 90 % intervals over test images and seeds. Settings whose "
+        "own change is not significant are left empty.",
+    )
+    foretold = prediction_html(prediction_table(analysis))
+    if foretold:
+        foretold = f"<details><summary>What foretells a change</summary>{foretold}</details>"
+    return figure + verdict_table(found) + foretold
 
 
 def _averages(analysis: StudyAnalysis) -> str:

@@ -1,5 +1,6 @@
 """The report's figures: each a function of the analysis that returns a matplotlib figure, or ``None`` without data."""
 
+from lightning_vlmq.study.report.figures.mechanism import verdict_overview
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.reliability import reliability_diagrams, reliability_trajectories
 from lightning_vlmq.study.report.figures.robustness import corruption_changes, corruption_curves, prediction_flips
@@ -18,4 +19,5 @@ __all__ = [
     "singular_value_heatmaps",
     "singular_value_ratios",
     "spurious_gap_slopes",
+    "verdict_overview",
 ]

@@ -1,0 +1,271 @@
+"""Is the spectral filter the cause? Controls beside the quantization they imitate, and what foretells a change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
+from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.statistics import benjamini_hochberg
+from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction, stratified_association
+from lightning_vlmq.study.analysis.comparison import Comparison, StudyAnalysis
+from lightning_vlmq.study.analysis.runs import Setting
+
+LEAST_SEEDS = 5
+"""Seeds below which a control that draws noise is not judged."""
+ALL_VLMS = "all VLMs"
+PREDICTORS: tuple[str, ...] = (
+    "mean_sqnr_db",
+    "noise_colour",
+    "gain",
+    "filter_share",
+    "sqnr_db",
+    "leading_angle",
+    "participation_ratio",
+)
+PREDICTORS += ("effective_rank_singular", "effective_rank_eigen", "rankme", "alpha_req", "low_frequency_share")
+BASELINES = ("bits", "mean_sqnr_db", "agreement")
+"""What a spectral quantity has to do better than."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One control beside the quantization it imitates, in one dimension.
+
+    Attributes:
+        vlm: a VLM, or :data:`ALL_VLMS` for the mean over those that have both.
+        control: the control's method, with its options but pattern and seed.
+        quantized: the setting that it imitates.
+        dimension: the reliability dimension.
+        change: the quantization's effect.
+        control_change: the control's, mean over seeds.
+        n_seeds: seeds of the control.
+        n_vlms: VLMs averaged.
+        found: the verdict, with the ratio of the two.
+    """
+
+    vlm: str
+    control: str
+    quantized: Setting
+    dimension: Dimension
+    change: float
+    control_change: float
+    n_seeds: int
+    n_vlms: int
+    found: Reproduction
+
+
+def options_of(setting: Setting) -> dict[str, str]:
+    """The method's options in a setting's variant, by name."""
+    known = {field.name for field in fields(cast("Any", METHODS[setting.method]))}
+    return {name: value for name, value in _words(setting) if name in known}
+
+
+def _words(setting: Setting) -> list[tuple[str, str]]:
+    split = [word.partition("=") for word in setting.variant.split(", ") if word]
+    return [(name, value) for name, _, value in split]
+
+
+def pattern_of(setting: Setting) -> Setting | None:
+    """The quantized setting that a control imitates, under the same scheme; ``None`` for what is no control."""
+    if setting.method not in METHODS or not METHODS[setting.method].is_control:
+        return None
+    own = options_of(setting)
+    scheme = ", ".join(f"{name}={value}" if value else name for name, value in _words(setting) if name not in own)
+    return replace(setting, method=own.get("pattern", "minmax"), variant=scheme)
+
+
+def control_name(setting: Setting) -> str:
+    """A control's method with its options but pattern and seed, e.g. ``"rank_truncation(keep=bottom)"``."""
+    own = {name: value for name, value in options_of(setting).items() if name not in ("pattern", "seed")}
+    return setting.method + (f"({', '.join(f'{n}={v}' for n, v in own.items())})" if own else "")
+
+
+def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
+    """Does each control reproduce its quantization's change? Paired bootstrap over samples and seeds.
+
+    A control reproduces a change that it is equivalent to within half of it, see
+    :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds, else
+    the verdict is "undecided".
+
+    Args:
+        analysis: a study with controls and what they imitate; settings of neither kind are passed over.
+        seed: of the draws of seeds.
+
+    Returns:
+        By dimension, quantized setting and control: every VLM, then all of them together where there are several.
+    """
+    found: list[Verdict] = []
+    for dimension in dimensions(analysis.score):
+        cells: dict[tuple[Setting, str], dict[str, _Cell]] = {}
+        for (vlm, setting, measure), comparison in analysis.comparisons.items():
+            pattern = pattern_of(setting)
+            if measure != dimension.measure or pattern is None or comparison.effect is None:
+                continue
+            imitated = analysis.comparisons.get((vlm, pattern, measure))
+            if imitated is not None and imitated.effect is not None and len(comparison.effects):
+                own = cells.setdefault((pattern, control_name(setting)), {}).setdefault(vlm, _Cell(imitated, []))
+                own.controls.append(comparison)
+        for (pattern, control), by_vlm in cells.items():
+            found += [_verdict(vlm, control, pattern, dimension, [cell], seed) for vlm, cell in by_vlm.items()]
+            if len(by_vlm) > 1:
+                found.append(_verdict(ALL_VLMS, control, pattern, dimension, list(by_vlm.values()), seed))
+    return found
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One VLM: the quantization, and the control's seeds."""
+
+    quantized: Comparison
+    controls: list[Comparison]
+
+    @property
+    def n_seeds(self) -> int:
+        return sum(control.n_seeds for control in self.controls)
+
+
+def _verdict(
+    vlm: str, control: str, pattern: Setting, dimension: Dimension, cells: Sequence[_Cell], seed: int
+) -> Verdict:
+    change = float(np.mean([_effect(cell.quantized) for cell in cells]))
+    control_change = float(np.mean([np.mean([_effect(c) for c in cell.controls]) for cell in cells]))
+    drawn = np.mean([cell.quantized.effects for cell in cells], axis=0)
+    seeds = [over_seeds(np.stack([c.effects for c in cell.controls], 1), seed) for cell in cells]
+    found = reproduction(change, drawn, control_change, np.mean(seeds, axis=0))
+    n_seeds = min(cell.n_seeds for cell in cells)
+    if control.startswith("matched_noise") and n_seeds < LEAST_SEEDS and found.verdict != "nothing to reproduce":
+        found = replace(found, verdict="undecided")
+    return Verdict(vlm, control, pattern, dimension, change, control_change, n_seeds, len(cells), found)
+
+
+def _effect(comparison: Comparison) -> float:
+    assert comparison.effect is not None
+    return comparison.effect.estimate
+
+
+def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
+    """Verdicts as plain columns, to be stored."""
+    rows = [
+        {
+            "vlm": v.vlm,
+            "dimension": v.dimension.title,
+            "metric": v.dimension.measure.metric,
+            "method": v.quantized.method,
+            "bits": v.quantized.bits,
+            "scope": v.quantized.scope,
+            "control": v.control,
+            "change": v.change,
+            "control_change": v.control_change,
+            "ratio": v.found.ratio,
+            "ratio_low": v.found.low,
+            "ratio_high": v.found.high,
+            "verdict": v.found.verdict,
+            "n_seeds": v.n_seeds,
+            "n_vlms": v.n_vlms,
+        }
+        for v in found
+    ]
+    return pd.DataFrame(rows)
+
+
+OUTCOMES = {
+    "ΔECE": ("ece", "id"),
+    "ΔAUROC near": ("auroc", "near_ood"),
+    "ΔAUROC far": ("auroc", "far_ood"),
+    "Δcorruption": ("top1", "corruption"),
+    "ΔRSG": ("rsg", "spurious"),
+}
+"""What is to be foretold: the change of a metric on a role's sets."""
+
+
+def prediction_table(
+    analysis: StudyAnalysis, site: str = "vision/output", n_resamples: int = 2000, seed: int = 0
+) -> pd.DataFrame:
+    """Which spectral quantity of a quantized model foretells its changes.
+
+    Spearman's correlation inside a VLM at one bit-width (bits themselves: inside a VLM), a bootstrap over VLMs, one VLM left
+    out at a time, p-values adjusted over the table (Benjamini & Hochberg). Controls do not count: they are no quantization.
+
+    Args:
+        analysis: a study whose runs recorded activations, see :class:`~lightning_vlmq.callbacks.ActivationSpectrum`.
+        site: whose quantities are taken.
+        n_resamples: of VLMs.
+        seed: of the resamples.
+
+    Returns:
+        One row per outcome and predictor, the strongest first within an outcome; empty without such records.
+    """
+    table = predictor_frame(analysis, site)
+    if table.empty:
+        return table
+    predictors = [
+        c for c in table.columns if c.startswith(PREDICTORS) and not c.endswith("_full") and "stderr" not in c
+    ]
+    rows = []
+    for outcome in (name for name in OUTCOMES if name in table):
+        for predictor in dict.fromkeys([*BASELINES, *predictors]):
+            if predictor not in table:
+                continue
+            strata = table["vlm"] if predictor == "bits" else table["vlm"] + table["bits_name"]
+            columns = (_floats(table[predictor]), _floats(table[outcome]))
+            groups = (table["vlm"].to_numpy(str), strata.to_numpy(str))
+            found = stratified_association(*columns, *groups, n_resamples=n_resamples, seed=seed)
+            is_baseline = predictor in BASELINES
+            rows.append({"outcome": outcome, "predictor": predictor, "is_baseline": is_baseline, **vars(found)})
+    made = pd.DataFrame(rows)
+    made["q_value"] = benjamini_hochberg(torch.tensor(made["p_value"].to_numpy())).numpy()
+    strength = made["rho"].abs().fillna(-1)
+    return (
+        made.assign(strength=strength)
+        .sort_values(["outcome", "strength"], ascending=[True, False], kind="stable")
+        .drop(columns="strength")
+        .reset_index(drop=True)
+    )
+
+
+def predictor_frame(analysis: StudyAnalysis, site: str) -> pd.DataFrame:
+    """One row per VLM and quantized setting: its changes, its spectral quantities at a site, bits and agreement."""
+    recorded = analysis.results.rows
+    recorded = recorded[recorded["score"] == site]
+    rows = []
+    for vlm in analysis.vlms:
+        _, runs = analysis.results.runs_of(vlm)
+        by_setting: dict[Setting, list[str]] = {}
+        for run in runs:
+            if not run.setting.is_tuned and pattern_of(run.setting) is None:
+                by_setting.setdefault(run.setting, []).append(run.run_id)
+        for setting, run_ids in by_setting.items():
+            own = recorded[recorded["run_id"].isin(run_ids)].groupby("metric")["value"].mean()
+            if own.empty:
+                continue
+            row: dict[str, Any] = {"vlm": vlm, "setting": setting.label, "bits_name": setting.bits}
+            row |= {"bits": setting.weight_bits, **own.to_dict()}
+            row["agreement"] = _value(analysis, vlm, setting, Measure("agreement", "id"))
+            for name, (metric, role) in OUTCOMES.items():
+                score = analysis.score if metric == "auroc" else ""
+                row[name] = _change(analysis, vlm, setting, Measure(metric, role, "", score))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _value(analysis: StudyAnalysis, vlm: str, setting: Setting, measure: Measure) -> float:
+    comparison = analysis.comparisons.get((vlm, setting, measure))
+    return math.nan if comparison is None else comparison.value
+
+
+def _change(analysis: StudyAnalysis, vlm: str, setting: Setting, measure: Measure) -> float:
+    comparison = analysis.comparisons.get((vlm, setting, measure))
+    return math.nan if comparison is None or comparison.change is None else comparison.change.estimate
+
+
+def _floats(column: pd.Series) -> NDArray[np.float64]:
+    return column.to_numpy(np.float64)

@@ -1,0 +1,85 @@
+"""The report's tables on the mechanism: does a control reproduce quantization's change, and what foretells it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+import pandas as pd
+
+from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict
+
+MARKS = {"reproduces": "●", "does not": "○", "undecided": "?", "nothing to reproduce": "–"}
+"""How a verdict is marked, in table and figure."""
+
+
+def pooled_verdicts(found: Sequence[Verdict]) -> list[Verdict]:
+    """Those over all VLMs; of a study of one VLM, that one's."""
+    pooled = [v for v in found if v.vlm == ALL_VLMS]
+    return pooled or list(found)
+
+
+def verdict_table(found: Sequence[Verdict]) -> str:
+    """One row per quantized setting and dimension, one column per control: the verdict, and the ratio with its interval."""
+    shown = pooled_verdicts(found)
+    if not shown:
+        return ""
+    controls = list(dict.fromkeys(v.control for v in shown))
+    rows = list(dict.fromkeys((v.quantized, v.dimension) for v in shown))
+    by_cell = {(v.quantized, v.dimension, v.control): v for v in shown}
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("setting", "dimension", "change", *controls))
+    body = []
+    for setting, dimension in sorted(rows, key=lambda row: row[0].sort_key):
+        own = [by_cell.get((setting, dimension, control)) for control in controls]
+        change = next(v.change for v in own if v is not None)
+        cells = "".join(f"<td>{_cell(v)}</td>" for v in own)
+        body.append(
+            f"<tr><td>{escape(setting.label)}</td><td>{escape(dimension.title)}</td><td>{100 * change:+.1f}</td>{cells}</tr>"
+        )
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
+    note = (
+        "<p class='note'>Change: as in the overview, in percent or points. Cells: the control's change as a share of "
+        f"quantization's, with the 90 % interval of two one-sided 5 % tests. {marks}; equivalent means within half of it.</p>"
+    )
+    return (
+        f"{note}<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _cell(v: Verdict | None) -> str:
+    if v is None:
+        return ""
+    ratio = "" if math.isnan(v.found.ratio) else f" {v.found.ratio:.2f}"
+    interval = "" if math.isnan(v.found.low) else f" [{v.found.low:.2f}, {v.found.high:.2f}]"
+    return f"{MARKS[v.found.verdict]} {v.found.verdict}{ratio}{interval}"
+
+
+def prediction_html(table: pd.DataFrame, most: int = 6) -> str:
+    """The strongest predictors of each outcome, and the plain baselines beside them."""
+    if table.empty:
+        return ""
+    head = "".join(
+        f"<th>{name}</th>" for name in ("outcome", "predictor", "Spearman ρ", "95 % interval", "one VLM left out", "q")
+    )
+    body = []
+    for outcome, part in table.groupby("outcome", sort=False):
+        kept = pd.concat([part[~part["is_baseline"]].head(most), part[part["is_baseline"]]])
+        for row in kept.itertuples():
+            name = f"<i>{escape(row.predictor)}</i>" if row.is_baseline else escape(row.predictor)
+            cells = (
+                escape(str(outcome)),
+                name,
+                f"{row.rho:.2f}",
+                f"{row.low:.2f} to {row.high:.2f}",
+                f"{row.left_out_low:.2f} to {row.left_out_high:.2f}",
+                f"{row.q_value:.3f}",
+            )
+            body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    note = (
+        "<p class='note'>Correlation inside a VLM at one bit-width (bits: inside a VLM), averaged over VLMs; intervals and "
+        "p-values from a bootstrap over VLMs, q corrected over the table. In italics: plain baselines.</p>"
+    )
+    return (
+        f"{note}<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )

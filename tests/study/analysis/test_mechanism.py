@@ -1,0 +1,122 @@
+"""Verdicts on a store in which one control is the quantization itself and another one does nothing."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from cases.study import grid, make_run
+
+from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.mechanism import (
+    ALL_VLMS,
+    control_name,
+    pattern_of,
+    prediction_table,
+    verdict_frame,
+    verdicts,
+)
+from lightning_vlmq.study.analysis.runs import Setting, StudyResults
+from lightning_vlmq.study.report.figures import verdict_overview
+from lightning_vlmq.study.report.mechanism import prediction_html, verdict_table
+
+VLMS = ("vit_clean", "convnext_noisy", "siglip_clean")
+
+
+def write(store, key, run_id, like=None, sqnr=None):
+    rows, samples, curves = make_run(like or key, run_id, size=0.5)
+    rows = rows.assign(**key.columns())
+    if sqnr is not None:
+        first = rows.iloc[:1]
+        new = {"mean_sqnr_db": sqnr, "gain_0-8": 1.0 + sqnr / 100}
+        own = [
+            first.assign(score="vision/output", metric=metric, value=value, dataset="garments", role="id")
+            for metric, value in new.items()
+        ]
+        rows = pd.concat([rows, *own], ignore_index=True)
+    store.write(run_id, rows, samples, curves)
+
+
+@pytest.fixture(scope="module")
+def analysis(tmp_path_factory):
+    root = tmp_path_factory.mktemp("mechanism")
+    store = ResultsStore(root)
+    keys = grid(VLMS, methods=("minmax", "gptq", "mse"), bits=((4, 8),), scopes=("vision",))
+    for number, key in enumerate(keys):
+        write(store, key, f"r{number}", sqnr=None if key.is_full_precision else 20.0 + number % 4)
+        if key.method != "minmax":
+            continue
+        for seed in range(5):  # the quantization itself, under a control's name
+            control = replace(key, method="matched_noise", variant=f"seed={seed}")
+            write(store, control, f"r{number}c{seed}", like=key)
+        full = next(k for k in keys if k.model == key.model and k.is_full_precision)
+        write(store, replace(key, method="spectral_shrink"), f"r{number}f", like=full)  # one that does nothing
+    return analyse(StudyResults.load(root))
+
+
+def test_settings_know_what_they_imitate():
+    control = Setting(
+        "matched_noise", 4, 8, "vision", "weight_granularity=per_tensor, pattern=gptq, seed=3, draw=each_forward"
+    )
+    assert pattern_of(control) == Setting("gptq", 4, 8, "vision", "weight_granularity=per_tensor")
+    assert control_name(control) == "matched_noise(draw=each_forward)"
+    assert pattern_of(Setting("rank_truncation", 4, 8, "vision")) == Setting("minmax", 4, 8, "vision")
+    assert pattern_of(Setting("gptq", 4, 8, "vision")) is None
+
+
+def test_the_same_reproduces_and_nothing_does_not(analysis):
+    found = verdicts(analysis)
+    assert {v.vlm for v in found} == {*VLMS, ALL_VLMS}
+    told = 0
+    for v in found:
+        assert v.quantized.method == "minmax" and v.n_vlms == (3 if v.vlm == ALL_VLMS else 1)
+        if v.found.verdict == "nothing to reproduce":
+            continue
+        told += 1
+        if v.control == "matched_noise":
+            assert v.n_seeds == 5
+            assert v.found.ratio == pytest.approx(1) and v.found.verdict == "reproduces"
+        else:
+            assert abs(v.found.ratio) < 1e-9 and v.found.verdict == "does not"
+    assert told >= 4
+    frame = verdict_frame(found)
+    assert len(frame) == len(found) and set(frame["verdict"]) <= {
+        "reproduces",
+        "does not",
+        "undecided",
+        "nothing to reproduce",
+    }
+
+
+def test_fewer_seeds_are_undecided(analysis):
+    comparisons = {
+        key: c
+        for key, c in analysis.comparisons.items()
+        if not (key[1].method == "matched_noise" and "seed=0" not in key[1].variant)
+    }
+    found = verdicts(replace(analysis, comparisons=comparisons))
+    noise = {v.found.verdict for v in found if v.control == "matched_noise"}
+    assert noise <= {"undecided", "nothing to reproduce"} and "undecided" in noise
+
+
+def test_predictions_cover_outcomes_and_baselines(analysis):
+    table = prediction_table(analysis, n_resamples=200)
+    assert {"ΔECE", "ΔRSG", "Δcorruption"} <= set(table["outcome"])
+    assert {"mean_sqnr_db", "gain_0-8", "agreement", "bits"} <= set(table["predictor"])
+    pair = table[(table["predictor"] == "gain_0-8") & (table["outcome"] == "ΔECE")]
+    same = table[(table["predictor"] == "mean_sqnr_db") & (table["outcome"] == "ΔECE")]
+    assert float(pair["rho"].iloc[0]) == pytest.approx(float(same["rho"].iloc[0]))  # one follows from the other
+    assert (table["n"].dropna() <= 9).all()  # three methods on three models: controls are no quantization
+    assert np.nanmin(table["q_value"]) >= np.nanmin(table["p_value"])
+    assert prediction_table(analysis, site="vision/block 99").empty
+
+
+def test_the_report_shows_both(analysis):
+    html = verdict_table(verdicts(analysis))
+    assert "reproduces" in html and "does not" in html and "spectral_shrink" in html
+    figure = verdict_overview(verdicts(analysis))
+    assert figure is not None and len(figure.axes) >= 4
+    assert verdict_overview([]) is None and verdict_table([]) == ""
+    assert "mean_sqnr_db" in prediction_html(prediction_table(analysis, n_resamples=50))
+    assert prediction_html(pd.DataFrame()) == ""
