@@ -8,11 +8,13 @@ from lightning_vlmq.callbacks.reliability import ReliabilityDiagrams
 from lightning_vlmq.callbacks.results import ResultsWriter
 from lightning_vlmq.callbacks.spectrum import SingularValueSpectrum
 from lightning_vlmq.callbacks.summary import RunSummary
+from lightning_vlmq.callbacks.surgery import ErrorSurgery
 from lightning_vlmq.callbacks.zoo import ZooExport
 
 __all__ = [
     "ActivationSpectrum",
     "CoveragePrinter",
+    "ErrorSurgery",
     "HeadlinePrinter",
     "PredictionWriter",
     "QuantizedModelWriter",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +123,16 @@ class ResultsWriter(Callback):
             self.store.write(
                 tuned["run_id"], tuned_rows, samples, pd.DataFrame(), None, module.statistics, self._identity
             )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            for name, (own_rows, records) in getattr(callback, "surgeries", {}).items():
+                key = replace(
+                    module.run_key, variant=", ".join(filter(None, (module.run_key.variant, f"surgery={name}")))
+                )
+                run_id = f"{self.run_id}.{name.replace(' ', '_').replace('+', '_up')}"
+                columns = {**key.columns(), "code_version": code_version(), "run_id": run_id}
+                table = pd.DataFrame([{**asdict(row), **columns} for row in own_rows])
+                samples = _sample_table(module.eval_sets, records)
+                self.store.write(run_id, table, samples, pd.DataFrame(), None, module.statistics, self._identity)
         samples = _sample_table(module.eval_sets, module.records)
         points = pd.concat([part for part in curves if len(part)] or curves)
         seconds = self._made - self._start

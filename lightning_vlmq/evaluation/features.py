@@ -89,6 +89,13 @@ class SetFeatures:
             self._fresh.append(features.cpu())
         return features
 
+    def whole(self) -> Tensor | None:
+        """Features of the whole set in sample order, or ``None`` where this process has not seen all of it (or keeps nothing)."""
+        if self._known is not None:
+            return self._known
+        complete = sum(map(len, self._fresh)) == len(self.set.images)
+        return torch.cat(self._fresh) if complete and self._fresh else None
+
     def keep(self) -> None:
         """File what was new, if it is the whole set."""
         if sum(map(len, self._fresh)) == len(self.set.images):

@@ -144,6 +144,25 @@ class Judged:
         """The record columns of one batch, each ``[b]``."""
         return self._columns(self._inputs(s, batch), batch["target"])
 
+    def features(self, s: EvalSet) -> Tensor | None:
+        """Image features ``[n, dim]`` of a whole set, where this process has them; see :meth:`~.features.SetFeatures.whole`."""
+        return self._features[s.name].whole()
+
+    def variant(self, sets: Sequence[EvalSet], settings: Statistics) -> Variant:
+        """One more variant with the model's own scale, to be filled by :meth:`record_features`."""
+        classes = {name: len(classifier) for name, classifier in self._classifiers.items()}
+        return Variant(self.own.scale, list(self._scores), classes, sets, settings, self.vlm.mean.device)
+
+    def record_features(self, variant: Variant, s: EvalSet, features: Tensor, target: Tensor) -> None:
+        """Add a whole set to a variant, from other image features than the model's: unit-norm ``[n, dim]`` in sample order."""
+        classifier = self._classifiers[s.name]
+        features, target = features.to(classifier), target.to(classifier.device)
+        cosine = features @ classifier.T
+        pairs = None if self._pairs is None else self._pairs.to(cosine)
+        inputs = ScoreInputs(cosine, variant.scale.logits(cosine), features, None, calibration_features=pairs)
+        index = torch.arange(len(features), device=classifier.device)
+        variant.update(s, index, inputs.logits, target, self._columns(inputs, target))
+
     def keep_features(self) -> None:
         """File what the cache did not know."""
         for features in (*self._features.values(), *self._patches.values()):

@@ -179,6 +179,11 @@ class EvaluationModule(LightningModule):
         self._judged = self._judge(self.vlm, self.scheme, self.quant.method, tunes)
         self._reference = None if self.reference is None else self._judge(self.reference, None, FULL_PRECISION, False)
 
+    @property
+    def judged(self) -> tuple[Judged, Judged | None]:
+        """The model under judgement and its full-precision reference, while a validation or test runs and after it."""
+        return self._judged, self._reference
+
     def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
         name = FULL_PRECISION if scheme is None else method
         towers = {tower: tower_digest(vlm, scheme, name, tower, computing(self.trainer)) for tower in TOWERS}

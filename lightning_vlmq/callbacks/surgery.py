@@ -1,0 +1,78 @@
+"""Judges a quantized model with part of its error healed: the cheapest causal test, from the features of both models alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning import Callback, Trainer
+from torch.nn import functional as F
+
+from lightning_vlmq.callbacks.activations import as_bands
+from lightning_vlmq.evaluation.evaluators import Row
+from lightning_vlmq.evaluation.judged import Records
+from lightning_vlmq.evaluation.results import rows_by_variant
+from lightning_vlmq.spectral import PUBLISHED_BANDS, SecondMoments, Surgery
+
+log = logging.getLogger(__name__)
+
+
+class ErrorSurgery(Callback):
+    """Every metric of every dimension, with the error of the image features healed or hurt in some ranks alone.
+
+    Directions, gains and means are those of the in-distribution set; what is done there is done to every set, see
+    :class:`~lightning_vlmq.spectral.Surgery`. Features are normalised anew, as the model does; class features, logit scale and scores are
+    the quantized model's. The results writer files each as a run of its own, ``<run_id>.heal_0-8``, with ``surgery=heal 0-8``
+    in its variant, so that a study's report compares it like any other setting.
+
+    It needs all features in one process: under DDP, without a full-precision reference or on part of the data nothing is done, with
+    a warning where that may surprise. Scores of patches (``gl_mcm``) cannot be had from features of whole images.
+
+    Args:
+        bands: rank ranges, ``[first, end]`` each, the end null for all that follow.
+
+    Attributes:
+        surgeries: rows and records by what was done, of the last validation or test.
+
+    Raises:
+        VLMQError: a band that is none.
+    """
+
+    def __init__(self, bands: Sequence[Sequence[int | None]] = PUBLISHED_BANDS) -> None:
+        self.bands = as_bands(bands)
+        self.surgeries: dict[str, tuple[list[Row], Records]] = {}
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Operate and judge."""
+        self.surgeries = {}
+        judged, reference = pl_module.judged
+        if trainer.sanity_checking or reference is None:
+            return
+        sets = pl_module.eval_sets
+        features = {s.name: (reference.features(s), judged.features(s)) for s in sets}
+        if trainer.world_size > 1 or any(part is None for both in features.values() for part in both):
+            log.warning(
+                "no error surgery: the features of all sets are not in this process (several processes, or part of the data)"
+            )
+            return
+        inside = next(s for s in sets if s.role == "id")
+        full, quantized = features[inside.name]
+        moments = SecondMoments(full.shape[1])
+        moments.update(full, quantized)
+        surgery = Surgery.learn(moments, self.bands)
+        reference.own.gather()
+        judged.own.gather()
+        for name in surgery.names:
+            variant = judged.variant(sets, pl_module.statistics)
+            for s in sets:
+                target = judged.own.records[s.name]["target"]
+                operated = F.normalize(surgery.operate(name, *features[s.name]), dim=-1)
+                with torch.no_grad():
+                    judged.record_features(variant, s, operated, target)
+            variant.gather()
+            _, rows = rows_by_variant([reference.own, variant], sets, pl_module.evaluators, pl_module.statistics)
+            self.surgeries[name] = rows, variant.records
+
+    on_test_epoch_end = on_validation_epoch_end
