@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning import Callback, Trainer
 
+from lightning_vlmq.callbacks.protocol import evaluating
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant import save_quantized
 
@@ -46,6 +47,8 @@ class QuantizedModelWriter(Callback):
         """Save the trained model."""
         self._save(trainer, pl_module)
 
-    def _save(self, trainer: Trainer, module: Any) -> None:
+    def _save(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
+            module = evaluating(pl_module, self)
+            assert module.scheme is not None and module.coverage is not None
             save_quantized(module.vlm, self.folder, module.quant.method, module.scheme, module.coverage)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classwise import classwise_estimates
 from lightning_vlmq.evaluation.evaluators import Evaluator, Row, estimate_all, rows_of
-from lightning_vlmq.evaluation.judged import Variant
+from lightning_vlmq.evaluation.judged import Records, Variant
 from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
+from lightning_vlmq.quant import CoverageReport
+from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.statistics import Statistics
+
+log = logging.getLogger(__name__)
 
 
 def rows_by_variant(
     variants: Sequence[Variant], sets: Sequence[EvalSet], evaluators: Sequence[Evaluator], settings: Statistics
 ) -> list[list[Row]]:
-    """The rows of each variant, all evaluated together; those after the first are compared with the first.
+    """The rows of each variant and its logit scale, all evaluated together; those after the first are compared with the first.
 
     Args:
         variants: gathered; the first is full precision as it came.
@@ -33,4 +39,42 @@ def rows_by_variant(
     estimates |= classwise_estimates(
         where, {name: [v.gaps[name] for v in variants] for name in variants[0].gaps}, settings
     )
-    return [rows_of(estimates, run, 0 if run else None) for run in range(len(variants))]
+    return [
+        rows_of(estimates, run, 0 if run else None)
+        + _model_rows(sets, {"logit_scale": variant.scale.scale, "logit_bias": variant.scale.bias})
+        for run, variant in enumerate(variants)
+    ]
+
+
+def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None) -> list[Row]:
+    """Shares of the scope's matrix weights and multiply-accumulates that are quantized; none of a model in full precision."""
+    if coverage is None or scheme is None:
+        return []
+    weights, macs = coverage.weight_share(scheme.towers), coverage.mac_share(scheme.towers)
+    return _model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs})
+
+
+def require_complete(sets: Sequence[EvalSet], records: Records) -> None:
+    """Warn of images that were left out because they cannot be read.
+
+    Raises:
+        VLMQError: samples are missing or doubled for any other reason, or all of a set's.
+    """
+    for s in sets:
+        missing = len(s.images) - len(records[s.name]["index"])
+        if missing == 0:
+            continue
+        if getattr(s.images, "on_bad_image", "error") != "skip" or missing < 0:
+            raise VLMQError(
+                f"data set '{s.name}' has {len(s.images)} samples, {len(records[s.name]['index'])} were evaluated; "
+                "leave sharding to the data module (trainer.use_distributed_sampler: false)"
+            )
+        if missing == len(s.images):
+            raise VLMQError(f"none of the {missing} images of data set '{s.name}' can be read; repair the files")
+        log.warning("%d of %d images of '%s' cannot be read and are left out", missing, len(s.images), s.name)
+
+
+def _model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> list[Row]:
+    """Numbers about the model alone, filed with the in-distribution set."""
+    inside = next(s for s in sets if s.role == "id")
+    return [Row(inside.name, "id", name, value, 0.0, 0) for name, value in values.items() if value is not None]

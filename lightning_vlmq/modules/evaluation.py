@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
 from lightning_vlmq.evaluation.evaluators import Evaluator, Row, default_evaluators, headline
 from lightning_vlmq.evaluation.features import FeatureCache, tower_digest
 from lightning_vlmq.evaluation.judged import Judged, Records
-from lightning_vlmq.evaluation.results import rows_by_variant
+from lightning_vlmq.evaluation.results import coverage_rows, require_complete, rows_by_variant
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.openclip import Activation
@@ -201,8 +201,8 @@ class EvaluationModule(LightningModule):
         variants = [variant for variant in (reference, own, tuned) if variant is not None]
         for variant in variants:
             variant.gather()
-        for s in self.eval_sets:
-            self._check_complete(s, own.records[s.name])
+        if not (self.trainer.sanity_checking or why_partial(self.trainer)):
+            require_complete(self.eval_sets, own.records)
         self.records = own.records
         self.reference_records = None if reference is None else reference.records
         self.tuned_records = None if tuned is None else tuned.records
@@ -211,14 +211,9 @@ class EvaluationModule(LightningModule):
         if self.trainer.world_size == 1:  # under DDP each process has only its share, which is not worth filing
             for judged in filter(None, (self._judged, self._reference)):
                 judged.keep_features()
-        found = rows_by_variant(variants, self.eval_sets, self.evaluators, self.statistics)
-        rows = {
-            id(variant): own_rows
-            + self._model_rows({"logit_scale": variant.scale.scale, "logit_bias": variant.scale.bias})
-            for variant, own_rows in zip(variants, found)
-        }
-        self.rows = rows[id(own)] + self._coverage_rows()
-        self.tuned_rows = [] if tuned is None else rows[id(tuned)]
+        rows = rows_by_variant(variants, self.eval_sets, self.evaluators, self.statistics)
+        self.rows = rows[variants.index(own)] + coverage_rows(self.eval_sets, self.coverage, self.scheme)
+        self.tuned_rows = [] if tuned is None else rows[variants.index(tuned)]
         self.log_dict(headline(self.rows), sync_dist=True)
         self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 
@@ -230,31 +225,3 @@ class EvaluationModule(LightningModule):
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         """The record columns of one batch, ``index`` included, each ``[b]``."""
         return {"index": batch["index"], **self._judged.columns(self.eval_sets[dataloader_idx], batch)}
-
-    def _check_complete(self, s: EvalSet, records: dict[str, Tensor]) -> None:
-        missing = len(s.images) - len(records["index"])
-        if missing == 0 or self.trainer.sanity_checking or why_partial(self.trainer):
-            return
-        if getattr(s.images, "on_bad_image", "error") == "skip" and missing > 0:
-            if missing == len(s.images):
-                raise VLMQError(f"none of the {missing} images of data set '{s.name}' can be read; repair the files")
-            log.warning("%d of %d images of '%s' cannot be read and are left out", missing, len(s.images), s.name)
-        else:
-            raise VLMQError(
-                f"data set '{s.name}' has {len(s.images)} samples, {len(records['index'])} were evaluated; "
-                "leave sharding to the data module (trainer.use_distributed_sampler: false)"
-            )
-
-    def _coverage_rows(self) -> list[Row]:
-        if self.coverage is None or self.scheme is None:
-            return []
-        shares = {
-            "coverage_weights": self.coverage.weight_share(self.scheme.towers),
-            "coverage_macs": self.coverage.mac_share(self.scheme.towers),
-        }
-        return self._model_rows(shares)
-
-    def _model_rows(self, values: Mapping[str, float | None]) -> list[Row]:
-        """Numbers about the model alone, filed with the in-distribution set."""
-        inside = next(s for s in self.eval_sets if s.role == "id")
-        return [Row(inside.name, "id", name, value, 0.0, 0) for name, value in values.items() if value is not None]

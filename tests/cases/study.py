@@ -19,7 +19,7 @@ from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.evaluation.evaluators import default_evaluators
 from lightning_vlmq.evaluation.records import EvaluationSet
 from lightning_vlmq.evaluation.results import rows_by_variant
-from lightning_vlmq.metrics import ClasswiseGaps, functional
+from lightning_vlmq.metrics import ClasswiseGaps, LogitScale, functional
 from lightning_vlmq.metrics.scores import OOD_SCORES, ScoreInputs
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
@@ -74,7 +74,6 @@ def make_run(
     found = rows_by_variant(variants, variants[-1].sets, default_evaluators(), settings)[-1]
     rows = [vars(row) for row in found]
     inside = {"dataset": "garments", "role": "id"}
-    rows.append(_row("logit_scale", _scale(key), 0.0, **inside))
     if "fp32" not in key.method:
         rows += [_row("coverage_weights", 0.985, 0.0, **inside), _row("coverage_macs", 0.97, 0.0, **inside)]
     if not key.is_tuned:
@@ -142,6 +141,7 @@ class _Made:
 
     def __init__(self, key: RunKey, size: float) -> None:
         self.frames, self.sets = [], []
+        self.scale = LogitScale(_scale(key))
         self.records: dict = {}
         self.gaps: dict = {}
         for name, role, corruption, severity, n in _sets():
