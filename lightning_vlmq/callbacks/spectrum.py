@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch import distributed as dist
 
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.core.errors import VLMQError
@@ -105,8 +106,8 @@ class SingularValueSpectrum(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember the spectra that training starts from, where there is no full-precision model to compare with."""
         self._fit_start, self._written_step = None, None
-        if trainer.is_global_zero and getattr(pl_module, "reference", None) is None:
-            self._fit_start = weight_spectra(matrix_weights(_vlm(pl_module)))
+        if getattr(pl_module, "reference", None) is None:
+            self._fit_start = shared_weight_spectra(matrix_weights(_vlm(pl_module)))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record the state before the first step."""
@@ -147,8 +148,6 @@ class SingularValueSpectrum(Callback):
         }
 
     def _record(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         vlm = _vlm(pl_module)
         weights = matrix_weights(vlm)
         if not weights:
@@ -157,7 +156,7 @@ class SingularValueSpectrum(Callback):
             )
         reference, reference_label = self._reference_spectra(pl_module)
         self._layers = []
-        for name, spectrum in weight_spectra(weights).items():
+        for name, spectrum in shared_weight_spectra(weights).items():
             beside = reference.get(name)
             if beside is not None and len(beside) != len(spectrum):
                 beside = None
@@ -168,7 +167,7 @@ class SingularValueSpectrum(Callback):
         self._written_step = trainer.global_step
         if trainer.state.fn == "fit":
             self._log_scalars(trainer)
-        if takes_figures(trainer):
+        if trainer.is_global_zero and takes_figures(trainer):
             is_quantized = any(hasattr(module, "effective_weight") for module in vlm.modules())
             self._draw(trainer, "quantized" if is_quantized else "model", reference_label)
 
@@ -178,7 +177,7 @@ class SingularValueSpectrum(Callback):
             return self._fit_start or {}, "start of fit"
         weights = matrix_weights(model)
         if (digest := _digest(weights)) != self._reference_digest:  # decomposed once, then only hashed
-            self._reference, self._reference_digest = weight_spectra(weights), digest
+            self._reference, self._reference_digest = shared_weight_spectra(weights), digest
         return self._reference, "FP32"
 
     def _log_scalars(self, trainer: Trainer) -> None:
@@ -204,6 +203,32 @@ class SingularValueSpectrum(Callback):
         if compared := [layer for layer in self._layers if layer.reference is not None]:
             figure = log_ratio_heatmap(compared, f"change of singular values, step {step}", label, reference_label)
             log_figure(trainer, "singular_values/log_ratio", figure)
+
+
+def shared_weight_spectra(weights: Mapping[str, Tensor]) -> dict[str, Spectrum]:
+    """As :func:`~lightning_vlmq.spectral.weight_spectra`, each process of the default group decomposing its share of the layers.
+
+    Every process has to call it with the same weights, and gets all spectra.
+
+    Raises:
+        VLMQError: in every process, naming the layer whose weight is no finite matrix.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return weight_spectra(weights)
+    order = sorted(
+        weights, key=lambda name: -weights[name].numel()
+    )  # large ones dealt out first: shares cost about the same
+    own = order[dist.get_rank() :: dist.get_world_size()]
+    parts: list[Any] = [None] * dist.get_world_size()
+    try:
+        found: Any = weight_spectra({name: weights[name] for name in own})
+    except VLMQError as error:
+        found = str(error)  # raised once all have it: the others would wait for ever
+    dist.all_gather_object(parts, found)
+    if errors := [part for part in parts if isinstance(part, str)]:
+        raise VLMQError(errors[0])
+    merged = {name: spectrum for part in parts for name, spectrum in part.items()}
+    return {name: merged[name] for name in weights}
 
 
 def _vlm(pl_module: LightningModule) -> Any:

@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_vlmq.callbacks import SingularValueSpectrum
+from lightning_vlmq.callbacks.spectrum import shared_weight_spectra
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
@@ -320,3 +321,30 @@ def test_curves_draw_every_value_of_every_layer():
 def test_many_roles_wrap_into_rows():
     layers = [layer_spectrum(f"role{chr(97 + i)}", "vision/conv", [1.0, 0.5], None) for i in range(6)]
     assert [len(axes.texts) for axes in singular_value_curves(layers, "title", "model", "FP32").axes] == [4, 2]
+
+
+def _decompose(rank, size, folder, broken):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
+    torch.manual_seed(0)
+    weights = {f"layer{k}": torch.randn(4 + k, 6) for k in range(5)}
+    if broken:
+        weights["layer3"][0, 0] = torch.nan
+    try:
+        found = {name: spectrum.singular_values for name, spectrum in shared_weight_spectra(weights).items()}
+    except VLMQError as error:
+        found = str(error)
+    torch.save((found, weights), folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_processes_share_the_layers_out(tmp_path, broken):
+    torch.multiprocessing.spawn(_decompose, (2, tmp_path, broken), nprocs=2)
+    for rank in range(2):
+        found, weights = torch.load(tmp_path / f"{rank}.pt")
+        if broken:
+            assert "layer3" in found  # in both, not in the one that had it
+            continue
+        assert list(found) == list(weights)
+        for name, values in found.items():
+            np.testing.assert_allclose(values, sigma(weights[name]), rtol=1e-6)
