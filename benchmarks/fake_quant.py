@@ -59,9 +59,9 @@ def step(vlm: nn.Module, method: str, images: Tensor) -> Callable[[], None]:
         groups = [{"params": [p for p in vlm.parameters() if p.requires_grad]}]
         after: Callable[[], None] = lambda: None  # noqa: E731
     else:
-        chosen = METHODS[method]()
+        chosen = METHODS[method]
         assert isinstance(chosen, QATMethod)
-        groups = chosen.parameter_groups(vlm, lr=1e-5)
+        groups = chosen.parameter_groups(vlm, weight_lr=1e-3)
         after = lambda: chosen.keep_steps_positive(vlm)  # noqa: E731
     optimizer = torch.optim.AdamW(groups, lr=1e-5)
 

@@ -36,7 +36,7 @@ from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet, TensorImages
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.modules import EvaluationModule, Quantization
-from lightning_vlmq.quant import METHODS, CoverageReport
+from lightning_vlmq.quant import METHODS, CoverageReport, Quantized
 from lightning_vlmq.quant import quantize as quantize_in_place
 
 __all__ = ["Images", "QuantizedVLM", "evaluate", "load_vlm", "quantize"]
@@ -54,13 +54,18 @@ class QuantizedVLM:
         vlm: the quantized model.
         reference: the model before.
         quantization: method and scheme.
-        coverage: what of it is quantized.
+        quantized: what came of it.
     """
 
     vlm: VLM
     reference: VLM
     quantization: Quantization
-    coverage: CoverageReport
+    quantized: Quantized
+
+    @property
+    def coverage(self) -> CoverageReport:
+        """What of it is quantized."""
+        return self.quantized.coverage
 
 
 def quantize(
@@ -79,9 +84,9 @@ def quantize(
     Raises:
         VLMQError: unknown method or scheme, a method that needs training, images and captions that do not go together.
     """
-    if method in METHODS and METHODS[method].needs_training:
-        raise VLMQError(f"{method} is trained; quantize by it with vlmq fit --config qat --config quant/{method}")
     quantization = Quantization(method=method, **scheme)
+    if quantization.method in METHODS and quantization.chosen().needs_training:
+        raise VLMQError(f"{method} is trained; quantize by it with vlmq fit --config qat --config quant/{method}")
     wanted = quantization.scheme()
     if wanted is None:
         raise VLMQError(f"'{method}' quantizes nothing; vlmq list methods names those that do")
@@ -93,8 +98,8 @@ def quantize(
     batches = [
         {"image": image, "tokens": token} for image, token in zip(tensor.split(batch_size), tokens.split(batch_size))
     ]
-    coverage = quantize_in_place(own, method, wanted, batches, quantization.minimum_coverage)
-    return QuantizedVLM(own, vlm, quantization, coverage)
+    quantized = quantize_in_place(own, quantization.chosen(), wanted, batches, quantization.minimum_coverage)
+    return QuantizedVLM(own, vlm, quantization, quantized)
 
 
 def evaluate(
@@ -140,7 +145,7 @@ def evaluate(
     )
     module = EvaluationModule(bare, scores=scores)
     if isinstance(model, QuantizedVLM):
-        module.take(model.vlm, model.reference, model.quantization, model.coverage)
+        module.take(model.vlm, model.reference, model.quantization, model.quantized)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the images are in memory
         quiet = logging.getLogger("lightning.pytorch.utilities.rank_zero")

@@ -50,5 +50,5 @@ class QuantizedModelWriter(Callback):
     def _save(self, trainer: Trainer, pl_module: Any) -> None:
         if trainer.is_global_zero:
             module = evaluating(pl_module, self)
-            assert module.scheme is not None and module.coverage is not None
-            save_quantized(module.vlm, self.folder, module.quant.method, module.scheme, module.coverage)
+            assert module.quantized is not None
+            save_quantized(module.vlm, self.folder, module.quantized)

@@ -11,8 +11,7 @@ from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.evaluators import Row
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.models import VLM
-from lightning_vlmq.quant import CoverageReport
-from lightning_vlmq.quant.methods import Quantization
+from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.statistics import Statistics
@@ -28,6 +27,7 @@ class Evaluating(Protocol):
         reference: full precision beside it, or ``None`` where the model is that itself.
         quant: how it is quantized.
         scheme: the scheme, ``None`` in full precision.
+        quantized: what came of it, once it was.
         coverage: what was quantized, once it was.
         statistics: the settings behind ``rows``.
         cache: where features are kept.
@@ -42,7 +42,11 @@ class Evaluating(Protocol):
     reference: VLM | None
     quant: Quantization
     scheme: QuantScheme | None
-    coverage: CoverageReport | None
+    quantized: Quantized | None
+
+    @property
+    def coverage(self) -> CoverageReport | None: ...
+
     statistics: Statistics
     cache: FeatureCache
     rows: list[Row]

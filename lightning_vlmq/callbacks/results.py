@@ -90,9 +90,9 @@ class ResultsWriter(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Save the trained quantized model."""
-        if trainer.is_global_zero and self._partial is None and getattr(pl_module, "coverage", None) is not None:
+        if trainer.is_global_zero and self._partial is None and getattr(pl_module, "quantized", None) is not None:
             folder = self.root / "models" / str(self.run_id)
-            save_quantized(pl_module.vlm, folder, pl_module.quant.method, pl_module.scheme, pl_module.coverage)
+            save_quantized(pl_module.vlm, folder, pl_module.quantized)
 
     def _write(self, trainer: Trainer, module: Any) -> None:
         assert self.run_id is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from lightning_vlmq.commands import command
@@ -35,11 +35,14 @@ def _first_line(text: str | None) -> str:
 
 
 def _described(thing: Any, use: str) -> Entry:
-    """A registered class or function: its docstring, its options with their defaults, and how to use it."""
+    """A registered class, dataclass object or function: its docstring, its options with their defaults, and how to use it."""
     from lightning_vlmq.experiment import plain
 
-    parameters = inspect.signature(thing).parameters.values()
-    options = [f"  {p.name} = {p.default!r}" for p in parameters if p.default is not p.empty]
+    if is_dataclass(thing) and not isinstance(thing, type):
+        options = [f"  {f.name} = {getattr(thing, f.name)!r}" for f in fields(thing)]
+    else:
+        parameters = inspect.signature(thing).parameters.values()
+        options = [f"  {p.name} = {p.default!r}" for p in parameters if p.default is not p.empty]
     parts = [
         plain(inspect.cleandoc(thing.__doc__ or "")),
         *(["options:\n" + "\n".join(options)] if options else []),

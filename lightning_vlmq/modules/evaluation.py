@@ -25,8 +25,7 @@ from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.openclip import Activation
 from lightning_vlmq.models.vlm import TOWERS
-from lightning_vlmq.quant import METHODS, CoverageReport, load_quantized, quantize
-from lightning_vlmq.quant.methods import Quantization
+from lightning_vlmq.quant import CoverageReport, Quantization, Quantized, load_quantized, quantize
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.identity import computing, file_digest, why_partial
 from lightning_vlmq.results.schema import RunKey
@@ -90,7 +89,7 @@ class EvaluationModule(LightningModule):
         self.checkpoint = checkpoint
         self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
         self.reference: VLM | None = None
-        self.coverage: CoverageReport | None = None
+        self.quantized: Quantized | None = None
         self._prepared = False
         self.rows: list[Row] = []
         self.tuned_rows: list[Row] = []
@@ -113,7 +112,7 @@ class EvaluationModule(LightningModule):
             scheme.weight_bits,
             scheme.act_bits,
             seed,
-            scheme.variant,
+            self.quant.variant,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -127,6 +126,11 @@ class EvaluationModule(LightningModule):
             "evaluators": list(self.evaluators),
             "statistics": self.statistics,
         }
+
+    @property
+    def coverage(self) -> CoverageReport | None:
+        """What is quantized, once the model is."""
+        return None if self.quantized is None else self.quantized.coverage
 
     @property
     def data(self) -> ReliabilityDataModule:
@@ -152,11 +156,11 @@ class EvaluationModule(LightningModule):
         self.vlm.to(device)
         if self.checkpoint is not None:
             saved = load_quantized(self.vlm, self.checkpoint)
-            self.quant = replace(self.quant, method=saved.method, **asdict(saved.scheme))
-            self.scheme, self.coverage = saved.scheme, saved.coverage
+            self.quant = replace(self.quant, method=str(saved.method), options={}, **asdict(saved.scheme))
+            self.scheme, self.quantized = saved.scheme, saved
             return
         assert self.scheme is not None
-        if METHODS[self.quant.method].needs_training and stage != "fit":
+        if self.quant.chosen().needs_training and stage != "fit":
             raise VLMQError(
                 f"{self.quant.method} is trained: run 'vlmq fit --config qat' first, or give its result by --model.checkpoint"
             )
@@ -164,11 +168,11 @@ class EvaluationModule(LightningModule):
             {"image": b["image"].to(device), "tokens": self.vlm.tokenize(b["caption"]).to(device)}
             for b in self.data.calibration_batches()
         ]
-        self.coverage = quantize(self.vlm, self.quant.method, self.scheme, batches, self.quant.minimum_coverage)
+        self.quantized = quantize(self.vlm, self.quant.chosen(), self.scheme, batches, self.quant.minimum_coverage)
 
-    def take(self, vlm: VLM, reference: VLM, quantization: Quantization, coverage: CoverageReport) -> None:
+    def take(self, vlm: VLM, reference: VLM, quantization: Quantization, quantized: Quantized) -> None:
         """Judge a model that is quantized already, beside its full-precision one."""
-        self.vlm, self.reference, self.coverage = vlm, copy.deepcopy(reference).requires_grad_(False), coverage
+        self.vlm, self.reference, self.quantized = vlm, copy.deepcopy(reference).requires_grad_(False), quantized
         self.quant, self.scheme, self._prepared = quantization, quantization.scheme(), True
 
     # validation, test and prediction -------------------------------------------------------------------------------
@@ -176,7 +180,7 @@ class EvaluationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Take the models under judgement: the model itself, and its full-precision reference where there is one."""
         tunes = self.lst and not (self.trainer.sanity_checking or self.trainer.predicting)
-        self._judged = self._judge(self.vlm, self.scheme, self.quant.method, tunes)
+        self._judged = self._judge(self.vlm, self.scheme, self.quant.text, tunes)
         self._reference = None if self.reference is None else self._judge(self.reference, None, FULL_PRECISION, False)
 
     @property

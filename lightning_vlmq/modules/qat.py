@@ -19,33 +19,43 @@ class QATModule(EvaluationModule):
     """Trains the quantized model of an :class:`EvaluationModule`, whose validation then judges the result.
 
     The teacher never changes and sees the same pairs every epoch, so its features are computed once. Under DDP the contrastive loss
-    sees the features of all processes. Logs ``train/loss``.
+    sees the features of all processes. Logs, at every update, ``train/loss`` and its parts
+    (``train/loss/contrastive``, ``train/loss/feature``) and both rates (``train/weight_lr``, ``train/step_lr``).
 
     Args:
-        lr: peak learning rate of Adam on weights; cosine decay to zero, as for the steps.
+        weight_lr: peak learning rate of Adam on weights, in quantization steps of each weight per update; cosine decay to zero,
+            as for the steps. See :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups`.
         weight_decay: decoupled, on matrix weights only.
-        step_lr: peak learning rate of quantization steps and offsets, relative to the steps' size.
+        step_lr: peak learning rate of quantization steps and offsets, relative to each step's size.
         kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
     """
 
     def __init__(
-        self, *args: Any, lr: float = 3e-5, weight_decay: float = 0.0, step_lr: float = 0.01, **kwargs: Any
+        self, *args: Any, weight_lr: float = 1e-3, weight_decay: float = 0.0, step_lr: float = 0.01, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
         self.save_hyperparameters(ignore=["evaluators"])
-        if self.scheme is None or not METHODS[self.quant.method].needs_training:
+        if self.scheme is None or not self.quant.chosen().needs_training:
             trained = ", ".join(name for name in METHODS if METHODS[name].needs_training)
             raise VLMQError(
                 f"method '{self.quant.method}' has nothing to train; use 'vlmq validate', or one of {trained}"
             )
-        method = METHODS[self.quant.method]()
-        assert isinstance(method, QATMethod)
-        self.method = method
-        self.lr, self.weight_decay, self.step_lr = lr, weight_decay, step_lr
+        self.weight_lr, self.weight_decay, self.step_lr = weight_lr, weight_decay, step_lr
+
+    @property
+    def method(self) -> QATMethod:
+        """The method that quantized the model."""
+        assert self.quantized is not None and isinstance(self.quantized.method, QATMethod)
+        return self.quantized.method
 
     def identity(self) -> dict[str, Any]:
         """As :meth:`EvaluationModule.identity`, and the rates."""
-        return {**super().identity(), "lr": self.lr, "weight_decay": self.weight_decay, "step_lr": self.step_lr}
+        return {
+            **super().identity(),
+            "weight_lr": self.weight_lr,
+            "weight_decay": self.weight_decay,
+            "step_lr": self.step_lr,
+        }
 
     def on_fit_start(self) -> None:
         """Run the teacher over all pairs: features ``[pairs, dim]`` of images and of captions, and the captions' tokens."""
@@ -66,10 +76,17 @@ class QATModule(EvaluationModule):
         text = self.vlm.encode_text(self.tokens[index]) if "text" in self.scheme.towers else teacher_text
         if self.trainer.world_size > 1:
             image, text, teacher_image, teacher_text = map(self._gather, (image, text, teacher_image, teacher_text))
-        loss = self.method.loss(image, text, teacher_image, teacher_text, self.reference.logit_scale())
+        parts = self.method.loss_parts(image, text, teacher_image, teacher_text, self.reference.logit_scale())
+        loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
-            raise VLMQError(f"training diverged at step {self.global_step} (loss {float(loss)}); lower model.lr")
+            raise VLMQError(
+                f"training diverged at step {self.global_step} (loss {float(loss)}); lower model.weight_lr or model.step_lr"
+            )
+        decay = self._decay(self.global_step)
+        told: dict[str, Any] = {f"train/loss/{name}": part.detach() for name, part in parts.items()}
+        told |= {"train/weight_lr": self.weight_lr * decay, "train/step_lr": self.step_lr * decay}
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(index))
+        self.log_dict(told, batch_size=len(index))
         return loss
 
     def _gather(self, features: Tensor) -> Tensor:
@@ -80,9 +97,13 @@ class QATModule(EvaluationModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW (Loshchilov & Hutter 2019) with cosine decay, in the method's parameter groups."""
-        groups = self.method.parameter_groups(self.vlm, self.lr, self.weight_decay, self.step_lr)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, weight_decay=self.weight_decay)
+        groups = self.method.parameter_groups(self.vlm, self.weight_lr, self.weight_decay, self.step_lr)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.weight_decay)
         optimizer.register_step_post_hook(lambda *_: self.method.keep_steps_positive(self.vlm))
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        scheduler = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * min(step / total, 1))))
+        scheduler = LambdaLR(optimizer, lambda step: self._decay(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _decay(self, step: int) -> float:
+        """Share of the peak rates at an update."""
+        total = max(int(self.trainer.estimated_stepping_batches), 1)
+        return 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))

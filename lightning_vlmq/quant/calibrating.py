@@ -84,13 +84,8 @@ def calibrate(
                 image = _column(batch, "image").to(device)
                 if not len(image):
                     continue
-                if "text" not in scheme.towers:
-                    vlm.encode_image(image)
-                elif vlm.has_decoder:  # runs both encoders on the way
-                    vlm.caption_logits(vlm.image_tokens(image), _column(batch, "tokens").to(device))
-                else:
-                    vlm.encode_image(image)
-                    vlm.encode_text(_column(batch, "tokens").to(device))
+                tokens = _column(batch, "tokens").to(device) if "text" in scheme.towers else None
+                _run_encoders(vlm, image, tokens)
                 count += 1
     finally:
         for hook in hooks:
@@ -104,6 +99,48 @@ def calibrate(
         raise VLMQError(
             f"layer '{unseen[0]}' got no {what} while calibrating ({len(unseen)} such); it is not on the encoders' path"
         )
+
+
+def shared_inputs(vlm: VLM, scheme: QuantScheme) -> dict[str, list[str]]:
+    """Quantized linear layers by whose input is the very same tensor, as that of a block's query, key and value layers.
+
+    Found by one run on a blank image and a short text. Layers that already change their input at run time, each in a way
+    of its own, share nothing; neither do convolutions.
+
+    Returns:
+        For the first quantized layer of each such set, in the model's order, the names of all of the set, itself first. A layer
+        that shares its input with no other is a set of one.
+    """
+    layers = quantized_layers(vlm)
+    inputs: dict[str, Tensor] = {}  # the tensors are kept, so that none takes the place of another
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: None if name in inputs else inputs.update({name: args[0]})
+
+    alike = {n: q for n, q in layers.items() if isinstance(q, nn.Linear) and isinstance(q.input_transform, nn.Identity)}
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in alike.items()]
+    device = next(vlm.parameters()).device
+    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, dtype=torch.uint8, device=device)
+    try:
+        with torch.no_grad(), full_precision(vlm):
+            _run_encoders(vlm, image, vlm.tokenize(["a photo"]).to(device) if "text" in scheme.towers else None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sets: dict[object, list[str]] = {}
+    for name in layers:
+        sets.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
+    return {members[0]: members for members in sets.values()}
+
+
+def _run_encoders(vlm: VLM, image: Tensor, tokens: Tensor | None) -> None:
+    """Run the image encoder and, given tokens, the text encoder, with a text decoder (CoCa's) where there is one."""
+    if tokens is not None and vlm.has_decoder:  # runs both encoders on the way
+        vlm.caption_logits(vlm.image_tokens(image), tokens)
+        return
+    vlm.encode_image(image)
+    if tokens is not None:
+        vlm.encode_text(tokens)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +20,38 @@ from lightning_vlmq.models.loading import origin
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.coverage import CoverageReport
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
+from lightning_vlmq.quant.methods import find_method
+from lightning_vlmq.quant.quantized import Quantized
 from lightning_vlmq.quant.rotation.rotate import restore_rotation, rotated_towers
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.transforms import TRANSFORMS
 
-FORMAT = 1
+FORMAT = 2
 WEIGHTS, DESCRIPTION = "model.safetensors", "quant.json"
 
 
 @dataclass(frozen=True)
-class QuantizedCheckpoint:
-    """What a quantized checkpoint says of itself.
+class QuantizedCheckpoint(Quantized):
+    """What a quantized checkpoint says of itself: how it is quantized, and which model it is.
 
     Attributes:
         model: the VLM's name.
         pretrained: its weights' source.
-        method: quantization method.
-        scheme: bits, granularities and scope.
-        coverage: what is quantized.
         extra: whatever the writer added (JSON types).
     """
 
-    model: str
-    pretrained: str
-    method: str
-    scheme: QuantScheme
-    coverage: CoverageReport
-    extra: dict[str, Any]
+    model: str = ""
+    pretrained: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
-def save_quantized(
-    vlm: VLM,
-    path_dir: str | Path,
-    method: str,
-    scheme: QuantScheme,
-    coverage: CoverageReport,
-    extra: dict[str, Any] | None = None,
-) -> Path:
+def save_quantized(vlm: VLM, path_dir: str | Path, quantized: Quantized, extra: dict[str, Any] | None = None) -> Path:
     """Write a quantized model into a folder, made if need be; each file is replaced atomically, the description last.
 
     Args:
-        vlm: a model that :func:`~lightning_vlmq.quant.methods.quantize` changed (and perhaps training since).
+        vlm: a model that :func:`~lightning_vlmq.quant.quantize` changed (and perhaps training since).
         path_dir: the folder.
-        method: the method's name.
-        scheme: the scheme it was quantized with.
-        coverage: the report that came back.
+        quantized: what came back.
         extra: anything else worth keeping, JSON types.
 
     Returns:
@@ -75,7 +62,7 @@ def save_quantized(
     """
     if not all(layer.weight_fake_quant.has_integers for layer in quantized_layers(vlm).values()):
         raise VLMQError(
-            f"the weights of '{method}' are not integers alone and cannot be saved as such; make the model anew"
+            f"the weights of '{quantized.method}' are not integers alone and cannot be saved as such; make the model anew"
         )
     folder = Path(path_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,11 +71,12 @@ def save_quantized(
         "model": vlm.name,
         "pretrained": vlm.pretrained,
         "origin": origin(vlm),
-        "method": method,
-        "scheme": asdict(scheme),
+        "method": quantized.method.name,
+        "options": asdict(quantized.method),  # all of them: a name's defaults may change
+        "scheme": asdict(quantized.scheme),
         "rotated_streams": rotated_towers(vlm),
         "layers": {name: _layer_state(layer) for name, layer in quantized_layers(vlm).items()},
-        "coverage": coverage.to_dict(),
+        "coverage": quantized.coverage.to_dict(),
         "extra": extra or {},
     }
     text = json.dumps(description, indent=1)
@@ -140,11 +128,11 @@ def restore_structure(
     """
     try:
         checkpoint = QuantizedCheckpoint(
-            description["model"],
-            description["pretrained"],
-            description["method"],
+            find_method(description["method"], description["options"]),
             QuantScheme(**description["scheme"]),
             CoverageReport.from_dict(description["coverage"]),
+            description["model"],
+            description["pretrained"],
             description["extra"],
         )
         rotated = [str(tower) for tower in description["rotated_streams"]]

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import TOWERS, VLM
+from lightning_vlmq.quant.clipping import REPORTED, ClippedGrid
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.rotation.folds import StreamExit
 from lightning_vlmq.quant.rotation.rotate import rotation_kinds
@@ -68,12 +69,14 @@ class CoverageReport:
             sizes.
         unquantized: matrix weights left in full precision, by name, with their sizes.
         rotations: where a tower is rotated, by tower: ``residual stream``, or ``inside the blocks`` with the reason.
+        clipped: the grids that clip a share of their values worth telling, or whose zero point is saturated.
     """
 
     rows: tuple[CoverageRow, ...]
     excluded: dict[str, int]
     unquantized: dict[str, int]
     rotations: dict[str, str] = field(default_factory=dict)
+    clipped: tuple[ClippedGrid, ...] = ()
 
     def weight_share(self, towers: tuple[str, ...] = TOWERS) -> float:
         """Share (0 to 1) of the towers' matrix weights that is in quantized layers; 0 where they have none."""
@@ -96,13 +99,15 @@ class CoverageReport:
             "excluded": self.excluded,
             "unquantized": self.unquantized,
             "rotations": self.rotations,
+            "clipped": [asdict(grid) for grid in self.clipped],
         }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> CoverageReport:
         """Rebuild a report that :meth:`to_dict` made."""
         rows = tuple(CoverageRow(**r) for r in content["rows"])
-        return cls(rows, dict(content["excluded"]), dict(content["unquantized"]), dict(content["rotations"]))
+        clipped = tuple(ClippedGrid(**grid) for grid in content["clipped"])
+        return cls(rows, dict(content["excluded"]), dict(content["unquantized"]), dict(content["rotations"]), clipped)
 
     def lines(self) -> list[str]:
         """Two lines: what share of matrix weights and multiply-accumulates is quantized, by tower; and the largest of what is not."""
@@ -122,10 +127,13 @@ class CoverageReport:
         ]
 
     def table(self) -> Table:
-        """A table for ``rich.print``; exclusions and rotations are named in its caption."""
+        """A table for ``rich.print``; exclusions, rotations and the grids that clip most are named in its caption."""
         listed = ", ".join(f"{name} ({size:,})" for name, size in self.excluded.items()) or "none"
         rotated = "".join(f"\nRotated, {tower}: {kind}" for tower, kind in self.rotations.items())
-        table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}{rotated}")
+        worst = sorted(self.clipped, key=lambda grid: (not grid.saturated, -grid.share))
+        named = "; ".join(map(str, worst[:5])) + ("; ..." if len(worst) > 5 else "")
+        clips = f"\n{len(worst)} grids clip more than {REPORTED:.0%} of their values: {named}" if worst else ""
+        table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}{rotated}{clips}")
         for column in ("tower", "layer type", "weights", "quantized", "MACs", "quantized "):
             table.add_column(column, justify="left" if column in ("tower", "layer type") else "right")
         for r in self.rows:
@@ -134,13 +142,17 @@ class CoverageReport:
         return table
 
 
-def measure_coverage(vlm: VLM) -> CoverageReport:
+def measure_coverage(vlm: VLM, clipped: tuple[ClippedGrid, ...] = ()) -> CoverageReport:
     """Count what is quantized, with one blank image and one short text run through the encoders.
 
     A text decoder (CoCa's) runs too and counts as part of the text tower.
 
     Multiply-accumulates come from torch's flop counter (half its count), with attention decomposed into matrix
     products so that these are counted on every device; each layer's own from the number of its outputs.
+
+    Args:
+        vlm: quantized or not.
+        clipped: what :func:`~lightning_vlmq.quant.clipping.measure_clipping` found, to be told along.
     """
     layer_macs, total_macs = _count_macs(vlm)
     weights: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
@@ -171,7 +183,7 @@ def measure_coverage(vlm: VLM) -> CoverageReport:
         macs[tower, "activation_product"][0] += rest
     keys = sorted({*weights, *macs}, key=lambda key: (TOWERS.index(key[0]), key[1]))
     rows = tuple(CoverageRow(*key, *weights[key], *macs[key]) for key in keys if any(weights[key]) or any(macs[key]))
-    return CoverageReport(rows, excluded, unquantized, rotation_kinds(vlm))
+    return CoverageReport(rows, excluded, unquantized, rotation_kinds(vlm), clipped)
 
 
 def assert_covered(report: CoverageReport, scope: str, minimum: float = 0.95) -> None:

@@ -184,6 +184,7 @@ class FakeQuantizer(nn.Module):
         scale: ``[blocks]`` parameter, frozen until a method makes it learnable.
         zero_point: ``[blocks]`` buffer of integer values.
         offset: ``[blocks]`` parameter or None (see :meth:`set_offset`).
+        scales_gradient: whether a learned step's gradient is multiplied by LSQ's ``1 / sqrt(N Qp)``.
         enabled: whether forward quantizes; calibration switches it off to see full-precision activations.
         calibrated: whether a static quantizer has its step.
     """
@@ -208,6 +209,7 @@ class FakeQuantizer(nn.Module):
         self.values_per_step = values_per_step
         self.enabled = self.quantizes
         self.calibrated = False
+        self.scales_gradient = True
         self.qmin, self.qmax = integer_range(bits, symmetric)
         self.scale = nn.Parameter(torch.full((blocks,), math.nan), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(blocks))
@@ -344,6 +346,8 @@ class FakeQuantizer(nn.Module):
 
     def _gradient_scale(self, x: Tensor) -> float:
         """LSQ section 2.2: ``1 / sqrt(N Qp)``; the paper counts features, so one sample of a batch counts."""
+        if not self.scales_gradient:
+            return 1.0
         values = x[0].numel() if self.values_per_step is None else self.values_per_step
         return 1.0 / math.sqrt(max(values, 1) * self.qmax)
 

@@ -99,7 +99,7 @@ def _unit_uniform(shape: Sequence[int], generator: torch.Generator, dtype: torch
 def quantized_twin(vlm: VLM, pattern: str, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
     """A copy of the model, quantized; the tokenizer is shared."""
     twin = copy.deepcopy(vlm, {id(vlm._tokenize): vlm._tokenize})
-    METHODS[pattern]().prepare(twin, scheme, calibration)
+    METHODS[pattern].prepare(twin, scheme, calibration)
     return twin
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from lightning_vlmq.core.deterministic import running_sum
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate, shared_inputs
 from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, static_layers, weight_quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -182,14 +182,27 @@ def second_moments(
 ) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
     """Yield each layer with a quantized weight, its name and second moment, in as many passes as memory asks for.
 
-    The layers must not be changed between yields, or later passes would see it.
+    Layers that share an input come one after the other and have one moment between them. The layers must not be changed
+    between yields, or later passes would see it.
 
     Raises:
         VLMQError: what :func:`calibrate` refuses, or inputs so large that their squares leave float32.
     """
+    layers = weight_quantized_layers(vlm)
+    members = [[n for n in names if n in layers] for names in shared_inputs(vlm, scheme).values()]
+    alike = {names[0]: names for names in members if names}
+    for first, moment in _first_moments(vlm, scheme, batches, {name: layers[name] for name in alike}):
+        for name in alike[first]:
+            yield name, layers[name], moment
+
+
+def _first_moments(
+    vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch], layers: dict[str, QuantizedLayer]
+) -> Iterator[tuple[str, Tensor]]:
+    """The second moments of these layers, in as many passes as memory asks for."""
     pending: dict[str, QuantizedLayer] = {}
     entries = 0
-    for name, layer in weight_quantized_layers(vlm).items():
+    for name, layer in layers.items():
         rows = grouped_rows(layer, layer.weight)
         size = rows.shape[0] * rows.shape[2] ** 2
         if pending and entries + size > MOMENT_BUDGET:
@@ -203,13 +216,13 @@ def second_moments(
 
 def _moments_of(
     vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch], layers: dict[str, QuantizedLayer]
-) -> Iterator[tuple[str, QuantizedLayer, Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:
     observers = {name: SecondMomentObserver(layer) for name, layer in layers.items()}
     calibrate(vlm, scheme, batches, observers)
-    for name, layer in layers.items():
+    for name in layers:
         moment = observers.pop(name).moment
         if not all_finite(moment):  # a Cholesky factor of it is NaN or an error, by the library that computes it
             raise VLMQError(
                 f"layer '{name}': the squares of its calibration inputs are too large to add up; check images and weights"
             )
-        yield name, layer, moment
+        yield name, moment

@@ -296,8 +296,8 @@ def test_input_grids_can_be_exchanged(data: EmbeddedData):
 
 def saved(vlm: VLM, method: str, scheme: QuantScheme, conversion: Conversion, folder: Path) -> VLM:
     """Quantize, convert and save a model; the converted one comes back."""
-    report = quantize(vlm, method, scheme, make_batches(vlm), minimum_coverage=0)
-    save_quantized(vlm, folder / "fake", method, scheme, report)
+    made = quantize(vlm, method, scheme, make_batches(vlm), minimum_coverage=0)
+    save_quantized(vlm, folder / "fake", made)
     convert_layers(vlm, conversion, scheme, make_batches(vlm))
     save_converted(vlm, folder, conversion, read_description(folder / "fake" / "quant.json", FORMAT), note=1)
     return vlm

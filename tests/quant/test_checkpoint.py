@@ -21,8 +21,7 @@ from lightning_vlmq.quant.rotation.rotate import rotated_towers
 
 def saved(vlm: VLM, folder: Path, method: str, scheme: QuantScheme) -> list[torch.Tensor]:
     batches = make_batches(vlm)
-    report = quantize(vlm, method, scheme, batches)
-    save_quantized(vlm, folder, method, scheme, report, {"note": "x"})
+    save_quantized(vlm, folder, quantize(vlm, method, scheme, batches), {"note": "x"})
     with torch.no_grad():
         return [vlm.encode_image(batches[0]["image"]), vlm.encode_text(batches[0]["tokens"])]
 
@@ -34,7 +33,7 @@ def test_outputs_are_bit_identical_after_loading(tmp_path: Path, name: str, meth
     before = saved(build(name), tmp_path, method, scheme)
     fresh = build(name, seed=9)
     checkpoint = load_quantized(fresh, tmp_path)
-    assert checkpoint.method == method and checkpoint.scheme == scheme and checkpoint.extra == {"note": "x"}
+    assert checkpoint.method == METHODS[method] and checkpoint.scheme == scheme and checkpoint.extra == {"note": "x"}
     assert checkpoint.coverage.weight_share() == 1
     batch = make_batches(fresh)[0]
     with torch.no_grad():
@@ -62,13 +61,13 @@ MIXED_GROUPS = QuantScheme(
 @pytest.mark.parametrize("name", ["vit_clean", "convnext_clean"])
 def test_mixed_bits_groups_and_rotated_streams_survive_together(tmp_path: Path, name: str, method: str):
     vlm = build(name)
-    report = quantize(vlm, method, MIXED_GROUPS, make_batches(vlm), minimum_coverage=0.8)
+    quantized = quantize(vlm, method, MIXED_GROUPS, make_batches(vlm), minimum_coverage=0.8)
     with torch.no_grad():  # training ends elsewhere than where it starts: nothing may be derived anew from the start
         for index, learned in enumerate(
             p for p in vlm.parameters() if p.requires_grad and METHODS[method].needs_training
         ):
             learned.mul_(1 + 0.01 * (index % 5))
-    save_quantized(vlm, tmp_path, method, MIXED_GROUPS, report)
+    save_quantized(vlm, tmp_path, quantized)
     fresh = build(name, seed=9)
     load_quantized(fresh, tmp_path)
     rotates = method in ("quarot", "rot_lsq_contrastive", "rot_lsq_feature")

@@ -159,8 +159,8 @@ def test_shrinking_has_the_gains_of_quantization_and_no_noise(start):
 @pytest.mark.parametrize("method", ["matched_noise", "rank_truncation", "spectral_shrink"])
 def test_controls_are_covered_like_their_pattern(method):
     vlm = build("convnext_clean")
-    coverage = quantize(vlm, method, SCHEME, make_batches(vlm, (16,)))
-    assert getattr(coverage, "coverage", coverage).weight_share(("vision",)) > 0.95
+    coverage = quantize(vlm, method, SCHEME, make_batches(vlm, (16,))).coverage
+    assert coverage.weight_share(("vision",)) > 0.95
     depthwise = [
         layer for layer in quantized_layers(vlm).values() if isinstance(layer, QuantConv2d) and layer.groups > 1
     ]
@@ -171,8 +171,10 @@ def test_controls_are_covered_like_their_pattern(method):
 
 
 def test_a_control_is_not_saved(start, tmp_path):
-    from lightning_vlmq.quant import save_quantized
+    from lightning_vlmq.quant import Quantized, measure_coverage, save_quantized
 
     with pytest.raises(VLMQError, match="cannot be saved"):
-        save_quantized(controlled(start, SpectralShrink()), tmp_path, "spectral_shrink", SCHEME, None)
+        save_quantized(
+            controlled(start, SpectralShrink()), tmp_path, Quantized(SpectralShrink(), SCHEME, measure_coverage(start))
+        )
     assert not list(tmp_path.iterdir())

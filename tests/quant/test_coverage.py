@@ -33,7 +33,7 @@ def test_full_precision_counts_as_nothing_quantized(vlm: VLM):
 
 
 def test_scope_shows_in_the_report(vlm: VLM):
-    report = quantize(vlm, "minmax", QuantScheme(scope="vision"), make_batches(vlm))
+    report = quantize(vlm, "minmax", QuantScheme(scope="vision"), make_batches(vlm)).coverage
     assert report.weight_share(("vision",)) == 1 and report.weight_share(("text",)) == 0
     assert 0.9 < report.mac_share(("vision",)) <= 1
     assert set(report.unquantized) and all(vlm.tower_of(name) == "text" for name in report.unquantized)
@@ -62,7 +62,7 @@ def test_macs_of_a_vit_against_a_count_by_hand(vit: VLM):
 
 def test_depthwise_convolutions_are_a_type_of_their_own():
     vlm = build("convnext_clean")
-    report = quantize(vlm, "minmax", QuantScheme(), make_batches(vlm))
+    report = quantize(vlm, "minmax", QuantScheme(), make_batches(vlm)).coverage
     row = next(row for row in report.rows if row.layer_type == "depthwise_conv2d")
     expected = [m for m in vlm.modules() if isinstance(m, nn.Conv2d) and m.groups > 1]
     assert expected and row.weights == row.weights_quantized == sum(m.weight.numel() for m in expected)

@@ -12,7 +12,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
 from lightning_vlmq.quant.observers import SecondMomentObserver, output_error
-from lightning_vlmq.quant.ptq.gptq import round_columns
+from lightning_vlmq.quant.ptq.gptq import GPTQ
 
 EVERY = sorted(METHODS)
 BY_INPUTS = ("awq", "gptq")
@@ -97,10 +97,10 @@ def test_singular_hessians_are_damped_and_still_help(case: str, seed: int):
     observer = SecondMomentObserver(layer)
     observer.observe(x)
     assert torch.linalg.matrix_rank(observer.moment[0].double(), tol=1e-6) < 48
-    METHODS["minmax"]().fit_weight(layer)
+    METHODS["minmax"].fit_weight(layer)
     with torch.no_grad():
         nearest = output_error(layer, layer.effective_weight(), observer.moment)
-        rounded = round_columns(layer, observer.moment)
+        rounded = GPTQ().round_columns(layer, observer.moment)
         assert torch.isfinite(rounded).all()
         assert output_error(layer, rounded, observer.moment) < nearest
 

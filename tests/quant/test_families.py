@@ -57,15 +57,16 @@ def train_step(vlm: VLM, teacher: VLM, method: QATMethod) -> None:
 def test_every_method_covers_trains_and_saves(tmp_path: Path, name: str, method: str):
     vlm, scheme = build(name), QuantScheme(4, 8, scope="vision_text")
     teacher = copy.deepcopy(vlm)
-    report = quantize(vlm, method, scheme, make_batches(vlm))
+    made = quantize(vlm, method, scheme, make_batches(vlm))
+    report = made.coverage
     assert report.weight_share() == 1 and report.mac_share() > 0.8
     if METHODS[method].needs_training:
-        chosen = METHODS[method]()
+        chosen = METHODS[method]
         assert isinstance(chosen, QATMethod)
         train_step(vlm, teacher, chosen)
     expected = outputs(vlm)
     assert all(x.isfinite().all() for x in expected)
-    save_quantized(vlm, tmp_path, method, scheme, report)
+    save_quantized(vlm, tmp_path, made)
     fresh = build(name, seed=9)
     load_quantized(fresh, tmp_path)
     assert all(torch.equal(x, y) for x, y in zip(outputs(fresh), expected, strict=True))
@@ -76,7 +77,7 @@ def test_every_method_covers_trains_and_saves(tmp_path: Path, name: str, method:
 def test_vision_scope_leaves_the_text_tower_alone(name: str, method: str, bits: int):
     vlm = build(name)
     before = outputs(vlm)[1]
-    report = quantize(vlm, method, QuantScheme(bits, 8, scope="vision"), make_batches(vlm))
+    report = quantize(vlm, method, QuantScheme(bits, 8, scope="vision"), make_batches(vlm)).coverage
     assert report.weight_share(("vision",)) == 1 and report.weight_share(("text",)) == 0
     assert all(vlm.tower_of(layer) == "vision" for layer in quantized_layers(vlm))
     assert torch.equal(outputs(vlm)[1], before)
@@ -99,7 +100,7 @@ def test_the_decoder_of_coca_is_quantized_counted_and_not_trained():
     vlm = build("coca_clean")
     decoder = {name for name, m in vlm.named_modules() if isinstance(m, nn.Linear) and vlm.in_decoder(name)}
     text = sum(p.numel() for n, p in vlm.named_parameters() if n.startswith("model.text.") and p.ndim > 1)
-    report = quantize(vlm, "lsqplus_contrastive", QuantScheme(scope="vision_text"), make_batches(vlm))
+    report = quantize(vlm, "lsqplus_contrastive", QuantScheme(scope="vision_text"), make_batches(vlm)).coverage
     assert decoder and decoder <= set(quantized_layers(vlm))
     row = next(r for r in report.rows if (r.tower, r.layer_type) == ("text", "linear"))
     assert row.weights == row.weights_quantized > text - sum(report.excluded.values())
@@ -109,7 +110,7 @@ def test_the_decoder_of_coca_is_quantized_counted_and_not_trained():
 
 def test_macs_of_a_decoder_against_a_count_by_hand():
     vlm = build("coca_clean")
-    report = quantize(vlm, "minmax", QuantScheme(scope="vision_text"), make_batches(vlm))
+    report = quantize(vlm, "minmax", QuantScheme(scope="vision_text"), make_batches(vlm)).coverage
     macs = {r.layer_type: r.macs for r in report.rows if r.tower == "text"}
     width, length, shown, vocabulary = 64, 24, 7, vlm.model.text_decoder.text_projection.out_features
     block = 12 * width * width  # four attention matrices and an MLP of eight

@@ -117,4 +117,4 @@ def test_a_training_step_needs_nothing_that_cuda_cannot_do_deterministically(nam
         quantize(vlm, name, QuantScheme(4, 8, scope="vision_text"), batch)
         image, text = vlm.encode_image(batch[0]["image"]), vlm.encode_text(batch[0]["tokens"])
         teacher = torch.nn.functional.normalize(torch.randn_like(image), dim=-1)
-        METHODS[name]().loss(image, text, teacher, teacher, vlm.logit_scale()).backward()
+        METHODS[name].loss(image, text, teacher, teacher, vlm.logit_scale()).backward()

@@ -188,7 +188,7 @@ def test_skipped_layers_count_as_not_quantized(vit: VLM):
     scheme = QuantScheme(overrides=[LayerRule("*.resblocks.0.*", skip=True)])
     with pytest.raises(VLMQError, match=r"left out: model\.visual\.transformer\.resblocks\.0\.mlp.*minimum_coverage"):
         quantize(copy.deepcopy(vit), "minmax", scheme, make_batches(vit))
-    report = quantize(vit, "minmax", scheme, make_batches(vit), minimum_coverage=0.7)
+    report = quantize(vit, "minmax", scheme, make_batches(vit), minimum_coverage=0.7).coverage
     inside = sum(size for name, size in report.unquantized.items() if vit.tower_of(name) == "vision")
     assert inside == sum(p.numel() for p in vit.model.visual.transformer.resblocks[0].parameters() if p.ndim > 1)
     rows = [row for row in report.rows if row.tower == "vision"]
@@ -202,7 +202,7 @@ def test_every_method_takes_each_layers_own_bits(method: str, tmp_path: Path):
     """Grids have as many levels as the layer's own bits say, 16-bit sides are untouched, and all survives the disk."""
     vlm = build("vit_clean")
     batches = make_batches(vlm, (6,))
-    report = quantize(vlm, method, MIXED, batches, minimum_coverage=0.4)
+    made = quantize(vlm, method, MIXED, batches, minimum_coverage=0.4)
     seen: dict[str, torch.Tensor] = {}
     hooks = [
         layer.register_forward_hook(
@@ -232,7 +232,7 @@ def test_every_method_takes_each_layers_own_bits(method: str, tmp_path: Path):
                 assert torch.isnan(act.scale).all() and not act.scale.requires_grad
     # the MLPs of the text tower have both sides at 16 bits, so they are left alone
     assert kinds == {(8, 16), (4, 8), (4, 6), (16, 8), (16, 6)}
-    save_quantized(vlm, tmp_path, method, MIXED, report)
+    save_quantized(vlm, tmp_path, made)
     fresh = build("vit_clean", seed=9)
     assert load_quantized(fresh, tmp_path).scheme == MIXED
     assert bits_of(fresh) == bits_of(vlm)

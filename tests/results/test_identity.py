@@ -88,7 +88,7 @@ def saved(tmp_path_factory):
         vlm, scheme = load_vlm("vit_clean"), QuantScheme(bits, 8)
         batch = {"image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), "tokens": vlm.tokenize(["a"] * 4)}
         folders.append(tmp_path_factory.mktemp("saved") / f"w{bits}")
-        save_quantized(vlm, folders[-1], "minmax", scheme, quantize(vlm, "minmax", scheme, [batch]))
+        save_quantized(vlm, folders[-1], quantize(vlm, "minmax", scheme, [batch]))
     return folders
 
 
@@ -124,6 +124,7 @@ def weights(name):
 def test_every_field_of_the_quantization():
     changed = {
         "method": "mse",
+        "options": {"share": 0.999},
         "weight_bits": 4,
         "act_bits": 4,
         "weight_granularity": "per_group",
@@ -138,7 +139,7 @@ def test_every_field_of_the_quantization():
         "minimum_coverage": 0.5,
     }
     assert set(changed) == {f.name for f in fields(Quantization)}, "a new field: say here what else it could be"
-    start = Quantization(method="minmax", act_dynamic=True)
+    start = Quantization(method="percentile", act_dynamic=True)
     identities = {digest(replace(start, **{name: value})) for name, value in changed.items()}
     assert len(identities | {digest(start)}) == 1 + len(changed)
 
@@ -154,7 +155,7 @@ def test_every_argument_of_training():
             "lst": True,
             "evaluators": [],
             "statistics": Statistics(seed=1),
-            "lr": 1e-4,
+            "weight_lr": 1e-4,
             "weight_decay": 0.1,
             "step_lr": 0.1,
         },

@@ -14,7 +14,7 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.observers import second_moments
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.spectral import RankCut
@@ -46,7 +46,7 @@ class Compensated(FakeQuantizer):
         return super().forward(x - self.before) + self.term if self.enabled else x
 
 
-@METHODS.register("lowrank_compensation")
+@register("lowrank_compensation")
 @dataclass(frozen=True)
 class LowRankCompensation(PTQMethod):
     """Round-to-nearest with a low-rank term in full precision beside every weight: ``W ~ round(.) + A B``.

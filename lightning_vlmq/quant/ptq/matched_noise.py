@@ -22,7 +22,7 @@ from lightning_vlmq.quant.imitated import (
     require_matched,
 )
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.spectral import as_matrix
 
@@ -30,7 +30,7 @@ ROUNDS = 8
 """Times that the blocks' noise is adjusted at most."""
 
 
-@METHODS.register("matched_noise")
+@register("matched_noise")
 @dataclass(frozen=True)
 class MatchedNoise(PTQMethod):
     """Noise on every weight and every layer's input, with the power of a given quantization's errors there.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from dataclasses import dataclass
+
+from lightning_vlmq.quant.methods import PTQMethod, register
 
 
-@METHODS.register("minmax")
+@register("minmax")
+@dataclass(frozen=True)
 class MinMax(PTQMethod):
     """Every range spans the smallest and largest value seen; nothing is clipped and everything rounds to nearest.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.observers import HistogramObserver, observe_histograms
 from lightning_vlmq.quant.scheme import QuantScheme
 
@@ -20,7 +21,8 @@ FRACTIONS = torch.linspace(1.0, 0.02, 99).tolist()
 """Candidate ranges, as fractions of the full one; the full one comes first, so no result is worse than min-max."""
 
 
-@METHODS.register("mse")
+@register("mse")
+@dataclass(frozen=True)
 class MSE(PTQMethod):
     """Ranges that minimise ``||V - V_hat||_F^2`` (Nagel et al. 2021, arXiv 2106.08295, section 3.1), by grid search.
 

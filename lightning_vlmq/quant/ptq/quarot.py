@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from torch import nn
+from dataclasses import dataclass
+from typing import Literal
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.layers import quantized_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from lightning_vlmq.quant.layers import quantized_layers, static_layers, swap_layers
+from lightning_vlmq.quant.methods import METHODS, PTQMethod, register, within
 from lightning_vlmq.quant.rotation.rotate import rotate, rotate_input
 from lightning_vlmq.quant.scheme import QuantScheme
 
 
+@dataclass(frozen=True)
 class Rotated(PTQMethod):
     """The rotations of QuaRot (Ashkboos et al. 2024, arXiv 2404.00456, section 4, stages 1a to 1c), before anything else.
 
@@ -24,20 +25,39 @@ class Rotated(PTQMethod):
     report says which it is.
     """
 
-    def __init__(self) -> None:
-        self._at_run_time: dict[str, nn.Module] = {}
-
-    def transform_model(self, vlm: VLM, scheme: QuantScheme) -> None:
-        """Rotate the streams of the towers in scope."""
-        self._at_run_time = rotate(vlm, scheme.towers)
-
-    def fit_transforms(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
-        """Put the remaining rotations before the layers that are quantized."""
+    def install(self, vlm: VLM, scheme: QuantScheme) -> None:
+        """Rotate the streams of the towers in scope, and put the remaining rotations before the layers that get quantized."""
+        at_run_time = rotate(vlm, scheme.towers)
+        swap_layers(vlm, scheme)
         for name, layer in quantized_layers(vlm).items():
-            if name in self._at_run_time:
-                rotate_input(layer, self._at_run_time[name])
+            if name in at_run_time:
+                rotate_input(layer, at_run_time[name])
 
 
-@METHODS.register("quarot")
+@register("quarot")
+@dataclass(frozen=True)
 class QuaRot(Rotated):
-    """QuaRot's rotations, then min-max with round-to-nearest weights (the paper's RTN variant)."""
+    """QuaRot's rotations, then min-max ranges.
+
+    Attributes:
+        weights: ``rtn`` rounds to nearest (the paper's RTN variant), ``gptq`` by GPTQ (its main variant).
+        clip_ratio: what static activation ranges are multiplied with; 0.9 in the paper's 4-bit runs (section 5), which leaves
+            nothing out where the rotation has spread the outliers.
+    """
+
+    weights: Literal["rtn", "gptq"] = "rtn"
+    clip_ratio: float = within(1.0, 0.1, 1)
+
+    def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Fix the activation grids; a share of the extreme values."""
+        super().fit_activations(vlm, scheme, calibration)
+        for layer in static_layers(vlm).values():
+            quantizer = layer.act_fake_quant
+            quantizer.set_qparams(quantizer.scale.detach() * self.clip_ratio, quantizer.zero_point)
+
+    def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Round the weights, or leave that to the quantizers."""
+        if self.weights == "gptq":
+            METHODS["gptq"].fit_weights(vlm, scheme, calibration)
+        else:
+            super().fit_weights(vlm, scheme, calibration)

@@ -12,13 +12,13 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.imitated import Imitation, Pattern, imitate, observe_errors, quantized_twin
 from lightning_vlmq.quant.layers import swap_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.observers import second_moments
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.spectral import RankCut
 
 
-@METHODS.register("rank_truncation")
+@register("rank_truncation")
 @dataclass(frozen=True)
 class RankTruncation(PTQMethod):
     """The spectral filter alone: every layer loses ranks until its output error is that of a quantization.

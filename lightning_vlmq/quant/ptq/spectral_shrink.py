@@ -11,12 +11,12 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.imitated import Imitation, Pattern, imitate, quantized_twin
 from lightning_vlmq.quant.layers import quantized_layers, swap_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod
+from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.spectral import filter_gains, shrink_spectrum
 
 
-@METHODS.register("spectral_shrink")
+@register("spectral_shrink")
 @dataclass(frozen=True)
 class SpectralShrink(PTQMethod):
     """``W' = U diag(clip(g, 0, 1) s) V^T`` with the gains that a quantization's weights have along W's own directions.

@@ -2,83 +2,130 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
+from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, calibrate
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, to_blocks
-from lightning_vlmq.quant.layers import QuantizedLayer, act_quantized_layers, weight_quantized_layers
-from lightning_vlmq.quant.methods import METHODS, QATMethod
+from lightning_vlmq.quant.layers import (
+    QuantizedLayer,
+    act_quantized_layers,
+    static_layers,
+    weight_quantized_layers,
+)
+from lightning_vlmq.quant.methods import METHODS, PTQMethod, register
 from lightning_vlmq.quant.observers import MagnitudeObserver
 from lightning_vlmq.quant.scheme import QuantScheme
-
-CLIP_KD_FEATURE_WEIGHT = 2000.0
-"""CLIP-KD's weight of the feature loss, a mean over features of unit-norm vectors (Yang et al. 2024, the authors' scripts)."""
+from lightning_vlmq.quant.training import QATMethod
 
 
-@METHODS.register("lsq_contrastive")
-class LSQContrastive(QATMethod):
-    """LSQ (Esser et al. 2020, arXiv 1902.08153) with contrastive distillation.
+@dataclass(frozen=True)
+class LearnedSteps(QATMethod):
+    """What methods with learned steps share: where the steps start from, and that all of them learn.
 
-    Steps start at ``2 <|v|> / sqrt(Qp)`` (section 2.1): a weight's from each of its blocks, an activation's from the
-    calibration batches. Gradients are Eq. 3 and 5 with the gradient scale of section 2.2. An asymmetric grid keeps a
-    fixed integer zero point, chosen with the initial step so that the calibration minimum is its lowest level. torchao's
-    range learning is not used for want of the gradient scale; see :mod:`~lightning_vlmq.quant.fake_quant`.
+    Attributes:
+        start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name, or ``paper``,
+            what the method's paper says.
+        gradient_scale: ``paper`` multiplies the gradient of a step by ``1 / sqrt(N Qp)`` (LSQ, section 2.2), ``none`` leaves it.
+            Adam divides it out again, so that it is in force under plain gradient descent alone; the rates of
+            :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups` do what it is for.
+    """
+
+    start: Literal["mse", "minmax", "paper"] = "mse"
+    gradient_scale: Literal["paper", "none"] = "paper"
+
+    def install(self, vlm: VLM, scheme: QuantScheme) -> None:
+        """As :meth:`PTQMethod.install`; dynamic ranges are refused, as they leave no activation step to learn."""
+        super().install(vlm, scheme)
+        for name, layer in act_quantized_layers(vlm).items():
+            if layer.act_fake_quant.dynamic:
+                raise VLMQError(
+                    f"activation steps are to be learned, but layer '{name}' has none with act_dynamic; set that to false"
+                )
+
+    def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Fix the activation grids that training starts from."""
+        if self.start == "paper":
+            self.paper_activations(vlm, scheme, calibration)
+        else:
+            self._start.fit_activations(vlm, scheme, calibration)
+
+    def fit_weight(self, layer: QuantizedLayer) -> None:
+        """Fix the weight grid that training starts from."""
+        if self.start == "paper":
+            self.paper_weight(layer)
+        else:
+            self._start.fit_weight(layer)
+
+    def init_training(self, vlm: VLM) -> None:
+        """Release the steps."""
+        quantizers = [layer.weight_fake_quant for layer in weight_quantized_layers(vlm).values()]
+        for quantizer in quantizers + [layer.act_fake_quant for layer in static_layers(vlm).values()]:
+            quantizer.scale.requires_grad_(True)
+            quantizer.scales_gradient = self.gradient_scale == "paper"
+
+    def paper_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Fix the activation grids that the paper starts from."""
+        raise NotImplementedError
+
+    def paper_weight(self, layer: QuantizedLayer) -> None:
+        """Fix the weight grid that the paper starts from."""
+        raise NotImplementedError
+
+    @property
+    def _start(self) -> PTQMethod:
+        return METHODS[self.start]
+
+
+@register("lsq_contrastive")
+@register("lsq_feature", distillation="feature")
+@dataclass(frozen=True)
+class LSQ(LearnedSteps):
+    """LSQ (Esser et al. 2020, arXiv 1902.08153): steps learned with the weights.
+
+    Gradients are Eq. 3 and 5 with the gradient scale of section 2.2. An asymmetric grid keeps a fixed integer zero point.
+    Steps start from the least squared error by default, as in LSQ+ (Bhalgat et al. 2020, section 3.2). The paper's start is
+    ``2 <|v|> / sqrt(Qp)`` (section 2.1): a weight's from each of its blocks, an activation's from the calibration batches,
+    of the signed grid where there are negative values and of the unsigned one elsewhere (section 2). A zero point taken
+    from the minimum beside a step taken from the mean would leave one large value on one side with all the levels.
+    torchao's range learning is not used for want of the gradient scale; see :mod:`~lightning_vlmq.quant.fake_quant`.
 
     Raises (from :meth:`prepare`):
         VLMQError: for dynamic activation ranges, which leave no activation step to learn.
     """
 
-    def init_training(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
-        """Set and release the steps."""
-        inputs = layers_with_learned_input(vlm)
-        for layer in weight_quantized_layers(vlm).values():
-            quantizer = layer.weight_fake_quant
-            blocks = to_blocks(layer.weight.detach(), quantizer.granularity).reshape(quantizer.scale.numel(), -1)
-            start(quantizer, blocks.abs().mean(1), blocks.amin(1))
-        if inputs:
-            observers = {name: MagnitudeObserver(layer) for name, layer in inputs.items()}
-            calibrate(vlm, scheme, calibration, observers)
-            for name, observer in observers.items():
-                start(
-                    inputs[name].act_fake_quant, observer.mean_magnitude.mean().view(1), observer.minimum.amin().view(1)
-                )
+    def paper_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Take each step from the mean magnitude of the layer's calibration inputs."""
+        layers = static_layers(vlm)
+        observers = {name: MagnitudeObserver(layer) for name, layer in layers.items()}
+        calibrate(vlm, scheme, calibration, observers)
+        for name, observer in observers.items():
+            magnitude, minimum = observer.mean_magnitude.mean().view(1), observer.minimum.amin().view(1)
+            set_paper_start(layers[name].act_fake_quant, magnitude, minimum)
+
+    def paper_weight(self, layer: QuantizedLayer) -> None:
+        """Take each step from the mean magnitude of its block."""
+        quantizer = layer.weight_fake_quant
+        blocks = to_blocks(layer.weight.detach(), quantizer.granularity).reshape(quantizer.scale.numel(), -1)
+        set_paper_start(quantizer, blocks.abs().mean(1), blocks.amin(1))
 
 
-@METHODS.register("lsq_feature")
-class LSQFeature(LSQContrastive):
-    """LSQ with contrastive distillation and the feature loss of CLIP-KD."""
-
-    feature_weight = CLIP_KD_FEATURE_WEIGHT
-
-
-def layers_with_learned_input(vlm: VLM) -> dict[str, QuantizedLayer]:
-    """The layers whose input step a method is about to learn; raises :class:`VLMQError` where one has a dynamic range."""
-    layers = act_quantized_layers(vlm)
-    for name, layer in layers.items():
-        if layer.act_fake_quant.dynamic:
-            raise VLMQError(
-                f"activation steps are to be learned, but layer '{name}' has none with act_dynamic; set that to false"
-            )
-    return layers
-
-
-def start(quantizer: FakeQuantizer, magnitude: torch.Tensor, minimum: torch.Tensor) -> None:
-    """Set a quantizer's initial LSQ step, ``2 <|v|> / sqrt(Qp)``, and make it learnable.
+def set_paper_start(quantizer: FakeQuantizer, magnitude: Tensor, minimum: Tensor) -> None:
+    """Set a quantizer's initial LSQ step, ``2 <|v|> / sqrt(Qp)``.
 
     Args:
-        quantizer: of a weight or an activation.
+        quantizer: of a weight or an activation. A signed grid in an unsigned quantizer has its zero point in the middle.
         magnitude: mean absolute value of each block, ``[blocks]``.
-        minimum: smallest value of each block, ``[blocks]``; it fixes an asymmetric grid's zero point.
+        minimum: smallest value of each block, ``[blocks]``: whether the block is signed.
     """
-    scale = (2 * magnitude / math.sqrt(quantizer.qmax)).to(quantizer.scale)
-    zero_point = None
-    if not quantizer.symmetric:
-        safe = scale.clamp_min(torch.finfo(scale.dtype).tiny)
-        zero_point = (-minimum.to(scale).clamp_max(0) / safe).round().clamp(quantizer.qmin, quantizer.qmax)
-    quantizer.set_qparams(scale, zero_point)
-    quantizer.scale.requires_grad_(True)
+    levels = quantizer.qmax - quantizer.qmin
+    signed = torch.full_like(minimum, quantizer.symmetric, dtype=torch.bool) | (minimum < 0)
+    largest = torch.where(signed, levels // 2, levels)
+    zero_point = torch.where(signed, quantizer.qmin + levels // 2 + 1, quantizer.qmin).to(magnitude)
+    quantizer.set_qparams(2 * magnitude / largest.to(magnitude).sqrt(), None if quantizer.symmetric else zero_point)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.layers import weight_quantized_layers
-from lightning_vlmq.quant.methods import METHODS, QATMethod
-from lightning_vlmq.quant.qat.lsq import CLIP_KD_FEATURE_WEIGHT
-from lightning_vlmq.quant.scheme import QuantScheme
+from lightning_vlmq.quant.methods import register
+from lightning_vlmq.quant.training import QATMethod
 
 
-@METHODS.register("ste_contrastive")
-class STEContrastive(QATMethod):
-    """Min-max fake quantization trained through the rounding with contrastive distillation.
+@register("ste_contrastive")
+@register("ste_feature", distillation="feature")
+@dataclass(frozen=True)
+class STE(QATMethod):
+    """Min-max fake quantization trained through the rounding.
 
     The gradient passes unchanged inside the range and is zero outside (straight-through estimator, Bengio et al. 2013;
     Jacob et al. 2018, section 3, Eq. 12). Weight ranges follow the weights at every forward; activation ranges stay
@@ -22,14 +22,7 @@ class STEContrastive(QATMethod):
     linear layers and embeddings alone, and takes no per-tensor steps.
     """
 
-    def init_training(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+    def init_training(self, vlm: VLM) -> None:
         """Let weight ranges follow the weights."""
         for layer in weight_quantized_layers(vlm).values():
             layer.weight_fake_quant.dynamic = True
-
-
-@METHODS.register("ste_feature")
-class STEFeature(STEContrastive):
-    """Min-max fake quantization trained with contrastive distillation and the feature loss of CLIP-KD."""
-
-    feature_weight = CLIP_KD_FEATURE_WEIGHT

@@ -15,7 +15,7 @@ import yaml
 from lightning_vlmq.core.configs import find_config
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.models import known_vlm, split_name
-from lightning_vlmq.quant.methods import METHODS, QATMethod
+from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 
 KINDS = ("fp32", "ptq", "qat")
@@ -162,7 +162,7 @@ def _check_table(name: str, table: Any, keys: Sequence[str] | None) -> None:
 
 
 def _kind_of(method: str) -> str:
-    return "qat" if issubclass(METHODS[method], QATMethod) else "ptq"
+    return "qat" if find_method(method).needs_training else "ptq"
 
 
 def _parse_bits(bits: str) -> tuple[int, int]:

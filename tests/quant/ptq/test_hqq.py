@@ -6,7 +6,7 @@ from torchao.quantization.quant_primitives import optimize_weights_proximal_lega
 
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme
 from lightning_vlmq.quant.fake_quant import to_blocks
-from lightning_vlmq.quant.ptq.hqq import fit_zero
+from lightning_vlmq.quant.ptq.hqq import HQQ
 
 
 def heavy_tailed_error(difference: torch.Tensor) -> float:
@@ -21,7 +21,7 @@ def test_the_fitted_zero_lowers_the_heavy_tailed_error(kind: str, granularity: s
     layer, _ = outlier_layer(kind, QuantScheme(3, 16, granularity, weight_symmetric=symmetric), seed)
     with torch.no_grad():
         layer.weight.pow_(3)
-        METHODS["hqq"]().fit_weight(layer)
+        METHODS["hqq"].fit_weight(layer)
         fitted = heavy_tailed_error(layer.effective_weight() - layer.weight)
         blocks = to_blocks(layer.weight, layer.weight_fake_quant.granularity)
         rows = blocks.reshape(layer.weight_fake_quant.scale.numel(), -1)
@@ -49,19 +49,19 @@ def test_heavy_tailed_error_is_below_round_to_nearest_on_the_same_grid(
         layer.weight.copy_(torch.randn_like(layer.weight) * layer.weight.exp())
         layer.weight.flatten(1)[:, 1] *= 8  # what the scales of an outlier channel leave in the weights
         for method in ("minmax", "hqq"):
-            METHODS[method]().fit_weight(layer)
+            METHODS[method].fit_weight(layer)
             errors[method] = heavy_tailed_error(layer.effective_weight() - layer.weight)
     assert errors["hqq"] < errors["minmax"]
 
 
 def test_groups_are_fitted_as_if_each_were_alone():
     layer, _ = outlier_layer("linear", QuantScheme(3, 16, "per_group", group_size=12))
-    METHODS["hqq"]().fit_weight(layer)
+    METHODS["hqq"].fit_weight(layer)
     groups = layer.weight.detach().view(24, 4, 12)
     for place in range(4):
         single = QuantLinear(nn.Linear(12, 24), QuantScheme(3, 16))
         single.set_weight(groups[:, place])
-        METHODS["hqq"]().fit_weight(single)
+        METHODS["hqq"].fit_weight(single)
         together = layer.effective_weight().view(24, 4, 12)[:, place]
         torch.testing.assert_close(together, single.effective_weight(), rtol=1e-4, atol=1e-6)
 
@@ -70,7 +70,7 @@ def test_groups_are_fitted_as_if_each_were_alone():
 def test_the_best_of_the_iterates_of_torchaos_solver(seed: int):
     rows = torch.randn(7, 40, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
     start = -rows.amin(1)
-    zero, error = fit_zero(rows, torch.ones(7, dtype=torch.float64), start, 7)
+    zero, error = HQQ().fit_zero(rows, torch.ones(7, dtype=torch.float64), start, 7)
     settings = {"lp_norm": 0.7, "beta": 10.0, "kappa": 1.01, "early_stop": False}
     tried = []
     for iterations in range(21):
@@ -93,6 +93,6 @@ def test_constant_channel(value: float):
     layer, x = outlier_layer("linear", QuantScheme(4, 16))
     with torch.no_grad():
         layer.weight[2] = value
-        METHODS["hqq"]().fit_weight(layer)
+        METHODS["hqq"].fit_weight(layer)
         torch.testing.assert_close(layer.effective_weight()[2], layer.weight[2], rtol=1e-3, atol=1e-6)
         assert torch.isfinite(layer(x)).all()

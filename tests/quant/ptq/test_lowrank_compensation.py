@@ -54,7 +54,7 @@ def test_the_term_has_its_rank_and_rank_zero_is_round_to_nearest():
         quantizer = LowRankCompensation(kind="lqer", rank=3).compensate(layer, moment)
         assert int(torch.linalg.matrix_rank(quantizer.term, rtol=1e-5)) == 3
         plain = LowRankCompensation(kind="lqer", rank=0).compensate(layer, moment)(layer.weight)
-        METHODS["minmax"]().fit_weight(layer)
+        METHODS["minmax"].fit_weight(layer)
         assert torch.equal(plain, layer.weight_fake_quant(layer.weight))
 
 
@@ -76,9 +76,9 @@ def test_whole_models(kind):
 
 def test_it_is_not_converted_to_integers(tmp_path):
     vlm = build("vit_clean")
-    report = quantize(vlm, "lowrank_compensation", QuantScheme(), make_batches(vlm))
+    made = quantize(vlm, "lowrank_compensation", QuantScheme(), make_batches(vlm))
     with pytest.raises(VLMQError, match="not integers"):
-        save_quantized(vlm, tmp_path, "lowrank_compensation", QuantScheme(), report)
+        save_quantized(vlm, tmp_path, made)
     layer = next(iter(quantized_layers(vlm).values()))
     with pytest.raises(VLMQError, match="not integers"):
         layer.weight_fake_quant.integers(layer.weight)

@@ -117,7 +117,7 @@ def test_every_method_quantizes_both_towers_at_w4a8(name: str, method: str):
     batches = make_batches(vlm)
     with torch.no_grad():
         reference = vlm.encode_image(batches[0]["image"])
-    report = quantize(vlm, method, QuantScheme(weight_bits=4, scope="vision_text"), batches)
+    report = quantize(vlm, method, QuantScheme(weight_bits=4, scope="vision_text"), batches).coverage
     assert report.weight_share() == 1
     with torch.no_grad():
         image, text = vlm.encode_image(batches[0]["image"]), vlm.encode_text(batches[0]["tokens"])

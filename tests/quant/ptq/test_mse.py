@@ -22,7 +22,7 @@ def test_no_block_is_worse_than_min_max_and_the_whole_is_better(
         layer.weight.pow_(3)  # heavy tails
     errors = {}
     for method in ("minmax", "mse"):
-        METHODS[method]().fit_weight(layer)
+        METHODS[method].fit_weight(layer)
         difference = to_blocks((layer.effective_weight() - layer.weight).detach(), layer.weight_fake_quant.granularity)
         errors[method] = difference.square().sum() if granularity == "per_tensor" else difference.square().sum(1)
     assert (errors["mse"] <= errors["minmax"] * (1 + 1e-5) + 1e-12).all()
@@ -31,7 +31,7 @@ def test_no_block_is_worse_than_min_max_and_the_whole_is_better(
 
 def test_weight_range_against_brute_force():
     layer, _ = outlier_layer("linear", QuantScheme(3, 8, weight_symmetric=False))
-    METHODS["mse"]().fit_weight(layer)
+    METHODS["mse"].fit_weight(layer)
     for row, scale in zip(layer.weight.detach(), layer.weight_fake_quant.scale):
         errors = []
         for fraction in FRACTIONS:

@@ -10,7 +10,7 @@ from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, qu
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
 def test_weight_ranges_are_the_blocks_quantiles(granularity: str):
     layer, _ = outlier_layer("linear", QuantScheme(4, 8, granularity, group_size=12, weight_symmetric=False))
-    METHODS["percentile"]().fit_weight(layer)
+    METHODS["percentile"].fit_weight(layer)
     rows = layer.weight.detach().numpy().reshape(layer.weight_fake_quant.scale.numel(), -1)
     low, high = np.quantile(rows, 0.0001, axis=1), np.quantile(rows, 0.9999, axis=1)
     expected = (np.maximum(high, 0) - np.minimum(low, 0)) / 15
@@ -29,7 +29,7 @@ def test_rare_outliers_are_clipped_and_all_other_weights_gain(symmetric: bool, s
         layer.weight.copy_(torch.randn(250, 200))
         layer.weight.view(-1)[torch.randperm(50_000)[:6]] = torch.tensor([60.0, -50.0, 55.0, -70.0, 40.0, -45.0])
         for method in ("minmax", "percentile"):
-            METHODS[method]().fit_weight(layer)
+            METHODS[method].fit_weight(layer)
             quantizer = layer.weight_fake_quant
             steps[method] = quantizer.scale.item()
             errors[method] = (layer.effective_weight() - layer.weight).abs()

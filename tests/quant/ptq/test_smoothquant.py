@@ -35,7 +35,7 @@ def test_activation_error_falls_where_there_are_outliers(kind: str, symmetric: b
             if smooth:
                 channels = ChannelObserver(layer)
                 channels.observe(x)
-                install_channel_scale(layer, smoothing_factor(layer, channels.absolute_maximum))
+                install_channel_scale(layer, smoothing_factor([layer], channels.absolute_maximum, 0.5))
             moved = layer.input_transform(x)
             layer.act_fake_quant.set_range(moved.min().view(1), moved.max().view(1))
             errors.append((layer(x) - reference).square().sum().item())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases.quant import build, make_batches
 
-from lightning_vlmq.quant import METHODS, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant import QuantScheme, quantize, quantized_layers
 from lightning_vlmq.quant.rotation.rotate import rotate, rotated_towers
 
 BLOCK = "model.visual.transformer.resblocks.1"
@@ -12,7 +12,7 @@ BLOCK = "model.visual.transformer.resblocks.1"
 
 def test_steps_start_from_the_rotated_weights_and_rotations_stay_fixed():
     vlm, plain = build("vit_clean"), build("vit_clean")
-    quantize(vlm, "rot_lsq_contrastive", QuantScheme(weight_bits=4), make_batches(vlm))
+    quantize(vlm, "rot_lsq_contrastive(start='paper')", QuantScheme(weight_bits=4), make_batches(vlm))
     online = rotate(plain, ("vision",))
     for name in (f"{BLOCK}.attn.q_proj", f"{BLOCK}.attn.out_proj", f"{BLOCK}.mlp.c_proj"):
         layer, rotated = quantized_layers(vlm)[name], plain.get_submodule(name).weight.detach()
@@ -28,13 +28,13 @@ def test_steps_start_from_the_rotated_weights_and_rotations_stay_fixed():
 def test_the_rotated_model_trains(method: str):
     vlm, teacher = build("siglip_clean"), build("siglip_clean")
     batches = make_batches(vlm)
-    report = quantize(vlm, method, QuantScheme(weight_bits=3), batches)
+    made = quantize(vlm, method, QuantScheme(weight_bits=3), batches)
+    report, chosen = made.coverage, made.method
     assert report.rotations == {"vision": "residual stream"} and rotated_towers(vlm) == ["vision"]
-    chosen = METHODS[method]()
     fixed = {name: buffer.clone() for name, buffer in vlm.named_buffers() if "rotation" in name or "folds" in name}
     with torch.no_grad():
         image, text = teacher.encode_image(batches[0]["image"]), teacher.encode_text(batches[0]["tokens"])
-    optimizer = torch.optim.AdamW(chosen.parameter_groups(vlm.train(), lr=3e-4))
+    optimizer = torch.optim.AdamW(chosen.parameter_groups(vlm.train(), weight_lr=3e-3))
     losses = []
     for _ in range(15):
         loss = chosen.loss(vlm.encode_image(batches[0]["image"]), text, image, text, teacher.logit_scale())

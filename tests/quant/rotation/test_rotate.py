@@ -113,7 +113,7 @@ def test_tied_weights_come_apart_and_shared_layers_stay_unfolded():
 def test_a_part_that_is_not_known_stops_the_fold():
     vlm = build("vit_clean")
     vlm.model.visual.transformer.resblocks[2].register_parameter("gate", nn.Parameter(torch.ones(96)))
-    report = quantize(vlm, "quarot", QuantScheme(), make_batches(vlm))
+    report = quantize(vlm, "quarot", QuantScheme(), make_batches(vlm)).coverage
     assert report.rotations == {"vision": "inside the blocks (its ResidualAttentionBlock has an unknown part 'gate')"}
     assert isinstance(vlm.model.visual.transformer.resblocks[0].attn.q_proj.input_transform, Rotation)
 
@@ -122,7 +122,7 @@ def test_the_report_says_where_the_rotations_are():
     kinds = {}
     for name in ("vit_clean", "convnext_clean"):
         vlm = build(name)
-        report = quantize(vlm, "quarot", QuantScheme(scope="vision_text"), make_batches(vlm))
+        report = quantize(vlm, "quarot", QuantScheme(scope="vision_text"), make_batches(vlm)).coverage
         assert type(report).from_dict(report.to_dict()) == report
         assert all(f"Rotated, {tower}: {kind}" in report.table().caption for tower, kind in report.rotations.items())
         kinds[name] = report.rotations
@@ -136,7 +136,7 @@ def test_the_report_says_where_the_rotations_are():
 def test_rotations_at_run_time_are_counted():
     vlm = build("vit_clean")
     plain = quantize(copy.deepcopy(vlm), "minmax", QuantScheme(), make_batches(vlm))
-    report = quantize(vlm, "quarot", QuantScheme(), make_batches(vlm))
+    report = quantize(vlm, "quarot", QuantScheme(), make_batches(vlm)).coverage
     row = next(row for row in report.rows if row.layer_type == "rotation")
     tokens, width, heads, depth = 17, 96, 4, 4
     entry = tokens * width * (12 + 8)  # 96 = 3 * 2^5 splits into factors of 12 and 8
@@ -186,12 +186,12 @@ def test_outputs_are_bit_identical_after_loading(tmp_path, name: str):
     rules = [LayerRule("*resblocks.0.mlp*", skip=True)]
     scheme = QuantScheme(4, 8, scope="vision_text", overrides=rules)
     batches = make_batches(vlm)
-    report = quantize(vlm, "quarot", scheme, batches, minimum_coverage=0.5)
-    save_quantized(vlm, tmp_path, "quarot", scheme, report)
+    made = quantize(vlm, "quarot", scheme, batches, minimum_coverage=0.5)
+    save_quantized(vlm, tmp_path, made)
     before = outputs(vlm, batches[0])
     fresh = randomize(make(), 5)
     loaded = load_quantized(fresh, tmp_path)
-    assert loaded.coverage == report
+    assert loaded.coverage == made.coverage
     assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, batches[0]), before))
     assert rotated_towers(fresh) == rotated_towers(vlm)
     weights = matrix_weights(fresh)
@@ -200,7 +200,7 @@ def test_outputs_are_bit_identical_after_loading(tmp_path, name: str):
 
 def test_a_checkpoint_with_a_rotated_stream_is_refused_by_a_model_without_one(tmp_path):
     vlm = build("vit_clean")
-    save_quantized(vlm, tmp_path, "quarot", QuantScheme(), quantize(vlm, "quarot", QuantScheme(), make_batches(vlm)))
+    save_quantized(vlm, tmp_path, quantize(vlm, "quarot", QuantScheme(), make_batches(vlm)))
     with pytest.raises(VLMQError, match=r"vision tower of 'convnext_clean' is not the checkpoint's.* a ConvNeXt "):
         load_quantized(build("convnext_clean"), tmp_path)
 

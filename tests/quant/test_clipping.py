@@ -1,0 +1,114 @@
+"""Ranges that clip: the starts of learned steps on inputs with an outlier, and what is told and refused."""
+
+import pytest
+import torch
+from cases.quant import SEEDS, build, make_batches
+from torch import Tensor, nn
+from torchao.quantization.granularity import PerTensor
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.quant import FakeQuantizer, QuantLinear, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.clipping import REFUSED, ClippingObserver, count_clipped, measure_clipping, require_usable
+from lightning_vlmq.quant.observers import HistogramObserver
+from lightning_vlmq.quant.ptq.mse import search_histogram
+from lightning_vlmq.quant.qat.lsq import set_paper_start
+
+
+def one_outlier_channel(seed: int) -> Tensor:
+    x = torch.randn(500, 768, generator=torch.Generator().manual_seed(seed))
+    x[:, 7] = -40
+    return x
+
+
+def relative_error(quantizer: FakeQuantizer, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((quantizer(x) - x).square().sum() / x.square().sum())
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_an_outlier_on_one_side_does_not_cost_the_other_side(seed: int):
+    x = one_outlier_channel(seed)
+    minmax, mse, paper = (FakeQuantizer(8, False, PerTensor()) for _ in range(3))
+    minmax.set_range(x.min().view(1), x.max().view(1))
+    histogram = HistogramObserver(x.min().item(), x.max().item())
+    histogram.observe(x)
+    mse.set_range(*search_histogram(histogram, mse))
+    set_paper_start(paper, x.abs().mean().view(1), x.min().view(1))
+    assert relative_error(mse, x) <= 1.01 * relative_error(minmax, x) < 0.01
+    for quantizer in (mse, paper):
+        positive = x[x > 0]
+        assert (quantizer(positive) > 0.5 * positive).double().mean() > 0.9  # no side of zero is without levels
+        assert 0 < quantizer.zero_point < 255
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_clipped_values_are_counted_against_a_count_by_hand(symmetric: bool, seed: int):
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
+    quantizer = FakeQuantizer(4, symmetric, PerTensor()).double()
+    quantizer.set_range(torch.tensor([-2.0]).double(), torch.tensor([1.5]).double())
+    levels = (x / quantizer.scale + quantizer.zero_point).round()
+    below, above = (levels < quantizer.qmin).sum(), (levels > quantizer.qmax).sum()
+    found = count_clipped(x, quantizer)
+    assert abs(found[0] - below) <= 1 and abs(found[1] - above) <= 1 and found[0] > 50 < found[1]
+    observer = ClippingObserver(quantizer)
+    for part in x.split(7):
+        observer.observe(part)
+    assert sum(observer.shares) == pytest.approx(float(sum(found)) / x.numel())
+
+
+def test_min_max_clips_nothing_and_says_so():
+    vlm = build("vit_clean")
+    made = quantize(vlm, "minmax", QuantScheme(4, 4, scope="vision_text"), make_batches(vlm))
+    assert made.coverage.clipped == () and "clip" not in made.coverage.table().caption
+
+
+def test_inconsistent_statistics_are_told_and_refused():
+    """A step from the mean magnitude beside a zero point from the minimum: what the grid was once made of."""
+    vlm = build("vit_clean")
+    batches = make_batches(vlm)
+    quantize(vlm, "minmax", QuantScheme(8, 8), batches)
+    name = "model.visual.transformer.resblocks.0.mlp.c_fc"
+    quantizer = quantized_layers(vlm)[name].act_fake_quant
+    quantizer.set_qparams(quantizer.scale.detach() / 20, torch.tensor([255.0]))
+    found = measure_clipping(vlm, QuantScheme(), batches)
+    assert [(grid.layer, grid.side, grid.saturated) for grid in found] == [(name, "input", True)]
+    assert found[0].share > REFUSED
+    with pytest.raises(
+        VLMQError,
+        match=r"1 quantization grids clip .* c_fc input .*\(zero point saturated\)".replace(" c_fc", ".*c_fc"),
+    ):
+        require_usable(found)
+
+
+def test_a_method_that_cuts_a_layer_off_is_refused():
+    vlm = build("vit_clean")
+    with pytest.raises(VLMQError, match="clip more than 25% of their values"):
+        quantize(vlm, "percentile(share=0.6)", QuantScheme(8, 8), make_batches(vlm))
+
+
+def test_two_bits_from_the_least_squared_error_are_told_not_refused():
+    vlm = build("vit_clean")
+    made = quantize(vlm, "mse", QuantScheme(2, 8), make_batches(vlm))
+    told = [grid for grid in made.coverage.clipped if grid.side == "weight"]
+    assert told and all(0.01 < grid.share < REFUSED for grid in told)
+    assert "clip more than 1%" in made.coverage.table().caption
+
+
+@pytest.mark.parametrize("start", ["mse", "minmax", "paper"])
+def test_no_start_of_a_trained_method_is_saturated_by_planted_outliers(start: str):
+    vlm = build("vit_clean")
+    with torch.no_grad():
+        for name, module in vlm.named_modules():
+            if isinstance(module, nn.LayerNorm) and "resblocks" in name:
+                module.weight[[1, 10]] *= 30
+                module.bias[1] -= 20
+    made = quantize(vlm, f"lsq_contrastive(start={start!r})", QuantScheme(8, 8), make_batches(vlm))
+    assert not any(grid.saturated for grid in made.coverage.clipped)
+
+
+def test_a_layer_without_values_clips_nothing():
+    layer = QuantLinear(nn.Linear(4, 3), QuantScheme())
+    layer.act_fake_quant.set_range(torch.tensor([0.0]), torch.tensor([0.0]))
+    assert sum(count_clipped(torch.zeros(0, 4), layer.act_fake_quant)) == 0
+    assert sum(count_clipped(torch.zeros(5, 4), layer.act_fake_quant)) == 0
