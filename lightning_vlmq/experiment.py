@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
+import pickle
 import re
 import textwrap
 import warnings
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -87,7 +89,27 @@ class VLMQCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """The commands, and the arguments of the Trainer's methods that a command line should not offer."""
         commands = LightningCLI.subcommands()
-        return {name: commands[name] for name in ("fit", "validate", "test", "predict")}
+        return {name: commands[name] | {"weights_only"} for name in ("fit", "validate", "test", "predict")}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Checkpoints load as data only, whatever Lightning's default for the place that they are in."""
+        return {**super()._prepare_subcommand_kwargs(subcommand), "weights_only": True}
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse checkpoints that are not on this machine, missing, or more than data."""
+        subcommand = self.config.get("subcommand")
+        path = str((self.config[subcommand].get("ckpt_path") if subcommand else None) or "")
+        if "://" in path or path.startswith("registry"):
+            raise VLMQError(f"ckpt_path '{path}' is not on this machine; download it, then give the file's path")
+        if path and path not in ("best", "last", "hpc") and not Path(path).is_file():
+            raise VLMQError(f"ckpt_path '{path}' does not exist; give the path of a checkpoint file")
+        try:
+            super()._parse_ckpt_path()
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, AttributeError, KeyError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise VLMQError(
+                f"checkpoint '{path}' is damaged or holds more than data ({reason.strip()[:160]}); use one that Lightning saved here"
+            ) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse, with Lightning's table of results off by default: it repeats what :class:`HeadlinePrinter` prints for every set."""

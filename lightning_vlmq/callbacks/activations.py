@@ -65,6 +65,10 @@ class ActivationSpectrum(Callback):
         self._watchers: dict[str, BlockWatcher] = {}
         self._images = 0
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows and curves."""
+        return {"n_images": self.n_images, "bands": [list(band) for band in self.bands]}
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin anew."""
         self._watchers, self._images = {}, 0

@@ -70,7 +70,11 @@ class HeadlinePrinter(Callback):
         table.title = f"{table.title}{_randomness(pl_module)}"
         rich_print(table)
         for writer in (callback for callback in trainer.callbacks if isinstance(callback, ResultsWriter)):  # type: ignore[attr-defined]
-            rich_print(f"everything that was measured: {writer.root}, run {writer.run_id}")
+            rich_print(
+                f"not filed: a partial run ({writer.partial})"
+                if writer.partial
+                else f"everything that was measured: {writer.root}, run {writer.run_id}"
+            )
 
     on_test_end = on_validation_end
 

@@ -15,11 +15,13 @@ from torch import Tensor
 
 from lightning_vlmq.callbacks.activations import ActivationSpectrum
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
+from lightning_vlmq.core.atomic import remove_leftovers, require_writable
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import describe, digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.quant import save_quantized
 from lightning_vlmq.results.identity import run_identity, why_partial
-from lightning_vlmq.results.store import ResultsStore, code_version
+from lightning_vlmq.results.store import PARTS, ResultsStore, code_version
 
 log = logging.getLogger(__name__)
 
@@ -27,46 +29,65 @@ _SET_COLUMNS = ("dataset", "role", "corruption", "severity")
 
 
 class ResultsWriter(Callback):
-    """Files a run's results when its validation (in ``fit``: the last one) or test has ended.
+    """Files a run's results when its validation or test has ended; in ``fit`` at its end, judged after the last step.
 
     The same model with its logit scale tuned is a run of its own, ``<run_id>.lst``, whose rows say ``is_tuned``.
     A quantized model that was trained is saved under ``<root>/models/<run_id>``, to be given to ``--model.checkpoint``.
     How long the model took to make (to quantize and, in ``fit``, to train, until the last validation began) is kept with the
     run, see :meth:`~lightning_vlmq.results.store.ResultsStore.seconds`: not as a row, for rows are the same in every repetition.
 
+    What decides the numbers is the run's identity, kept with it. A name that stands for another identity in the store is refused
+    before any work, and a partial run (a smoke run, some batches alone) files neither results nor a model, and says so.
+
     Args:
         root: the study's folder.
-        run_id: the run's name in the store; by default a hash of everything that decides its numbers, see
-            :func:`~lightning_vlmq.results.identity.run_identity`.
-
-    A run that sees less than all data (``fast_dev_run``, ``limit_val_batches`` and its like) files nothing and says so.
+        run_id: the run's name in the store; by default a hash of its identity.
 
     Raises:
-        VLMQError: before anything is computed, if the root holds another experiment under the run id.
+        VLMQError: before any work, a name that is no file name or taken by another run, or a folder that cannot be written.
     """
 
     def __init__(self, root: str = "logs/runs", run_id: str | None = None) -> None:
         self.root = Path(root)
-        self.run_id = run_id
+        self.given_id = self.run_id = run_id
         self.store = ResultsStore(root)
-        self._partial: str | None = None
-        self._identity: Any = None
+        self.partial = ""
+        self._identity: dict[str, Any] = {}
+        self._judged_at: int | None = None
+        if run_id is not None:
+            self.store.require_name(run_id)
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Name the run and give the module a place for its features, before anything is computed."""
         self._start = self._made = time.perf_counter()
+        self._judged_at = None
+        self.partial = why_partial(trainer) or ""
         if not hasattr(pl_module, "run_key"):
             return
-        self._partial = why_partial(trainer)
-        self._identity = describe(run_identity(trainer, pl_module))
-        if self.run_id is None:
-            self.run_id = digest(self._identity, 12)
-        elif self._partial is None and trainer.is_global_zero:
-            self.store.require_same(self.run_id, self._identity)
-        if self._partial is not None and stage != "predict" and trainer.is_global_zero:
-            log.warning("nothing is filed in '%s': the run does not see all data (%s)", self.root, self._partial)
         if getattr(pl_module.cache, "folder", None) is None:
             pl_module.cache.folder = self.root / "cache"
+        if trainer.state.fn == "predict":
+            return
+        if self.partial:
+            if trainer.is_global_zero:
+                log.warning("nothing is filed in '%s': the run does not see all data (%s)", self.root, self.partial)
+            return
+        self._identity = describe(run_identity(trainer, pl_module))
+        self.run_id = self.given_id or digest(self._identity, 12)
+        if trainer.is_global_zero:
+            self._require_place()
+
+    def _require_place(self) -> None:
+        assert self.run_id is not None
+        try:
+            require_writable(self.root)
+        except OSError as error:
+            raise VLMQError(
+                f"results cannot be written to '{self.root}' ({error.strerror}); give another --results.root"
+            ) from error
+        for part in (*PARTS, "models"):
+            remove_leftovers(self.root / part)
+        self.store.require_same(self.run_id, self._identity)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the time: the model to be judged is there."""
@@ -75,24 +96,35 @@ class ResultsWriter(Callback):
     on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """File the rows, unless training goes on."""
-        training_goes_on = trainer.state.fn == "fit" and trainer.global_step < trainer.estimated_stepping_batches
-        if (
-            trainer.is_global_zero
-            and self._partial is None
-            and getattr(pl_module, "rows", None)
-            and not trainer.sanity_checking
-            and not training_goes_on
-        ):
+        """File the rows; in a fit remember after which step they are, for later steps may follow."""
+        if trainer.sanity_checking or not getattr(pl_module, "rows", None):
+            return
+        if trainer.state.fn == "fit":
+            self._judged_at = trainer.global_step
+        elif trainer.is_global_zero and not self.partial:
             self._write(trainer, pl_module)
 
     on_test_end = on_validation_end
 
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Judge what the fit ended with, where no validation came after the last step."""
+        if self.partial or not hasattr(pl_module, "run_key") or self._judged_at == trainer.global_step:
+            return
+        if trainer.is_global_zero:
+            log.warning("no validation came after the last step: the trained model is validated now")
+        trainer.validating = True
+        trainer.fit_loop.epoch_loop.val_loop.run()
+        trainer.training = True
+
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
-        """Save the trained quantized model."""
-        if trainer.is_global_zero and self._partial is None and getattr(pl_module, "quantized", None) is not None:
+        """File the rows and save the trained quantized model."""
+        if self.partial or not trainer.is_global_zero or not hasattr(pl_module, "run_key"):
+            return
+        if getattr(pl_module, "quantized", None) is not None:
             folder = self.root / "models" / str(self.run_id)
             save_quantized(pl_module.vlm, folder, pl_module.quantized)
+        if pl_module.rows:
+            self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: Any) -> None:
         assert self.run_id is not None
@@ -121,7 +153,12 @@ class ResultsWriter(Callback):
             tuned_rows = pd.DataFrame([{**asdict(row), **tuned} for row in module.tuned_rows])
             samples = _sample_table(module.eval_sets, module.tuned_records)
             self.store.write(
-                tuned["run_id"], tuned_rows, samples, pd.DataFrame(), None, module.statistics, self._identity
+                tuned["run_id"],
+                tuned_rows,
+                samples,
+                pd.DataFrame(),
+                statistics=module.statistics,
+                identity=self._identity,
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name, (own_rows, records) in getattr(callback, "surgeries", {}).items():
@@ -135,8 +172,16 @@ class ResultsWriter(Callback):
                 self.store.write(run_id, table, samples, pd.DataFrame(), None, module.statistics, self._identity)
         samples = _sample_table(module.eval_sets, module.records)
         points = pd.concat([part for part in curves if len(part)] or curves)
-        seconds = self._made - self._start
-        self.store.write(self.run_id, pd.DataFrame(rows), samples, points, seconds, module.statistics, self._identity)
+        self.store.write(
+            self.run_id,
+            pd.DataFrame(rows),
+            samples,
+            points,
+            self._made - self._start,
+            module.statistics,
+            self._identity,
+            [f"{self.run_id}.lst"] if module.tuned_records is not None else [],
+        )
 
 
 def _sample_table(sets: Sequence[EvalSet], records: Mapping[str, Mapping[str, Tensor]]) -> pd.DataFrame:

@@ -63,6 +63,10 @@ class SingularValueSpectrum(Callback):
         self._fit_start: dict[str, Spectrum] | None = None
         self._written_step: int | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows; how often they are recorded on the way does not."""
+        return {"top_ranks": self.top_ranks}
+
     def curves(self) -> pd.DataFrame:
         """The singular values last computed, one row per layer and rank.
 

@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightning_vlmq.core.errors import VLMQError
+
+LIBRARIES = (
+    "lightning",
+    "numpy",
+    "open_clip_torch",
+    "pillow",
+    "scikit-image",
+    "scikit-learn",
+    "scipy",
+    "timm",
+    "torch",
+    "torchao",
+    "torchmetrics",
+    "torchvision",
+    "transformers",
+)
+"""The libraries whose version can decide a number; ``pyproject.toml``'s others move, store or draw numbers."""
+
+PACKAGE = Path(__file__).resolve().parents[1]
+FEATURES = ("core", "data", "lowbit", "models", "quant")
+"""Subpackages whose code decides the features of an image or text."""
+NUMBERS = (*FEATURES, "callbacks", "evaluation", "metrics", "modules", "results", "spectral", "statistics")
+"""Subpackages whose code decides what a run stores. The others read what is stored, draw it, or take arguments."""
 
 
 def describe(value: Any) -> Any:
@@ -88,3 +115,43 @@ def _short(value: Any) -> str:
 
 def _name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@functools.cache
+def library_versions() -> dict[str, str]:
+    """Versions of those of :data:`LIBRARIES` that are installed; one that is not has decided nothing."""
+    found = {}
+    for name in LIBRARIES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+@functools.cache
+def code_digest(packages: tuple[str, ...] = NUMBERS) -> str:
+    """Hash of what these subpackages consist of: code, model configs and packaged data, but for weights, which count with the model."""
+    state = hashlib.sha256()
+    for package in packages:
+        for path in sorted((PACKAGE / package).rglob("*")):
+            if path.suffix in (".py", ".json", ".parquet"):
+                state.update(f"{path.relative_to(PACKAGE).as_posix()}\0{file_digest(path)}\n".encode())
+    return state.hexdigest()[:16]
+
+
+def file_digest(path: str | os.PathLike[str], length: int = 16) -> str:
+    """Hash of a file's bytes, or of a folder's files by name and content: hexadecimal digits of SHA-256. Raises ``OSError``."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+        return digest([[file.relative_to(path).as_posix(), file_digest(file, 64)] for file in files], length)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:length]
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor], length: int = 16) -> str:
+    """Hash of tensors' names, types, shapes and values, ``length`` hexadecimal digits of SHA-256, on whatever device they are."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        values = tensor.detach().cpu().contiguous()
+        state.update(f"{name} {tuple(values.shape)} {values.dtype}\n".encode())
+        state.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return state.hexdigest()[:length]

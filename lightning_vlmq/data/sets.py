@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import torch
@@ -64,11 +64,10 @@ class TensorImages(Dataset[Batch]):
 
     def digest(self) -> str:
         """A hash of the pixels and columns."""
-        state = hashlib.sha256(self.images.numpy().tobytes())
+        state = hashlib.sha256(f"{tuple(self.images.shape)}\n".encode() + self.images.numpy().tobytes())
         for name, column in sorted(self.columns.items()):
-            state.update(
-                name.encode() + (column.numpy().tobytes() if isinstance(column, Tensor) else "\0".join(column).encode())
-            )
+            values = column.numpy().tobytes() if isinstance(column, Tensor) else "\0".join(column).encode()
+            state.update(f"{name} {len(values)}\n".encode() + values)
         return state.hexdigest()[:16]
 
     def fingerprints(self) -> Mapping[str, Fingerprints]:
@@ -112,6 +111,11 @@ class EvalSet:
         if len(self.images) == 0:
             raise VLMQError(f"data set '{self.name}' ({self.role}) is empty; check its path or leave it out")
         object.__setattr__(self, "digest", self.images.digest())
+
+    def identity(self) -> dict[str, Any]:
+        """Every field, the images by their digest."""
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "images"}
+        return {**own, "digest": self.digest}
 
 
 def as_is(batch: Any) -> Any:

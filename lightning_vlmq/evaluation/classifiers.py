@@ -31,7 +31,9 @@ def zero_shot_classifiers(vlm: VLM, data: ReliabilityDataModule, cache: FeatureC
     for s in data.eval_sets:
         key = tuple(s.class_names or data.class_names), tuple(s.templates or data.templates)
         if key not in made:
-            made[key] = cache.of(tower, text_digest(*key), partial(vlm.class_features, *key)).to(vlm.mean.device)
+            made[key] = cache.of(tower, text_digest(*key), partial(vlm.class_features, *key), len(key[0])).to(
+                vlm.mean.device
+            )
         classifiers[s.name] = made[key] if s.classes is None else made[key][list(s.classes)]
     return classifiers
 

@@ -1,30 +1,70 @@
-"""Features, kept by content: the same tower on the same images or texts is never run twice."""
+"""Features, kept by content: the same tower on the same images or texts, computed the same way, is never run twice."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from lightning import Trainer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_vlmq.core.atomic import replacing
-from lightning_vlmq.core.identity import digest
+from lightning_vlmq.core.atomic import remove_leftovers, replacing
+from lightning_vlmq.core.identity import FEATURES, code_digest, digest, library_versions, tensors_digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM
-from lightning_vlmq.models.provenance import content_hash
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Computation:
+    """How features are computed, beyond by which model: whatever may move their last bits, or more.
+
+    Attributes:
+        precision: the Trainer's, e.g. ``"bf16-mixed"``.
+        device: ``"cpu"`` or the name of the GPU.
+        threads: CPU threads an operation is split over.
+        processes: of a distributed run.
+        batch_sizes: images a batch when evaluating, pairs a batch.
+        matmul: PyTorch's precision of float32 products, and whether cuDNN may use TF32.
+        deterministic: whether PyTorch has to take deterministic algorithms.
+    """
+
+    precision: str = "32-true"
+    device: str = "cpu"
+    threads: int = 1
+    processes: int = 1
+    batch_sizes: tuple[int, ...] = ()
+    matmul: tuple[str, bool] = ("highest", True)
+    deterministic: bool = False
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> Computation:
+        """That of a Trainer whose data module is set up."""
+        device, data = trainer.strategy.root_device, trainer.datamodule  # type: ignore[attr-defined]
+        return cls(
+            precision=str(trainer.precision),
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            threads=torch.get_num_threads(),
+            processes=trainer.world_size,
+            batch_sizes=(data.batch_size, data.train_batch_size),
+            matmul=(torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
+            deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
 
 
 class FeatureCache:
     """Features on disk, one safetensors file per tower and data set or list of texts.
+
+    An entry carries a digest of its content. One that is damaged, of another shape or not finite is deleted and made anew; one that
+    cannot be written costs a warning, and the run goes on without.
 
     Args:
         folder: where the files lie; ``None`` keeps nothing.
@@ -32,29 +72,54 @@ class FeatureCache:
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = None if folder is None else Path(folder)
+        self._warned = False
+        self._cleaned = False
 
-    def get(self, tower: str, dataset: str) -> Tensor | None:
-        """Features ``[n, dim]`` in sample order, or ``None`` where nothing (or nothing readable) is kept."""
+    def get(self, tower: str, dataset: str, n: int | None = None) -> Tensor | None:
+        """Features ``[n, ...]`` in sample order, or ``None`` where nothing (or nothing sound) is kept.
+
+        Args:
+            tower: the tower's digest.
+            dataset: the digest of what it was run on.
+            n: number of samples that there have to be.
+        """
         path = self._path(tower, dataset)
         if path is None or not path.is_file():
             return None
         try:
-            return load_file(path)["features"]
-        except (SafetensorError, OSError, KeyError):
-            return None  # a damaged cache file costs a forward pass, after which it is replaced
+            with safe_open(str(path), "pt") as file:
+                features, found = file.get_tensor("features"), (file.metadata() or {}).get("digest")
+            problem = _problem(features, found, n)
+        except (SafetensorError, OSError, KeyError, RuntimeError, ValueError, MemoryError) as error:
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+        if not problem:
+            return features
+        log.warning("cached features '%s' are damaged (%s) and are computed again", path, problem)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(path, error)
+        return None
 
     def put(self, tower: str, dataset: str, features: Tensor) -> None:
-        """Keep features ``[n, dim]``, written whole or not at all."""
+        """Keep features ``[n, ...]``, written whole or not at all; those that are not finite are not kept."""
         path = self._path(tower, dataset)
-        if path is None:
+        if path is None or not torch.isfinite(features).all():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial:
-            save_file({"features": features.detach().cpu().contiguous()}, partial)
+        kept = {"features": features.detach().cpu().contiguous()}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._cleaned:
+                self._cleaned = True
+                remove_leftovers(path.parent)
+            with replacing(path) as partial:
+                save_file(kept, partial, {"digest": tensors_digest(kept)})
+        except (OSError, SafetensorError) as error:
+            self._warn(path, error)
 
-    def of(self, tower: str, dataset: str, compute: Callable[[], Tensor]) -> Tensor:
+    def of(self, tower: str, dataset: str, compute: Callable[[], Tensor], n: int | None = None) -> Tensor:
         """Features ``[n, dim]`` that are kept (on the CPU), or computed and then kept."""
-        known = self.get(tower, dataset)
+        known = self.get(tower, dataset, n)
         if known is None:
             known = compute()
             self.put(tower, dataset, known)
@@ -62,6 +127,20 @@ class FeatureCache:
 
     def _path(self, tower: str, dataset: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{tower}_{dataset}.safetensors"
+
+    def _warn(self, path: Path, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            log.warning("features cannot be kept in '%s' (%s); the run goes on without", path.parent, reason)
+
+
+def _problem(features: Tensor, found: str | None, n: int | None) -> str:
+    if found != tensors_digest({"features": features}):
+        return "the content is not what was written"
+    if features.ndim < 2 or (n is not None and len(features) != n):
+        return f"of shape {tuple(features.shape)} where {n} samples are asked for"
+    return "" if torch.isfinite(features).all() else "not finite"
 
 
 class SetFeatures:
@@ -77,7 +156,7 @@ class SetFeatures:
     def __init__(self, cache: FeatureCache, tower: str, s: EvalSet, kind: str = "") -> None:
         self.cache, self.tower, self.set = cache, tower, s
         self._name = f"{kind}_{s.digest}" if kind else s.digest
-        self._known = cache.get(tower, self._name)
+        self._known = cache.get(tower, self._name, len(s.images))
         self._fresh: list[Tensor] = []
 
     def of(self, index: Tensor, encode: Callable[[], Tensor]) -> Tensor:
@@ -103,9 +182,15 @@ class SetFeatures:
 
 
 def tower_digest(
-    vlm: VLM, scheme: QuantScheme | None, method: str, tower: str = "vision", computing: Mapping[str, Any] | None = None
+    vlm: VLM,
+    scheme: QuantScheme | None,
+    method: str,
+    tower: str = "vision",
+    computation: Computation | None = None,
 ) -> str:
-    """What decides a tower's outputs, as a hash: its tensors, structure, preprocessing or tokenizer, quantization and computing.
+    """What decides a tower's outputs, as a hash.
+
+    That is its tensors and structure, the preprocessing, how it is quantized, how it is computed, the code and the libraries.
 
     The scope counts only as far as it holds the tower: a vision tower is the same whether the text tower is quantized too or not.
 
@@ -114,18 +199,25 @@ def tower_digest(
         scheme: how it is quantized, ``None`` for full precision.
         method: by which method.
         tower: ``"vision"`` or ``"text"``.
-        computing: precision, device and versions, see :func:`~lightning_vlmq.results.identity.computing`.
+        computation: precision, device and so on; a plain one on the CPU if not given.
     """
-    if scheme is not None and tower in scheme.towers:
-        described = f"{method} {dataclasses.replace(scheme, scope='vision')}"
-    else:
-        described = f"{FULL_PRECISION} None"
+    quantized = scheme is not None and tower in scheme.towers
     own = {name: tensor for name, tensor in vlm.state_dict().items() if vlm.tower_of(name) == tower}
     modules = [module for name, module in vlm.model.named_children() if vlm.tower_of(f"model.{name}") == tower]
-    own_input = vlm.identity()["preprocessing" if tower == "vision" else "tokenizer"]
-    return digest([dict(computing or {}), described, str(modules), own_input, content_hash(own)], 20)
+    decisive = {
+        "tensors": tensors_digest(own, 64),
+        "input": vlm.preprocessing if tower == "vision" else vlm.identity()["tokenizer"],
+        "structure": str(modules),
+        "model": vlm.name,
+        "method": method if quantized else FULL_PRECISION,
+        "scheme": replace(scheme, scope="vision") if scheme is not None and quantized else None,
+        "computation": computation or Computation(),
+        "code": code_digest(FEATURES),
+        "libraries": library_versions(),
+    }
+    return digest(decisive, 20)
 
 
 def text_digest(texts: Sequence[str], *more: Sequence[str]) -> str:
     """A hash of lists of texts, to keep their features under."""
-    return f"texts_{hashlib.sha256(json.dumps([list(texts), *map(list, more)]).encode()).hexdigest()[:16]}"
+    return f"texts_{digest([list(texts), *map(list, more)])}"

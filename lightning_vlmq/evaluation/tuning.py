@@ -57,8 +57,8 @@ def encode_pairs(vlm: VLM, data: ReliabilityDataModule, cache: FeatureCache, tow
         return torch.cat([vlm.encode_text(vlm.tokenize(part).to(device)) for part in parts])
 
     return PairFeatures(
-        images=cache.of(towers["vision"], f"pairs_{pairs.digest()}", run_images).cpu(),
-        texts=cache.of(towers["text"], text_digest(distinct), run_texts).cpu(),
+        images=cache.of(towers["vision"], f"pairs_{pairs.digest()}", run_images, len(captions)).cpu(),
+        texts=cache.of(towers["text"], text_digest(distinct), run_texts, len(distinct)).cpu(),
         caption=torch.tensor([column[caption] for caption in captions]),
     )
 

@@ -18,7 +18,7 @@ from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
 from lightning_vlmq.evaluation.evaluators import Evaluator, Row, default_evaluators, headline
-from lightning_vlmq.evaluation.features import FeatureCache, tower_digest
+from lightning_vlmq.evaluation.features import Computation, FeatureCache, tower_digest
 from lightning_vlmq.evaluation.judged import Judged, Records
 from lightning_vlmq.evaluation.results import coverage_rows, require_complete, rows_by_variant
 from lightning_vlmq.metrics import ood_score
@@ -27,7 +27,7 @@ from lightning_vlmq.models.openclip import Activation
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized, load_quantized, quantize
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
-from lightning_vlmq.results.identity import computing, file_digest, why_partial
+from lightning_vlmq.results.identity import file_digest, why_partial
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.statistics import Statistics
 
@@ -190,7 +190,7 @@ class EvaluationModule(LightningModule):
 
     def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
         name = FULL_PRECISION if scheme is None else method
-        towers = {tower: tower_digest(vlm, scheme, name, tower, computing(self.trainer)) for tower in TOWERS}
+        towers = {tower: tower_digest(vlm, scheme, name, tower, Computation.of(self.trainer)) for tower in TOWERS}
         return Judged(vlm, self.data, self.cache, towers, self.scores, self.statistics, tunes)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -6,23 +6,27 @@ Three files belong to a run, under the store's root (``logs/<study>``):
 * ``samples/<run_id>.parquet``: per-sample records (:data:`SAMPLE_SCHEMA` and one float column per OOD score);
 * ``curves/<run_id>.parquet``: curves such as singular-value spectra (:data:`CURVE_SCHEMA`).
 
-Each is written under a temporary name and moved into place, the results last: **a run is done if and only if its
-results file is there and readable**. Writers need no lock, because no two runs share a file.
+Each is written under a temporary name and moved into place, the results last, with checksums of its pages and a digest of its
+content: **a run is done if and only if all its files are there and hold what was written**. Writers need no lock, because no two
+runs share a file.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import logging
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,10 +34,12 @@ import pyarrow.parquet as pq
 import lightning_vlmq
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.core.identity import first_difference
+from lightning_vlmq.core.identity import describe, first_difference
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
 from lightning_vlmq.statistics import Statistics
+
+log = logging.getLogger(__name__)
 
 _MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
 _WRITTEN = b"lightning_vlmq.written"
@@ -41,6 +47,13 @@ _STATISTICS = b"lightning_vlmq.statistics"
 AS_PUBLISHED = Statistics()
 _SECONDS = b"lightning_vlmq.seconds"
 _IDENTITY = b"lightning_vlmq.identity"
+_COMPANIONS = b"lightning_vlmq.companions"
+_SIBLINGS = b"lightning_vlmq.siblings"
+_DIGEST = b"lightning_vlmq.digest"
+_PREFIX = b"lightning_vlmq."
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}")
+PARTS = ("results", "samples", "curves")
+"""Folders below the root; each run has a file in each."""
 _CORES = b"lightning_vlmq.cpu_count"
 
 
@@ -83,7 +96,8 @@ class ResultsStore:
         curves: pd.DataFrame,
         seconds: float | None = None,
         statistics: Statistics = AS_PUBLISHED,
-        identity: Any = None,
+        identity: Mapping[str, Any] | None = None,
+        companions: Sequence[str] = (),
     ) -> None:
         """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
 
@@ -94,7 +108,8 @@ class ResultsStore:
             curves: points, columns as in :data:`CURVE_SCHEMA`; may be empty.
             seconds: how long the model took to make, see :meth:`seconds`.
             statistics: the settings that the rows were computed with.
-            identity: what decides the numbers, as :func:`~lightning_vlmq.core.identity.describe` gives it; see :meth:`identity`.
+            identity: what decides the numbers, see :func:`~lightning_vlmq.results.identity.run_identity`.
+            companions: runs filed before as parts of this one, without which it does not count as done.
 
         Raises:
             VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
@@ -111,32 +126,85 @@ class ResultsStore:
         for role in sorted((set(rows["role"].unique()) - {""}) | sample_roles):
             if role not in ROLES:
                 raise unknown("role", role, ROLES)
-        self._write_part("samples", run_id, sample_table)
-        self._write_part("curves", run_id, curve_table)
         metadata = {
             _WRITTEN: datetime.now(UTC).isoformat().encode(),
             _STATISTICS: json.dumps(asdict(statistics)).encode(),
+            _IDENTITY: json.dumps(describe(identity or {})).encode(),
+            _COMPANIONS: json.dumps(list(companions)).encode(),
+            _SIBLINGS: json.dumps(
+                {
+                    "samples": self._write_part("samples", run_id, sample_table, {}),
+                    "curves": self._write_part("curves", run_id, curve_table, {}),
+                }
+            ).encode(),
         }
-        if identity is not None:
-            metadata[_IDENTITY] = json.dumps(identity, sort_keys=True).encode()
         if seconds is not None:
             metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
-        self._write_part("results", run_id, row_table.replace_schema_metadata(metadata))
+        self._write_part("results", run_id, row_table, metadata)
 
     def has(self, run_id: str) -> bool:
-        """Whether the run is done: its results file is there and can be read.
+        """Whether the run is done: every part of it is there and holds what was written, also those of its companions.
 
-        A results file that cannot be read (a full disk, a broken copy) counts as not done, so that running the study
-        again replaces it and nothing else.
+        A part that does not (a full disk, a broken copy, a flipped bit) makes the run count as not done, so that running the
+        study again replaces it and nothing else.
         """
-        path = self._path("results", run_id)
-        if not path.exists():
-            return False
+        return not self.problem(run_id)
+
+    def problem(self, run_id: str) -> str:
+        """Why a run does not count, in one line with the file's path, or ``""``."""
         try:
-            pq.read_metadata(path)
-        except (pa.ArrowInvalid, OSError):
-            return False
-        return True
+            results = self._read("results", run_id)
+            siblings = json.loads(results.schema.metadata[_SIBLINGS])
+            for kind in ("samples", "curves"):
+                if self._read(kind, run_id).schema.metadata[_DIGEST].decode() != siblings[kind]:
+                    return f"{self._path(kind, run_id)} is not of the same run as {self._path('results', run_id)}"
+            names = set(results["run_id"].to_pylist())
+            if names != {run_id}:
+                return (
+                    f"{self._path('results', run_id)} holds {f'run {min(names)}' if names else 'no rows'}, it is a copy"
+                )
+            datetime.fromisoformat(results.schema.metadata[_WRITTEN].decode())
+            companions = json.loads(results.schema.metadata[_COMPANIONS])
+        except VLMQError as error:
+            return str(error)
+        except (KeyError, ValueError, TypeError) as error:
+            return f"{self._path('results', run_id)} was not written by this version's results store ({error})"
+        return next((why for name in companions if (why := self.problem(name))), "")
+
+    def sound(self) -> tuple[list[str], list[str]]:
+        """Run ids that count, sorted, and one line for each other file that lies among the results."""
+        runs, problems = [], []
+        for path in sorted((self.root / "results").glob("[!.]*")):
+            if path.suffix != ".parquet" or not _NAME.fullmatch(path.stem):
+                problems.append(f"{path} is no part of a results store; move it away")
+            elif why := self.problem(path.stem):
+                problems.append(why)
+            else:
+                runs.append(path.stem)
+        return sorted(runs), problems
+
+    def identity(self, run_id: str) -> dict[str, Any]:
+        """What decided a run's numbers, as it was filed. Raises :class:`VLMQError` like :meth:`rows`."""
+        stored: dict[str, Any] = json.loads((self._read("results", run_id).schema.metadata or {}).get(_IDENTITY, b"{}"))
+        return stored
+
+    def require_same(self, run_id: str, identity: Any) -> None:
+        """Check that a run of this name, if there is one, is the experiment with this identity: only then may it be written again.
+
+        Raises:
+            VLMQError: it is another; the message names the first difference.
+        """
+        if not self.has(run_id):
+            return
+        if (difference := first_difference(self.identity(run_id), identity)) is not None:
+            raise VLMQError(
+                f"'{self.root}' holds another run '{run_id}' ({difference}); choose another --results.run_id or --results.root, "
+                f"or delete {self._path('results', run_id)}"
+            )
+
+    def require_name(self, run_id: str) -> None:
+        """Raise :class:`VLMQError` for what cannot be a run's file name."""
+        self._path("results", run_id)
 
     def run_ids(self) -> list[str]:
         """Run ids with a results file, sorted. Empty for a store nothing was written to."""
@@ -176,32 +244,18 @@ class ResultsStore:
             )
         return float(metadata[_SECONDS]), int(metadata[_CORES])
 
-    def identity(self, run_id: str) -> Any:
-        """What decided a run's numbers, as nested plain values; ``None`` where it was not said. Raises like :meth:`rows`."""
-        metadata = self._read("results", run_id).schema.metadata or {}
-        return json.loads(metadata[_IDENTITY]) if _IDENTITY in metadata else None
-
-    def require_same(self, run_id: str, identity: Any) -> None:
-        """Check that a run of this name, if there is one, is the experiment with this identity: only then may it be written again.
-
-        Raises:
-            VLMQError: it is another; the message names the first difference.
-        """
-        if not self.has(run_id):
-            return
-        if (difference := first_difference(self.identity(run_id), identity)) is not None:
-            raise VLMQError(
-                f"'{self.root}' holds another run '{run_id}' ({difference}); choose another --results.run_id or --results.root, "
-                f"or delete {self._path('results', run_id)}"
-            )
-
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
-        """Results rows of the given runs (default: all), with the columns of :data:`ROW_SCHEMA`.
+        """Results rows of the given runs (default: all that are sound, see :meth:`sound`), with the columns of :data:`ROW_SCHEMA`.
 
         Raises:
             VLMQError: a run is not there, or a part cannot be read (the message names the file to delete).
         """
-        names = self.run_ids() if run_ids is None else list(run_ids)
+        if run_ids is None:
+            names, problems = self.sound()
+            for problem in problems:
+                log.warning("left out: %s", problem)
+        else:
+            names = list(run_ids)
         tables = [self._read("results", run_id).replace_schema_metadata(None) for run_id in names]
         return pa.concat_tables(tables or [ROW_SCHEMA.empty_table()]).to_pandas()
 
@@ -214,8 +268,8 @@ class ResultsStore:
         return self._read("curves", run_id).to_pandas(strings_to_categorical=True)
 
     def _path(self, kind: str, run_id: str) -> Path:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", run_id):
-            raise VLMQError(f"'{run_id}' cannot be a run id; use letters, digits, '.', '_' and '-'")
+        if not _NAME.fullmatch(run_id):
+            raise VLMQError(f"'{run_id[:80]}' cannot be a run id; use up to 150 letters, digits, '.', '_' and '-'")
         return self.root / kind / f"{run_id}.parquet"
 
     def _read(self, kind: str, run_id: str) -> pa.Table:
@@ -224,9 +278,12 @@ class ResultsStore:
             raise VLMQError(f"the store has no {kind} of run '{run_id}': {path} is missing; run it (again)")
         try:
             # ParquetFile, not read_table: a folder name like "seed=1" above must not become a column.
-            table = pq.ParquetFile(path).read()
-        except (pa.ArrowInvalid, OSError) as error:
-            reason = str(error).splitlines()[0]
+            table = pq.ParquetFile(path, page_checksum_verification=True).read()
+            kept = (table.schema.metadata or {}).get(_DIGEST)
+            if kept is None or kept.decode("ascii", "replace") != _content_digest(table):
+                raise OSError("its content is not what a results store wrote")
+        except (pa.ArrowException, OSError, ValueError, MemoryError, TypeError, OverflowError, LookupError) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             advice = f"delete {self._path('results', run_id)} and run the study again"
             raise VLMQError(f"{path} cannot be read ({reason}); {advice}") from error
         schema = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA}[kind]
@@ -235,13 +292,44 @@ class ResultsStore:
             raise VLMQError(f"{path} lacks the columns {', '.join(missing)}; delete it and run the study again")
         return table
 
-    def _write_part(self, kind: str, run_id: str, table: pa.Table) -> None:
+    def _write_part(self, kind: str, run_id: str, table: pa.Table, metadata: dict[bytes, bytes]) -> str:
+        """Write a part with checksums of its pages and a digest of its content, which is returned."""
         path = self._path(kind, run_id)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, open(partial, "wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
+        table = table.replace_schema_metadata(metadata)
+        found = _content_digest(table)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as partial:
+                pq.write_table(
+                    table.replace_schema_metadata({**metadata, _DIGEST: found.encode()}),
+                    partial,
+                    compression="zstd",
+                    write_page_checksum=True,
+                )
+        except OSError as error:
+            raise VLMQError(f"'{path}' cannot be written ({error.strerror or error}); nothing of it is kept") from error
+        return found
+
+
+def _content_digest(table: pa.Table) -> str:
+    """Hash of a table's columns and of what is said about it, whatever pieces it is stored in."""
+    state = hashlib.sha256()
+    for key, value in sorted((table.schema.metadata or {}).items()):
+        if key.startswith(_PREFIX) and key != _DIGEST:
+            state.update(key + b"\0" + value + b"\n")
+    for field, column in zip(table.schema, table.columns):
+        state.update(f"{field.name}\0{field.type}\0{len(column)}\n".encode())
+        missing = column.is_null().to_numpy()
+        state.update(np.packbits(missing).tobytes())
+        if pa.types.is_string(field.type):
+            whole = pa.chunked_array([column.combine_chunks()], field.type).dictionary_encode().combine_chunks()
+            whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
+            state.update(whole.indices.fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+            state.update("\0".join(whole.dictionary.to_pylist()).encode("utf-8", "surrogatepass"))
+        else:
+            empty = False if pa.types.is_boolean(field.type) else 0
+            state.update(column.fill_null(empty).to_numpy().tobytes())
+    return state.hexdigest()[:32]
 
 
 def _as_table(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:

@@ -126,25 +126,28 @@ class StudyResults:
         runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
         rows: the results rows of these runs.
         superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
+        problems: one line for each part of the store that is damaged, incomplete or foreign, and left out.
     """
 
     root: Path
     runs: tuple[StoredRun, ...]
     rows: pd.DataFrame
     superseded: int
+    problems: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, root: str | Path) -> StudyResults:
         """Read a study's store.
 
         Raises:
-            VLMQError: there is nothing at ``root``, or a part cannot be read.
+            VLMQError: there is nothing sound at ``root``.
         """
         store = ResultsStore(root)
-        run_ids = store.run_ids()
+        run_ids, problems = store.sound()
         if not run_ids:
-            raise VLMQError(f"no results in '{root}'; run the study first, e.g. vlmq-study study=demo")
-        rows = store.rows()
+            found = f" ({problems[0]})" if problems else ""
+            raise VLMQError(f"no results in '{root}'{found}; run the study first, e.g. vlmq-study study=demo")
+        rows = store.rows(run_ids)
         names = [field.name for field in fields(RunKey)]
         newest: dict[RunKey, StoredRun] = {}
         firsts = rows.drop_duplicates("run_id").set_index("run_id")[names]
@@ -157,7 +160,7 @@ class StudyResults:
         replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "is_tuned"]}
         replaced -= {run.run_id for run in runs}
         kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
-        return cls(Path(root), tuple(runs), kept, len(replaced))
+        return cls(Path(root), tuple(runs), kept, len(replaced), tuple(problems))
 
     @cached_property
     def statistics(self) -> Statistics:

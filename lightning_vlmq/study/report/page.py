@@ -91,7 +91,7 @@ def _facts(analysis: StudyAnalysis) -> str:
 
 
 def _warnings(analysis: StudyAnalysis) -> str:
-    notes = []
+    notes = [f"Left out: {escape(problem)}" for problem in analysis.results.problems]
     if analysis.unreferenced:
         names = ", ".join(escape(vlm) for vlm in analysis.unreferenced)
         notes.append(f"No full-precision run of {names}: nothing of theirs is compared.")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import yaml
 
 from lightning_vlmq.core.configs import find_config
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.models import known_vlm, split_name
+from lightning_vlmq.core.identity import code_digest, file_digest, library_versions
+from lightning_vlmq.models import known_vlm, split_name, zoo
 from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 
@@ -138,7 +140,7 @@ def _run(study: Study, command: Sequence[str], kind: str, bits: str, vlm: str, v
     decisive = [*command, *(_fill(template, values) for template in templates)]
     parts = [vlm, values["method"], *([bits, values["scope"]] if kind != "fp32" else []), f"s{values['seed']}"]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", str(part)) for part in parts)
-    run_id = f"{name}-{_digest(decisive)}"
+    run_id = f"{name}-{_digest([*decisive, *_environment(values['vlm'])])}"
     places = values | {"study": study.name, "root": study.root, "run_id": run_id, "run_name": name}
     output = [_fill(template, places) for template in study.output]
     identity = {"vlm": vlm, "scope": values["scope"], "method": values["method"], "bits": bits, "kind": kind}
@@ -192,10 +194,31 @@ def _locate_configs(words: Sequence[str], config_folder: Path) -> list[str]:
     return located
 
 
+def _environment(vlm: str) -> list[str]:
+    """What decides results beside the arguments: the package's code and data, the libraries, an embedded model's weights."""
+    weights = zoo.FOLDER / f"{vlm}.safetensors"
+    own = [file_digest(weights)] if vlm in zoo.names() and weights.is_file() else []
+    return [code_digest(), *(f"{name} {version}" for name, version in library_versions().items()), *own]
+
+
 def _digest(words: Sequence[str]) -> str:
-    """Hash of an argument list in which config files count by what they say, not by where they are."""
-    content = [_config_content(Path(word)) or word for word in words]
+    """Hash of an argument list in which config files count by what they say, not by where they are, other files by their bytes."""
+    content = [_config_content(Path(word)) or _file_content(word) or word for word in words]
     return hashlib.sha256(json.dumps(content, default=str, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _file_content(word: str) -> str | None:
+    """Digest of the file that an argument's value names; of a folder's files, where it is a saved model's."""
+    value = word.partition("=")[2]
+    if not word.startswith("--") or "/" not in value:
+        return None
+    path = Path(value)
+    with suppress(OSError):
+        if path.is_file():
+            return f"{word} {file_digest(path)}"
+        if (path / "quant.json").is_file():
+            return f"{word} {file_digest(path)}"
+    return None
 
 
 def _config_content(path: Path) -> Any:
