@@ -12,6 +12,8 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
 
+from lightning_vlmq.data.sets import EvalSet
+
 
 class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict`` returns as one Parquet file a data set, under ``<folder>/<data set>.parquet``.
@@ -30,7 +32,13 @@ class PredictionWriter(BasePredictionWriter):
         """Write this process's columns, batches joined."""
         self.folder.mkdir(parents=True, exist_ok=True)
         rank = f".rank{trainer.global_rank}" if trainer.world_size > 1 else ""
-        for s, batches in zip(pl_module.eval_sets, predictions):  # type: ignore[arg-type, call-overload]
+        sets: Sequence[EvalSet] = pl_module.eval_sets  # type: ignore[assignment]
+        of_sets = (
+            predictions if len(sets) > 1 else [predictions]
+        )  # Lightning hands over the batches of a single set as they are
+        for s, batches in zip(sets, of_sets):
+            if not batches:  # --trainer.limit_predict_batches 0, or fewer batches than processes
+                continue
             columns: dict[str, Tensor] = {key: torch.cat([b[key] for b in batches]) for key in batches[0]}
             frame = pd.DataFrame({key: column.cpu().numpy() for key, column in columns.items()})
             frame.to_parquet(self.folder / f"{s.name}{rank}.parquet")

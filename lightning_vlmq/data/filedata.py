@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.images.encoded import OnBadImage
 from lightning_vlmq.data.images.files import FileImages, decode_all
-from lightning_vlmq.data.images.pixels import Preprocess
+from lightning_vlmq.data.images.pixels import Orientation, Preprocess
 from lightning_vlmq.data.readers.base import Reader, Reading, shorten
-from lightning_vlmq.data.readers.names import TEMPLATES, resolve_class_names, resolve_templates
+from lightning_vlmq.data.readers.names import TEMPLATES, name_classes, resolve_class_names, resolve_templates
 from lightning_vlmq.data.readers.pairs import PairReader
 from lightning_vlmq.data.sets import EvalSet
 
@@ -37,7 +37,7 @@ class FileData(ReliabilityDataModule):
         root: folder below which the readers' paths lie.
         pairs: reader of caption pairs, needed to calibrate or train.
         class_names: what the id set's classes are called, instead of what its reader says: names in label order, ``imagenet``,
-            ``cifar10``, or a text file with a name a line.
+            ``cifar10``, a text file with a name a line, or names by class. How they were matched is said.
         templates: prompts with ``{}`` for the class name, instead of the id set's; or a name of
             :data:`~lightning_vlmq.data.readers.names.TEMPLATES`.
         image_size: height and width that images are decoded to, in pixels; ``None`` takes the model's, as resize mode and
@@ -47,6 +47,7 @@ class FileData(ReliabilityDataModule):
         max_images: at most this many images of each set, drawn with ``data_seed``; ``None`` takes all.
         data_seed: seed of that draw.
         on_bad_image: at an image that cannot be read ``"error"`` stops, ``"skip"`` leaves it out and says so.
+        orientation: ``"exif"`` turns images as their EXIF entry says, ``"stored"`` takes them as stored, as open_clip does.
         batch_size: images a batch when evaluating.
         train_batch_size: image-caption pairs a batch when training or calibrating.
         num_workers: loader processes.
@@ -57,7 +58,7 @@ class FileData(ReliabilityDataModule):
         sets: Sequence[Reader] = (),
         root: str = "data",
         pairs: PairReader | None = None,
-        class_names: str | list[str] | None = None,
+        class_names: str | list[str] | dict[str, str] | None = None,
         templates: str | list[str] | None = None,
         image_size: int | None = None,
         calibration_pairs: int = 1000,
@@ -65,6 +66,7 @@ class FileData(ReliabilityDataModule):
         max_images: int | None = None,
         data_seed: int = 0,
         on_bad_image: OnBadImage = "error",
+        orientation: Orientation = "exif",
         batch_size: int = 128,
         train_batch_size: int = 125,
         num_workers: int = 4,
@@ -80,10 +82,14 @@ class FileData(ReliabilityDataModule):
                 raise VLMQError(f"{name} must be at least 1, got {value}")
         self.readers = tuple(sets)
         self.pair_reader = pairs
-        self.image_size = image_size
-        self.reading = Reading(Path(root), Preprocess(image_size or 224), on_bad_image, max_images, data_seed)
+        self.image_size, self.orientation = image_size, orientation
+        self.reading = Reading(
+            Path(root), Preprocess(image_size or 224, orientation=orientation), on_bad_image, max_images, data_seed
+        )
         self.calibration_pairs, self.pairs_seed = calibration_pairs, pairs_seed
-        self.given_names = None if class_names is None else resolve_class_names(class_names)
+        self.given_names = class_names
+        if class_names is not None and not isinstance(class_names, Mapping):
+            resolve_class_names(class_names)  # what is wrong with them is said at once
         self.given_templates = None if templates is None else resolve_templates(templates)
 
     def setup(self, stage: str | None = None) -> None:
@@ -106,7 +112,7 @@ class FileData(ReliabilityDataModule):
                 *(self.image_size, framing.size),
             )
             framing = replace(framing, size=self.image_size, resize_to=None)  # type: ignore[arg-type]
-        self.reading = replace(self.reading, preprocess=Preprocess.of(framing))
+        self.reading = replace(self.reading, preprocess=replace(Preprocess.of(framing), orientation=self.orientation))
 
     def read_pairs(self) -> FileImages:
         """The caption pairs, listed but not decoded. Raises :class:`VLMQError` as their reader does."""
@@ -124,12 +130,16 @@ class FileData(ReliabilityDataModule):
             raise VLMQError(f"several data sets are called {shorten(twice)}; give each its own name")
         inside = next((s for s in sets if s.role == "id"), None)
         space = None if inside is None else inside.class_names
-        if self.given_names and space and len(self.given_names) != len(space):
-            raise VLMQError(
-                f"class_names are {len(self.given_names)}, but the id set '{names[0]}' has {len(space)} classes; name each once"
-            )
+        given = self.given_names
+        if given is not None and space is None:
+            if isinstance(given, Mapping):
+                raise VLMQError("class_names by class need an id set that names its classes; give them in label order")
+            self.class_names = resolve_class_names(given)
+        elif given is not None and space is not None and inside is not None:
+            self.class_names = name_classes(space, given, f"the id set '{inside.name}'")
+        else:
+            self.class_names = space or ()
         own_templates = TEMPLATES["photo"] if inside is None or inside.templates is None else inside.templates
-        self.class_names = self.given_names or space or ()
         self.templates = self.given_templates or own_templates
         self.eval_sets = [_placed(s, space, self.class_names) for s in sets]
         for s in self.eval_sets:

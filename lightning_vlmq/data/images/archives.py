@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.images.encoded import require_column
 from lightning_vlmq.data.images.sources import EncodedSource, file_status
 
 
@@ -92,8 +93,7 @@ class ParquetRows(EncodedSource):
         self._held: tuple[int, Any] = (-1, None)
 
     def _check_column(self, path: Path, schema: pa.Schema) -> None:
-        if self.column not in schema.names:
-            raise VLMQError(f"data file '{path}' lacks the column {self.column}; it has {', '.join(schema.names)}")
+        require_column(path, schema.names, self.column)
         kind = schema.field(self.column).type
         kind = kind.field("bytes").type if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 else kind
         if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.images.pixels import as_shown
 
 OnBadImage = Literal["error", "skip"]
 log = logging.getLogger(__name__)
@@ -25,15 +26,20 @@ def read_parquet(path: Path, columns: list[str]) -> pa.Table:
     if not path.is_file():
         raise VLMQError(f"data file '{path}' does not exist; check the data path")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        names = pq.read_schema(path).names
+        for name in columns:
+            require_column(path, names, name)
+        return pq.read_table(path, columns=list(dict.fromkeys(columns)), partitioning=None)
+    except (pa.ArrowException, OSError) as error:
         raise VLMQError(f"data file '{path}' is damaged or no Parquet file; fetch or make it again") from error
-    missing = [c for c in columns if c not in table.column_names]
-    if missing:
-        raise VLMQError(
-            f"data file '{path}' lacks the column {', '.join(missing)}; it has {', '.join(table.column_names)}"
-        )
-    return table.select(columns)
+
+
+def require_column(path: Path, names: list[str], column: str) -> None:
+    """Raise :class:`VLMQError` unless a Parquet file's columns ``names`` hold ``column`` exactly once."""
+    if column not in names:
+        raise VLMQError(f"data file '{path}' lacks the column {column}; it has {', '.join(names)}")
+    if names.count(column) > 1:
+        raise VLMQError(f"data file '{path}' has {names.count(column)} columns {column}; rename all but one")
 
 
 def decode_images(encoded: list[bytes], source: Path, mode: str, on_bad_image: OnBadImage) -> tuple[Tensor, Tensor]:
@@ -55,7 +61,7 @@ def decode_images(encoded: list[bytes], source: Path, mode: str, on_bad_image: O
     for row, data in enumerate(encoded):
         try:
             with Image.open(io.BytesIO(data)) as image:
-                images.append(np.asarray(image.convert(mode)))
+                images.append(np.asarray(as_shown(image).convert(mode)))
             rows.append(row)
         except (OSError, SyntaxError, ValueError, TypeError):
             bad.append(row)

@@ -1,16 +1,19 @@
-"""From an image file to pixels: decoding, open_clip's resize and crop, and what to say of a file that cannot be read."""
+"""From an image file to pixels: what an image shows, open_clip's resize and crop, and what to say of a file that cannot be read."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.preprocessing import Framing, Interpolation, ResizeMode
+
+Orientation = Literal["exif", "stored"]
 
 
 class UnreadableImage(VLMQError):
@@ -28,6 +31,45 @@ class UnreadableImage(VLMQError):
         super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
 
 
+def as_shown(image: Image.Image, orientation: Orientation = "exif") -> Image.Image:
+    """An opened image as 8-bit pixels, the way a person sees it; its mode is kept where that has 8 bits a channel.
+
+    16-bit grey values are scaled to 8 bits, ``round(v / 257)``. Of a JPEG that holds several pictures (MPO: thumbnails, second
+    lens) the first is the image.
+
+    Args:
+        image: the image, perhaps not decoded yet.
+        orientation: ``"exif"`` turns an image as its EXIF entry says; ``"stored"`` leaves the pixels as they are stored, as
+            open_clip and torchvision do (of a TIFF, Pillow follows it by itself, there too).
+
+    Raises:
+        ValueError: an image that has no such pixels: several frames, floating-point or 32-bit values.
+        Exception: whatever Pillow raises for a damaged file.
+    """
+    if image.format != "MPO" and getattr(image, "is_animated", False):
+        raise ValueError(f"it has {getattr(image, 'n_frames', 'several')} frames; store the one that counts")
+    if orientation == "exif":
+        image = _turned(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.asarray(image)
+        # Pillow opens a portable grey map of more than 8 bits as 32-bit values, scaled to 16
+        if not image.mode.startswith("I;16") and image.format not in ("PPM", "PNG"):
+            kind = "floating-point" if image.mode == "F" else "32-bit"
+            raise ValueError(f"it holds {kind} values, whose range nobody knows; store it with 8 or 16 bits")
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise ValueError("its values do not fit 16 bits; store it with 8 or 16 bits")
+        image = Image.fromarray(np.rint(values / 257.0).astype(np.uint8))
+    return image
+
+
+def _turned(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(0x0112, 1) != 1
+    except Exception:  # damaged metadata of an image whose pixels may be sound: there is no orientation to follow
+        return image
+    return ImageOps.exif_transpose(image) if turned else image
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """open_clip's preprocessing up to the normalisation: an image framed and made RGB.
@@ -39,6 +81,7 @@ class Preprocess:
         fill: see there.
         resize_to: see there.
         border: pixels cut off at each edge first (ObjectNet's red frame).
+        orientation: see :func:`as_shown`.
     """
 
     size: int
@@ -47,8 +90,11 @@ class Preprocess:
     fill: int = 0
     resize_to: int | None = None
     border: int = 0
+    orientation: Orientation = "exif"
 
     def __post_init__(self) -> None:
+        if self.orientation not in get_args(Orientation):
+            raise unknown("orientation", str(self.orientation), get_args(Orientation))
         self.framing  # noqa: B018 - says what is wrong with the settings
 
     @classmethod
@@ -62,7 +108,8 @@ class Preprocess:
         return Framing(self.size, self.resize_mode, self.interpolation, self.fill, self.resize_to)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Pixels, uint8 ``[3, size, size]``. Raises Pillow's errors for a damaged file."""
+        """Pixels, uint8 ``[3, size, size]``. Raises as :func:`as_shown` does."""
+        image = as_shown(image, self.orientation)
         if self.border:
             image = ImageOps.crop(image, self.border)
         image = self.framing(image).convert("RGB")  # converted last, as open_clip does

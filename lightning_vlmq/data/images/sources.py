@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import logging
+import mimetypes
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,9 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.images.fingerprints import Fingerprints, pixel_hash
+from lightning_vlmq.data.images.pixels import as_shown
+
+log = logging.getLogger(__name__)
 
 
 class ImageSource(ABC):
@@ -58,7 +63,7 @@ class ImageSource(ABC):
 
     def _pixel_hash(self, row: int) -> bytes:
         try:
-            return pixel_hash(np.array(self.open(row).convert("RGB")))
+            return pixel_hash(np.array(as_shown(self.open(row), "stored").convert("RGB")))
         except Exception:
             return os.urandom(16)
 
@@ -100,8 +105,27 @@ class FileTree(EncodedSource):
 
     @classmethod
     def scan(cls, folder: Path, below: str = "") -> FileTree:
-        """Every image in ``folder/below``, by suffix, in the order of the paths; hidden files and folders are passed over."""
-        return cls(folder, sorted(_walk(folder, f"{below}/" if below else "")))
+        """Every image in ``folder/below``, by suffix, in the order of the paths; what systems leave there is passed over.
+
+        Images of another kind (``.gif``, ``.heic``) are passed over too, with a warning that counts them.
+
+        Raises:
+            VLMQError: a folder or file that cannot be read, or a folder that contains itself by a link.
+        """
+        files: list[tuple[str, int, int]] = []
+        others: list[str] = []
+        for path, status in _walk(folder, f"{below}/" if below else "", ()):
+            if status is not None:
+                files.append((path, status.st_size, status.st_mtime_ns))
+            elif (mimetypes.guess_type(path)[0] or "").startswith("image/"):
+                others.append(path)
+        if others:
+            kinds = ", ".join(sorted({Path(path).suffix for path in others}))
+            log.warning(
+                "%d images under '%s' are passed over, as %s are not read: '%s' is one; convert them, or move them away",
+                *(len(others), folder / below, kinds, min(others)),
+            )
+        return cls(folder, sorted(files))
 
     @classmethod
     def of(cls, folder: Path, paths: Sequence[str], listed_in: Path) -> FileTree:
@@ -189,17 +213,38 @@ class ArrayRows(ImageSource):
         return np.full(len(self), float(width * 2**20 + height))
 
 
-def _walk(folder: Path, below: str) -> Iterator[tuple[str, int, int]]:
-    with os.scandir(folder / below) as entries:
-        for entry in entries:
-            path = f"{below}{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from _walk(folder, f"{path}/")
-            elif entry.name.lower().endswith(IMG_EXTENSIONS):
-                status = entry.stat()
-                yield path, status.st_size, status.st_mtime_ns
+def is_litter(name: str) -> bool:
+    """Whether a file or folder is one that operating systems and tools leave behind, never data: hidden ones, ``__MACOSX``."""
+    return name.startswith(".") or name.casefold() in _LITTER
+
+
+_LITTER = {
+    "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
+    "ehthumbs.db", "desktop.ini",
+}  # fmt: skip
+
+
+def _walk(folder: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, os.stat_result | None]]:
+    """The files below a folder, images with their status; ``above`` are the folders on the way, to notice a link back to one."""
+    try:
+        own = os.stat(folder / below)
+        here = (own.st_dev, own.st_ino)
+        if here in above:
+            raise VLMQError(f"folder '{folder / below}' is a link to a folder that it lies in; remove the link")
+        with os.scandir(folder / below) as entries:
+            for entry in entries:
+                if is_litter(entry.name):
+                    continue
+                if entry.is_dir():
+                    yield from _walk(folder, f"{below}{entry.name}/", (*above, here))
+                else:
+                    is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
+                    yield f"{below}{entry.name}", entry.stat() if is_image else None
+    except OSError as error:
+        where = error.filename or folder / below
+        raise VLMQError(
+            f"'{where}' cannot be read ({error.strerror}); check its rights, or where its link leads"
+        ) from error
 
 
 def file_status(path: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.images.encoded import OnBadImage
 from lightning_vlmq.data.images.files import FileImages
 from lightning_vlmq.data.images.pixels import Preprocess
-from lightning_vlmq.data.images.sources import FileTree, ImageSource
+from lightning_vlmq.data.images.sources import FileTree, ImageSource, is_litter
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.data.text import read_lines, whole_number
 
 
 class Reader(ABC):
@@ -44,7 +47,7 @@ class Reading:
     """How sets are read.
 
     Attributes:
-        root: folder of all data sets.
+        root: folder of all data sets; made absolute, so that a path below it is one wherever it is used.
         preprocess: from a decoded file to pixels.
         on_bad_image: see :class:`~lightning_vlmq.data.images.FileImages`.
         max_images: at most this many images a set, drawn with ``seed``; ``None`` takes all.
@@ -56,6 +59,9 @@ class Reading:
     on_bad_image: OnBadImage = "error"
     max_images: int | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "root", self.root.expanduser().absolute())
 
     def folder(self, path: str) -> Path:
         """A folder below the root. Raises :class:`VLMQError` where there is none."""
@@ -153,7 +159,8 @@ def class_folders(
         )
     tree = FileTree.scan(folder, below)
     depth = len(Path(below).parts)
-    return tree, np.array([_label(tree.path(row), depth, labels, place) for row in range(len(tree))], dtype=np.int64)
+    found = np.array([_label(tree.path(row), depth, labels, place) for row in range(len(tree))], dtype=np.int64)
+    return tree, found
 
 
 def _label(path: str, depth: int, labels: Mapping[str, int], place: Path) -> int:
@@ -164,8 +171,37 @@ def _label(path: str, depth: int, labels: Mapping[str, int], place: Path) -> int
 
 
 def subfolders(folder: Path) -> set[str]:
-    """Names of the folders in a folder, but for hidden ones."""
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")}
+    """Names of the folders in a folder, but for hidden ones and what systems leave there."""
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_litter(entry.name)}
+
+
+def require_images(place: Path, folders: Sequence[str], labels: NDArray[np.int64]) -> None:
+    """Check that each of the class folders in ``place`` has an image, where the folders make the classes.
+
+    Args:
+        place: where the class folders lie.
+        folders: their names, in label order.
+        labels: label of each image that was found.
+
+    Raises:
+        VLMQError: a folder without images, and what is in it.
+    """
+    used = set(labels.tolist())
+    if empty := [name for label, name in enumerate(folders) if label not in used]:
+        raise VLMQError(
+            f"class folder '{place / empty[0]}' holds no readable image ({_what_is_in(place / empty[0])}); "
+            f"add images ({', '.join(IMG_EXTENSIONS)}), or move it away: its class would be predicted all the same"
+        )
+
+
+def files_in(folder: Path, pattern: str) -> list[Path]:
+    """Files of a folder by a pattern of their names, sorted, but for what systems leave there (``._00000.tar``)."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_litter(path.name))
+
+
+def _what_is_in(folder: Path) -> str:
+    kinds = Counter(path.suffix or "no suffix" for path in folder.rglob("*") if path.is_file())
+    return ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(3)) or "it is empty"
 
 
 def drawn_rows(n_there: int, n: int | None, seed: int) -> Tensor:
@@ -178,21 +214,34 @@ def shorten(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
 
 
-def read_list(path: Path) -> tuple[list[str], list[int]]:
+def read_list(path: Path, published: bool = False) -> tuple[list[str], list[int]]:
     """An image list: a line an image, its path and its label, which is the last word.
 
+    Args:
+        path: the list.
+        published: whether the list is a published one, which is taken as it is where it names an image twice with one label.
+
     Raises:
-        VLMQError: a line that is not so, by its number, or an empty list.
+        VLMQError: a line that is not so, by its number, an image that is named twice, or an empty list.
     """
     paths, labels = [], []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        if not line.strip():
-            continue
-        name, _, label = line.strip().rpartition(" ")
-        if not name or not label.lstrip("-").isdecimal():
-            raise VLMQError(f"line {number} of '{path}' is not 'path label': '{line.strip()[:80]}'; repair the list")
+    seen: dict[str, tuple[int, int]] = {}
+    for number, line in read_lines(path):
+        name, *last = line.rsplit(maxsplit=1)
+        label = whole_number(last[0]) if last else None
+        if label is None:
+            raise VLMQError(
+                f"line {number} of '{path}' is not 'path label' with a whole number (0, not 00 or 0.0) for a label: "
+                f"'{line[:80]}'; repair the list"
+            )
+        first, other = seen.setdefault(name, (number, label))
+        if first != number and not (published and other == label):
+            said = "and would count twice" if other == label else f"where its label is {other}, not {label}"
+            raise VLMQError(
+                f"line {number} of '{path}' names '{name}' again, after line {first}, {said}; keep one of them"
+            )
         paths.append(name)
-        labels.append(int(label))
+        labels.append(label)
     if not paths:
         raise VLMQError(f"image list '{path}' is empty; fetch it again")
     return paths, labels

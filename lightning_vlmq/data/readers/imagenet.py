@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,10 @@ from scipy.io import loadmat
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.data.corruptions import CORRUPTIONS
 from lightning_vlmq.data.images.sources import FileTree
-from lightning_vlmq.data.readers.base import Reader, Reading, class_folders, shorten
+from lightning_vlmq.data.readers.base import Reader, Reading, class_folders, require_images, shorten, subfolders
 from lightning_vlmq.data.readers.names import IMAGENET, OF_IMAGENET, TEMPLATES, imagenet_labels, imagenet_subset
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.data.text import read_lines, read_text
 
 BENCHMARK = tuple(
     name
@@ -58,7 +58,7 @@ class ImageNet(Reader):
         source: FileTree
         about: dict[str, Any] = dict(OF_IMAGENET)
         if self.labels is None:
-            if not any(entry.is_dir() for entry in os.scandir(folder)):
+            if not subfolders(folder):
                 raise VLMQError(
                     f"'{folder}' has no class folders; for the flat layout set labels to the ground-truth list"
                 )
@@ -235,6 +235,7 @@ class ObjectNet(Reader):
             )
         labels = dict.fromkeys(names, -1) | {name: label for label, name in enumerate(there)}
         source, found = class_folders(folder, labels, complete=False)
+        require_images(folder, there, found)
         kept = np.flatnonzero(found >= 0)
         about: dict[str, Any] = {
             "class_names": tuple(names[name].lower() for name in there),
@@ -255,11 +256,13 @@ def check_corruptions(corruptions: Sequence[str], severities: Sequence[int]) -> 
 
 def _flat_labels(listed: Path, source: FileTree) -> NDArray[np.int64]:
     """Labels of a flat folder's images, in any of the published forms; see :class:`ImageNet`."""
-    lines = [line.split() for line in listed.read_text().splitlines() if line.strip()]
+    lines = [line.split() for _, line in read_lines(listed)]
     if len(lines) != len(source):
         raise VLMQError(
             f"'{listed}' has {len(lines)} labels, '{source.folder}' {len(source)} images; complete the data set"
         )
+    if not lines or any(len(line) != len(lines[0]) or len(line) > 2 for line in lines):
+        raise VLMQError(f"'{listed}' is no list of labels, or of image names and labels, a line each; fetch it again")
     table: Mapping[str, int] = {str(label): label for label in range(len(IMAGENET))}
     if len(lines[0]) == 2:
         by_name = {Path(name).name: label for name, label in lines}
@@ -288,8 +291,8 @@ def _development_kit(ground_truth: Path) -> Mapping[str, int]:
 
 
 def _json(path: Path) -> dict[str, str]:
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        return dict(json.loads(text))
+    except (ValueError, TypeError) as error:
         raise VLMQError(f"'{path}' is damaged; fetch it again") from error
-    return dict(content)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import pkgutil
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,12 @@ from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMA
 from timm.data import ImageNetInfo
 
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.data.text import read_lines
+
+log = logging.getLogger(__name__)
+
+ClassNames = str | Sequence[str] | Mapping[str, str]
+"""What classes may be named by: a name of :data:`CLASS_NAMES`, a file, names in label order, or names by folder."""
 
 IMAGENET = tuple(IMAGENET_CLASSNAMES)
 """The 1,000 names of Radford et al. 2021 in the order of the sorted wnids; two names stand for two classes each."""
@@ -70,12 +79,68 @@ def resolve_class_names(given: str | Sequence[str]) -> tuple[str, ...]:
     elif given in CLASS_NAMES:
         return CLASS_NAMES[given]
     elif Path(given).is_file():
-        names = tuple(filter(None, (line.strip() for line in Path(given).read_text().splitlines())))
+        names = tuple(name for _, name in read_lines(Path(given)))
     else:
         raise unknown("class_names (or file of them)", given, CLASS_NAMES)
     if len(names) < 2:
         raise VLMQError(f"class_names must be at least 2 names, got {len(names)}; give one a class, in label order")
     return names
+
+
+def class_order(names: Iterable[str], where: str) -> tuple[str, ...]:
+    """Names of classes in the order that makes them labels: by number where all are whole numbers, as text otherwise.
+
+    Raises:
+        VLMQError: two names are the same number (``1`` and ``01``).
+    """
+    distinct = set(names)
+    if not all(name.isascii() and name.isdecimal() for name in distinct):
+        return tuple(sorted(distinct))
+    ordered = sorted(distinct, key=lambda name: (int(name), name))
+    for name, other in pairwise(ordered):
+        if int(name) == int(other):
+            raise VLMQError(f"classes '{name}' and '{other}' of {where} are the same number; name each number once")
+    return tuple(ordered)
+
+
+def name_classes(folders: Sequence[str], given: ClassNames, where: str, what: str = "classes") -> tuple[str, ...]:
+    """What classes are called that have names of their own already, those of their folders. How they are matched is said.
+
+    Args:
+        folders: the classes' own names, in label order.
+        given: names by class; or one a class in their order, as :func:`resolve_class_names` takes them.
+        where: what messages call that which has these classes.
+        what: what messages call them.
+
+    Raises:
+        VLMQError: another number of names than of classes, a class without a name, or an order that is not plain: ``class_10``
+            comes before ``class_2`` as text, after it to a reader.
+    """
+    if isinstance(given, Mapping):
+        if odd := sorted(set(given) ^ set(folders)):
+            why = "is no class" if odd[0] in given else "has no name"
+            raise VLMQError(f"'{odd[0]}' {why}: class_names have to name each of the {len(folders)} classes of {where}")
+        return tuple(given[folder] for folder in folders)
+    names = resolve_class_names(given)
+    if len(names) != len(folders):
+        raise VLMQError(f"{where} has {len(folders)} {what}, class_names are {len(names)}; name each once")
+    by_number = sorted(
+        folders, key=lambda name: [int(part) if k % 2 else part for k, part in enumerate(_NUMBER.split(name))]
+    )
+    if by_number != list(folders) == sorted(folders):
+        k = next(k for k, (a, b) in enumerate(zip(folders, by_number)) if a != b)
+        raise VLMQError(
+            f"class_names go by the order of the classes of {where}, which is not plain: is '{folders[k]}' or "
+            f"'{by_number[k]}' number {k + 1}? give class_names as a mapping, class: name"
+        )
+    pairs = [f"'{folder}' is '{name}'" for folder, name in zip(folders, names)]
+    shown = pairs if len(pairs) < 4 else [*pairs[:2], "…", pairs[-1]]
+    if names != tuple(folders):
+        log.warning("classes of %s are named in order: %s", where, ", ".join(shown))
+    return names
+
+
+_NUMBER = re.compile(r"([0-9]+)")
 
 
 def resolve_templates(given: str | Sequence[str]) -> tuple[str, ...]:

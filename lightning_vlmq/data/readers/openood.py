@@ -54,7 +54,7 @@ class OpenOOD(Reader):
         for name in self.sets:
             listed = SETS[name]
             path = reading.file(folder / "benchmark_imglist" / "imagenet" / f"test_{name}.txt")
-            paths, labels = read_list(path)
+            paths, labels = read_list(path, published=True)
             source = FileTree.of(reading.folder(f"{self.path}/{listed.images}"), paths, path)
             about = OF_IMAGENET if listed.role == "id" else {}
             expected = None if self.expected is None else listed.n

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
 import pyarrow.parquet as pq
 import pyarrow.types
 import torch
@@ -18,8 +18,9 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.images.archives import ParquetRows, TarMembers
 from lightning_vlmq.data.images.encoded import read_parquet
 from lightning_vlmq.data.images.files import FileImages
-from lightning_vlmq.data.images.sources import EncodedSource, FileTree
-from lightning_vlmq.data.readers.base import Reading, drawn_rows
+from lightning_vlmq.data.images.sources import EncodedSource, FileTree, is_litter
+from lightning_vlmq.data.readers.base import Reading, drawn_rows, files_in
+from lightning_vlmq.data.text import decode_text, read_table, read_text
 
 
 class PairReader(ABC):
@@ -62,9 +63,7 @@ class FolderPairs(PairReader):
             raise VLMQError(
                 f"{len(missing)} of {n} images in '{folder}' have no caption, '{missing[0]}' is missing; add them"
             )
-        return reading.images(
-            source, rows=rows, caption=_captions([t.read_text(errors="replace") for t in texts], folder)
-        )
+        return reading.images(source, rows=rows, caption=_captions([read_text(text) for text in texts], texts))
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,17 @@ class TablePairs(PairReader):
             captions = read_parquet(path, [self.caption])[self.caption].to_pylist()
             rows = draw(len(captions), n, seed, path)
             chosen, source = rows, ParquetRows([path], self.image)
+            places = [f"{path}, row {row}" for row in rows.tolist()]
         else:
-            table = self._table(path)
-            captions = table[self.caption].tolist()
+            images, captions, where = self._table(path)
             rows = draw(len(captions), n, seed, path)
             folder = path.parent if self.images is None else reading.folder(self.images)
-            names = [str(name) for name in table[self.image].iloc[rows.numpy()]]
+            names = [images[row] for row in rows.tolist()]
+            places = [where[row] for row in rows.tolist()]
+            if odd := [k for k, name in enumerate(names) if not isinstance(name, str) or not name]:
+                raise VLMQError(f"'{places[odd[0]]}' names no image in column {self.image}; leave it out")
             chosen, source = torch.arange(n), FileTree.of(folder, names, path)
-        return reading.images(source, rows=chosen, caption=_captions([captions[row] for row in rows.tolist()], path))
+        return reading.images(source, rows=chosen, caption=_captions([captions[row] for row in rows.tolist()], places))
 
     def _holds_paths(self, path: Path) -> bool:
         kind = read_parquet_schema(path)
@@ -107,22 +109,22 @@ class TablePairs(PairReader):
             or pyarrow.types.is_large_string(kind.field(self.image).type)
         )
 
-    def _table(self, path: Path) -> pd.DataFrame:
-        columns = [self.image, self.caption]
+    def _table(self, path: Path) -> tuple[list[str], list[str], list[str]]:
+        """Images' names and captions, and where each stands."""
         if path.suffix == ".parquet":
-            return read_parquet(path, columns).to_pandas()
-        try:
-            return pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", usecols=columns)
-        except (ValueError, OSError) as error:
-            raise VLMQError(f"'{path}' is no table with the columns {', '.join(columns)}; name its columns") from error
+            table = read_parquet(path, [self.image, self.caption])
+            rows = [f"{path}, row {row}" for row in range(len(table))]
+            return table[self.image].to_pylist(), table[self.caption].to_pylist(), rows
+        text = read_table(path, [self.image, self.caption], "\t" if path.suffix == ".tsv" else ",")
+        return text.columns[self.image], text.columns[self.caption], [f"{path}, line {line}" for line in text.lines]
 
 
 @dataclass(frozen=True)
 class ShardPairs(PairReader):
     """Webdataset shards: tar files of ``<key>.jpg`` and ``<key>.txt``, as img2dataset writes CC3M, YFCC and SBU.
 
-    The first pairs come from the first shards. A draw looks into ``max_shards`` shards, drawn too, because each has to be read
-    through to know what it holds.
+    A key may hold dots, and the two members of a pair may lie apart in their shard. The first pairs come from the first shards. A
+    draw looks into ``max_shards`` shards, drawn too, because each has to be read through to know what it holds.
 
     Attributes:
         path: the folder of the shards.
@@ -139,43 +141,72 @@ class ShardPairs(PairReader):
     def read(self, reading: Reading, n: int, seed: int | None) -> FileImages:
         """``n`` pairs, in the order of the shards."""
         folder = reading.folder(self.path)
-        shards = sorted(folder.glob(self.shards))
+        shards = files_in(folder, self.shards)
         if not shards:
             raise VLMQError(f"no shards '{self.shards}' in '{folder}'; name the folder that img2dataset wrote")
         if seed is not None:
             shards = [shards[k] for k in drawn_rows(len(shards), self.max_shards, seed).tolist()]
-        found: list[tuple[tuple[Path, str, int, int], str]] = []
+        found: list[_Pair] = []
+        alone: list[str] = []
         for shard in shards:
-            for pair in self._pairs(shard):
+            for pair in _pairs(shard, self.caption, alone):
                 found.append(pair)
                 if seed is None and len(found) == n:
                     break
             if seed is None and len(found) == n:
                 break
+        if len(found) < n and alone:
+            raise VLMQError(
+                f"'{folder}' holds {len(found)} image-caption pairs in {len(shards)} shards, {n} are asked for; {len(alone)} members "
+                f"are no part of one, as '{alone[0]}': a pair is <key>.jpg and <key>.{self.caption} in one shard; set caption to the "
+                "captions' suffix, or lower calibration_pairs"
+            )
         rows = draw(len(found), n, seed, folder).tolist()
-        captions = _captions([found[row][1] for row in rows], folder)
-        return reading.images(TarMembers([found[row][0] for row in rows]), caption=captions)
+        captions = _captions([found[row].caption for row in rows], [found[row].place for row in rows])
+        return reading.images(TarMembers([found[row].image for row in rows]), caption=captions)
 
-    def _pairs(self, shard: Path) -> Iterator[tuple[tuple[Path, str, int, int], str]]:
-        """The complete pairs of a shard: members that follow each other and share their name up to its first dot."""
-        try:
-            with tarfile.open(shard, "r:") as tar:  # uncompressed, so that members can be read in place
-                key, image, text = "", None, None
-                for member in tar:
-                    name, _, suffix = member.name.rpartition("/")[2].partition(".")
-                    name = f"{member.name.rpartition('/')[0]}/{name}"
-                    if name != key:
-                        key, image, text = name, None, None
-                    if suffix.lower() == self.caption:
-                        file = tar.extractfile(member)
-                        text = "" if file is None else file.read().decode(errors="replace")
-                    elif f".{suffix.lower()}" in IMG_EXTENSIONS:
-                        image = (shard, member.name, member.offset_data, member.size)
-                    if image is not None and text is not None:
-                        yield image, text
-                        image = text = None
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise VLMQError(f"shard '{shard}' is damaged or no plain tar file; fetch it again") from error
+
+@dataclass(frozen=True)
+class _Pair:
+    image: tuple[Path, str, int, int]  # as TarMembers takes it
+    caption: str
+    place: str  # of the caption
+
+
+def _pairs(shard: Path, caption: str, alone: list[str]) -> Iterator[_Pair]:
+    """The pairs of a shard, each as soon as both of its members were met; names of what is left over are added to ``alone``."""
+    images: dict[str, tuple[Path, str, int, int]] = {}
+    captions: dict[str, tuple[str, str]] = {}
+    others: list[str] = []
+    met: set[tuple[str, bool]] = set()
+    try:
+        with tarfile.open(shard, "r:") as tar:  # uncompressed, so that members can be read in place
+            for member in tar:
+                if not member.isfile() or any(map(is_litter, member.name.split("/"))):
+                    continue
+                place = f"{shard}:{member.name}"
+                stem, suffix = os.path.splitext(member.name)
+                is_caption = member.name.lower().endswith(f".{caption.lower()}")
+                if not is_caption and suffix.lower() not in IMG_EXTENSIONS:
+                    others.append(place)
+                    continue
+                key = member.name[: -len(caption) - 1] if is_caption else stem
+                if (key, is_caption) in met:
+                    what = "caption" if is_caption else "image"
+                    raise VLMQError(f"'{place}' is a second {what} of the key '{key}'; write each key once")
+                met.add((key, is_caption))
+                if is_caption:
+                    file = tar.extractfile(member)
+                    captions[key] = ("" if file is None else decode_text(file.read(), place), place)
+                else:
+                    images[key] = (shard, member.name, member.offset_data, member.size)
+                if key in images and key in captions:
+                    yield _Pair(images.pop(key), *captions.pop(key))
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise VLMQError(f"shard '{shard}' is damaged or no plain tar file; fetch it again") from error
+    alone += [f"{shard}:{name}" for _, name, _, _ in images.values()] + [place for _, place in captions.values()]
+    if not met:
+        alone += others
 
 
 def draw(n_there: int, n: int, seed: int | None, where: Path) -> torch.Tensor:
@@ -199,9 +230,13 @@ def read_parquet_schema(path: Path) -> pyarrow.Schema:
         raise VLMQError(f"data file '{path}' is damaged or no Parquet file; fetch or make it again") from error
 
 
-def _captions(texts: Sequence[object], where: Path) -> list[str]:
-    """The texts without white space around them; raises :class:`VLMQError` for an empty one."""
+def _captions(texts: Sequence[object], places: Sequence[object]) -> list[str]:
+    """The texts without white space around them; raises :class:`VLMQError` for an empty one, or one that is no text, by its place."""
+    for text, place in zip(texts, places):
+        if text is not None and not isinstance(text, str):
+            raise VLMQError(f"the caption of '{place}' is a {type(text).__name__}, not a text; write one text a row")
     captions = [text.strip() if isinstance(text, str) else "" for text in texts]
     if empty := captions.count(""):
-        raise VLMQError(f"{empty} of {len(captions)} captions in '{where}' are empty; leave these pairs out")
+        first = places[captions.index("")]
+        raise VLMQError(f"{empty} of {len(captions)} captions are empty, the first is '{first}'; leave these pairs out")
     return captions

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning_vlmq.data.images.sources import FileTree
 from lightning_vlmq.data.readers.base import Reader, Reading, subfolders
 from lightning_vlmq.data.readers.names import IMAGENET, OF_IMAGENET, TEMPLATES
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.data.text import read_table, read_text
 
 
 @dataclass(frozen=True)
@@ -77,14 +79,12 @@ class Waterbirds(Reader):
         """The sets ``waterbirds_common`` and ``waterbirds_counter``."""
         listed = reading.file(f"{self.path}/metadata.csv")
         columns = ["img_filename", "y", "split", "place"]
-        try:
-            table = pd.read_csv(listed, usecols=columns)
-        except (ValueError, OSError) as error:
-            raise VLMQError(f"'{listed}' lacks one of the columns {', '.join(columns)}; fetch it again") from error
-        table = table[table["split"] == self.split]
+        table = read_table(listed, columns, ",")
+        numbers = {name: _small_numbers(table.columns[name], table.lines, name, listed, 3) for name in columns[1:]}
+        chosen = np.flatnonzero(numbers["split"] == self.split)
         about = {"class_names": ("landbird", "waterbird"), "templates": TEMPLATES["photo"]}
-        paths, y, place = (table[name].to_numpy() for name in ("img_filename", "y", "place"))
-        source = FileTree.of(listed.parent, list(paths), listed)
+        y, place = numbers["y"][chosen], numbers["place"][chosen]
+        source = FileTree.of(listed.parent, [table.columns["img_filename"][row] for row in chosen.tolist()], listed)
         return _pair(reading, "waterbirds", source, y, place, self.expected, about)
 
 
@@ -110,19 +110,32 @@ class CelebA(Reader):
         attributes = reading.file(f"{self.path}/list_attr_celeba.txt")
         partition = reading.file(f"{self.path}/list_eval_partition.txt")
         try:
-            table = pd.read_csv(attributes, sep=r"\s+", skiprows=1)[["Blond_Hair", "Male"]]
-            split = pd.read_csv(partition, sep=r"\s+", header=None, index_col=0)[1]
+            table = pd.read_csv(StringIO(read_text(attributes)), sep=r"\s+", skiprows=1)[["Blond_Hair", "Male"]]
+            split = pd.read_csv(StringIO(read_text(partition)), sep=r"\s+", header=None, index_col=0)[1]
         except (ValueError, KeyError) as error:
+            if isinstance(error, VLMQError):
+                raise
             raise VLMQError(
                 f"'{attributes}' lacks Blond_Hair and Male, or '{partition}' a split an image; fetch them again"
             ) from error
-        if set(table.index) != set(split.index):
-            raise VLMQError(f"'{attributes}' and '{partition}' list different images; fetch them again")
+        if set(table.index) != set(split.index) or not table.index.is_unique or not split.index.is_unique:
+            raise VLMQError(f"'{attributes}' and '{partition}' list different images, or one twice; fetch them again")
         table = table[split.reindex(table.index) == self.split]
         about = {"class_names": ("dark hair", "blond hair"), "templates": TEMPLATES["person"]}
         source = FileTree.of(reading.folder(f"{self.path}/img_align_celeba"), list(table.index), attributes)
         blond, female = (table["Blond_Hair"] > 0).to_numpy(), (table["Male"] < 0).to_numpy()
         return _pair(reading, "celeba", source, blond, female, self.expected, about)
+
+
+def _small_numbers(words: list[str], lines: list[int], name: str, path: Path, below: int) -> NDArray[np.int64]:
+    """A column of whole numbers 0 .. ``below`` - 1. Raises :class:`VLMQError` for another word, by its line."""
+    known = {str(number): number for number in range(below)}
+    for word, line in zip(words, lines):
+        if word.strip() not in known:
+            raise VLMQError(
+                f"line {line} of '{path}' has {name} '{word}', not one of {', '.join(known)}; fetch it again"
+            )
+    return np.array([known[word.strip()] for word in words], dtype=np.int64)
 
 
 def _pair(
