@@ -1,10 +1,10 @@
-# make demo: set up, run the embedded study, say where the report is.   make test: set up, run the tests.
+# make demo: set up, run the embedded study, say where the report is.   make test: set up, run the tests.   make docs: the site.
 PYTHON ?= python3
 BIN := .venv/bin
 # one thread a process: the tests run two processes side by side
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test lint data clean
+.PHONY: demo test lint docs data clean
 
 demo: .venv/.ready
 	$(BIN)/vlmq-study study=demo
@@ -16,6 +16,10 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the documentation as a site, in build/site; a warning is an error
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 # Fashion-MNIST's training part, needed only to pre-train the embedded models again
 data: .venv/.ready

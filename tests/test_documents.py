@@ -5,13 +5,17 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
+from lightning_vlmq.api import evaluate, load_vlm, quantize
 from lightning_vlmq.cli import main
 from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.metrics import OOD_SCORES
+from lightning_vlmq.metrics.scores import ScoreInputs
+from lightning_vlmq.quant import METHODS
 from lightning_vlmq.study.run.grid import Study
 
 REPOSITORY = Path(__file__).parents[1]
@@ -23,7 +27,9 @@ def commands(program):
     for document in DOCUMENTS:
         for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [shlex.split(line, comments=True) for line in lines if line.startswith(f".venv/bin/{program} ")]
+            found += [
+                shlex.split(line, comments=True) for line in lines if re.match(rf"(\.venv/bin/)?{program} ", line)
+            ]
     return found
 
 
@@ -32,6 +38,8 @@ def test_vlmq_command_is_accepted(command, monkeypatch, capsys):
     monkeypatch.chdir(REPOSITORY)
     if "--help" in command:
         pytest.skip("help is tested with the command line")
+    if command[1:2] == [] or command[1] not in ("validate", "fit", "test", "predict", "convert", "data"):
+        pytest.skip("has no config; docs/first-hour.md runs it")
     with pytest.raises(SystemExit) as ended:
         main([*command[1:], "--print_config"])
     assert ended.value.code == 0
@@ -54,6 +62,24 @@ def test_study_command_composes(command):
 @pytest.mark.parametrize("command", commands("python"), ids=" ".join)
 def test_scripts_exist(command):
     assert command[1] == "-m" or (REPOSITORY / command[1]).is_file()
+
+
+def test_the_examples_of_extending_run():
+    text = (REPOSITORY / "docs" / "extending.md").read_text()
+    names: dict = {"__name__": "extending"}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(block, "extending.md", "exec", dont_inherit=True), names)
+    try:
+        data = names["Stripes"]()
+        data.setup()
+        images, vlm = data.eval_sets[0].images, load_vlm("vit_clean")
+        quantized = quantize(vlm, "four_sigma", images.images, ["stripes"] * len(images), weight_bits=4)
+        table = evaluate(quantized, images.images, images.columns["target"], data.class_names)
+        assert table.query("metric == 'agreement'")["value"].between(0, 1).all()
+        logits = torch.tensor([[3.0, 1.0, 0.5]])
+        assert names["margin"](ScoreInputs(logits, logits)).item() == 2
+    finally:
+        METHODS._entries.pop("four_sigma", None)
 
 
 def test_linked_files_exist():

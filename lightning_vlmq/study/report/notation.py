@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 
 
-def signed(value: float, digits: int) -> str:
-    """A number with its sign, a real minus, and no sign where all digits shown are zero. NaN is a dash."""
+def signed(value: float, digits: int, is_significant: bool = False) -> str:
+    """A number with its sign, a real minus, and no sign where all digits shown are zero. NaN is a dash.
+
+    Args:
+        value: the number.
+        digits: digits after the point.
+        is_significant: whether it is known to differ from zero: then it gets the digits that show it (at most four more).
+    """
     if math.isnan(value):
         return "–"
+    while is_significant and value and float(f"{value:.{digits}f}") == 0 and digits < 6:
+        digits += 1
     text = f"{value:+.{digits}f}"
     return (text[1:] if float(text) == 0 else text).replace("-", "−")
 
@@ -22,4 +30,6 @@ def percent_interval(estimate: float, low: float, high: float) -> tuple[str, str
     """
     half_width = 50 * (high - low)
     digits = 1 if math.isnan(half_width) or half_width >= 0.3 else 2
+    while low * high > 0 and estimate and float(f"{100 * estimate:.{digits}f}") == 0 and digits < 6:
+        digits += 1
     return signed(100 * estimate, digits), f"[{signed(100 * low, digits)}, {signed(100 * high, digits)}]"

@@ -59,9 +59,9 @@ def number(measure: Measure, value: float) -> str:
     return text.replace("-", "−")
 
 
-def signed_number(measure: Measure, value: float) -> str:
-    """A change of a measure as the tables write it."""
-    return signed(100 * value, 1) if measure.info.in_percent else signed(value, 3)
+def signed_number(measure: Measure, value: float, is_significant: bool = False) -> str:
+    """A change of a measure as the tables write it, with the digits that show a significant one."""
+    return signed(100 * value, 1, is_significant) if measure.info.in_percent else signed(value, 3, is_significant)
 
 
 def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
@@ -81,7 +81,7 @@ def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
         else " class='worse'"
     )
     error = f" ±{number(measure, change.stderr)}" if measure.metric == "vuln_add" else ""
-    mark = f"{signed_number(measure, change.estimate)}{error}<sup>{stars(comparison.q_value)}</sup>"
+    mark = f"{signed_number(measure, change.estimate, comparison.q_value < 0.05)}{error}<sup>{stars(comparison.q_value)}</sup>"
     title = f"change {signed_number(measure, change.estimate)}, not tested"
     if not np.isnan(comparison.p_value):
         title = f"change {signed_number(measure, change.estimate)} ± {number(measure, change.stderr)}, "

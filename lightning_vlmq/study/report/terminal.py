@@ -40,7 +40,7 @@ def _cell(measure: Measure, comparison: Comparison | None) -> str:
     if comparison.change is None:
         return value
     change = comparison.change.estimate
-    text = signed(100 * change, 1)
+    text = signed(100 * change, 1, comparison.q_value < 0.05)
     if not comparison.q_value < 0.05:
         return f"{value} [dim]({text})[/]"
     colour = "green" if measure.info.gain(comparison.reference, comparison.reference + change) > 0 else "red"
