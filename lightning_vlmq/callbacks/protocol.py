@@ -28,7 +28,6 @@ class Evaluating(Protocol):
         quant: how it is quantized.
         scheme: the scheme, ``None`` in full precision.
         quantized: what came of it, once it was.
-        coverage: what was quantized, once it was.
         statistics: the settings behind ``rows``.
         cache: where features are kept.
         rows: results of the last validation or test.
@@ -43,10 +42,6 @@ class Evaluating(Protocol):
     quant: Quantization
     scheme: QuantScheme | None
     quantized: Quantized | None
-
-    @property
-    def coverage(self) -> CoverageReport | None: ...
-
     statistics: Statistics
     cache: FeatureCache
     rows: list[Row]
@@ -54,6 +49,11 @@ class Evaluating(Protocol):
     records: Records
     reference_records: Records | None
     tuned_records: Records | None
+
+    @property
+    def coverage(self) -> CoverageReport | None:
+        """What was quantized, once it was."""
+        ...
 
     @property
     def run_key(self) -> RunKey:
