@@ -4,7 +4,7 @@ BIN := .venv/bin
 # one thread a process: the tests run two processes side by side
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test lint docs data clean
+.PHONY: demo test lint docs data artwork clean
 
 demo: .venv/.ready
 	$(BIN)/vlmq-study study=demo
@@ -24,6 +24,13 @@ docs: .venv/.ready
 # Fashion-MNIST's training part, needed only to pre-train the embedded models again
 data: .venv/.ready
 	$(BIN)/python scripts/fetch_fashion_mnist.py data
+
+# the drawings that the concepts' models are trained on; npm is needed for this alone
+artwork: .venv/.ready
+	mkdir -p data/artwork && cp scripts/artwork/package.json data/artwork/
+	npm install --prefix data/artwork --no-audit --no-fund
+	$(BIN)/python -m pip install --quiet 'resvg-py>=0.5'
+	$(BIN)/python scripts/render_concepts.py data/artwork/node_modules data/concepts
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -19,10 +19,12 @@ class ZooExport(Callback):
 
     Args:
         folder: where ``<model>.safetensors`` and ``<model>.json`` go; the package's own zoo folder makes ``--model.vlm`` find it.
+        half: store weights in half precision.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, half: bool = False) -> None:
         self.folder = Path(folder)
+        self.half = half
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write both files, the description last."""
@@ -32,7 +34,10 @@ class ZooExport(Callback):
         require_finite(vlm)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_file(
-            {key: t.detach().cpu().contiguous() for key, t in vlm.state_dict().items()},
+            {
+                key: (t.half() if self.half and t.is_floating_point() else t).detach().cpu().contiguous()
+                for key, t in vlm.state_dict().items()
+            },
             self.folder / f"{vlm.name}.safetensors",
         )
         accuracy = {

@@ -48,7 +48,7 @@ def decode_images(encoded: list[bytes], source: Path, mode: str, on_bad_image: O
     Args:
         encoded: the files' bytes, in row order.
         source: the file they come from, for messages.
-        mode: Pillow's mode, ``"L"`` or ``"RGB"``.
+        mode: Pillow's mode, ``"L"``, ``"RGB"`` or ``"RGBA"``.
         on_bad_image: ``"error"`` stops at unreadable images, ``"skip"`` leaves them out with a warning that names and counts them.
 
     Returns:
@@ -74,7 +74,7 @@ def decode_images(encoded: list[bytes], source: Path, mode: str, on_bad_image: O
     if not images:
         raise VLMQError(f"'{source}' holds no readable image; repair the file")
     stacked = torch.from_numpy(np.stack(images))
-    return (stacked.permute(0, 3, 1, 2) if mode == "RGB" else stacked).contiguous(), torch.tensor(rows)
+    return (stacked if mode == "L" else stacked.permute(0, 3, 1, 2)).contiguous(), torch.tensor(rows)
 
 
 def encode_png(image: Tensor) -> bytes:

@@ -7,6 +7,7 @@ trained on (``clean``, or ``noisy``: 35 % of the captions belong to another imag
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -22,6 +23,7 @@ from lightning_vlmq.models.vlm import VLM, draw_missing_weights
 from lightning_vlmq.models.zoo import towers  # noqa: F401 - registers the vision towers with timm
 
 FOLDER = Path(__file__).parent
+CONCEPTS = FOLDER / "concepts"
 TOWERS = tuple(sorted(p.stem for p in FOLDER.glob("*.json") if "_" not in p.stem and p.stem != "vocabulary"))
 CAPTIONS = ("clean", "noisy")
 PIXEL_MEAN = (0.5, 0.5, 0.5)
@@ -52,17 +54,63 @@ class CompactTokenizer:
         return self._compact[self._tokenizer(texts, self.context_length)]
 
 
+def split_words(text: str) -> list[str]:
+    """A text's words and punctuation marks, in lower case."""
+    return re.findall(r"[^\W_]+(?:'[^\W_]+)?|[^\w\s]", text.lower())
+
+
+class WordTokenizer:
+    """Whole words as tokens: those that the embedded benchmark's captions, names and prompts use.
+
+    Ids: 0 pads, 1 is a word outside the vocabulary, the last but one starts a text and the last, the largest, ends it, which is what
+    CLIP's pooling looks for. A longer text is cut before its end token.
+
+    Args:
+        context_length: the number of ids a text is padded or cut to.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        words: list[str] = json.loads((CONCEPTS / "words.json").read_text())
+        self._ids = {word: i for i, word in enumerate(words, start=2)}
+        self.vocab_size = len(words) + 4
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Token ids, int64 ``[n, context_length]``."""
+        ids = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        for row, text in zip(ids, texts):
+            words = [self._ids.get(word, 1) for word in split_words(text)][: self.context_length - 2]
+            row[: len(words) + 2] = torch.tensor([self.vocab_size - 2, *words, self.vocab_size - 1])
+        return ids
+
+
 def names() -> list[str]:
     """The zoo's models, whether their weights are there yet or not."""
     return [f"{tower}_{captions}" for tower in TOWERS for captions in CAPTIONS]
 
 
+def concept_names() -> list[str]:
+    """The models of the concepts benchmark, whether their weights are there yet or not."""
+    return [f"{path.stem}_{captions}" for path in sorted(CONCEPTS.glob("*64.json")) for captions in CAPTIONS]
+
+
+def all_names() -> list[str]:
+    """Both."""
+    return [*names(), *concept_names()]
+
+
+def folder_of(name: str) -> Path:
+    """Where a model's files are."""
+    return CONCEPTS if name in concept_names() else FOLDER
+
+
 def build(name: str) -> VLM:
     """A zoo model with freshly initialised weights (torch's global generator), in training mode. Raises for an unknown name."""
-    if name not in names():
-        raise unknown("model", name, names())
-    config = json.loads((FOLDER / f"{name.rsplit('_', 1)[0]}.json").read_text())
-    tokenizer = CompactTokenizer(config["text_cfg"]["context_length"])
+    if name not in all_names():
+        raise unknown("model", name, all_names())
+    config = json.loads((folder_of(name) / f"{name.rsplit('_', 1)[0]}.json").read_text())
+    make_tokenizer = WordTokenizer if name in concept_names() else CompactTokenizer
+    tokenizer = make_tokenizer(config["text_cfg"]["context_length"])
     config["text_cfg"]["vocab_size"] = tokenizer.vocab_size
     if "multimodal_cfg" in config:
         kind = open_clip.CoCa
@@ -81,11 +129,11 @@ def load(name: str, checkpoint: str | None = None) -> VLM:
         VLMQError: unknown name; a file that is missing, truncated or of another architecture.
     """
     vlm = build(name)
-    path = FOLDER / f"{name}.safetensors" if checkpoint is None else Path(checkpoint)
+    path = folder_of(name) / f"{name}.safetensors" if checkpoint is None else Path(checkpoint)
     if not path.is_file():
         raise VLMQError(f"checkpoint '{path}' does not exist; pre-train it with: vlmq fit --config pretrain/{name}")
     try:
-        vlm.load_state_dict(load_file(path))
+        vlm.load_state_dict(load_file(path))  # stored in half precision or in full, used in full
     except (SafetensorError, OSError) as error:
         raise VLMQError(
             f"checkpoint '{path}' is damaged or no safetensors file ({error}); fetch or train it again"

@@ -17,6 +17,12 @@ _STAGES = [
     ["ir_r2_k3_s2_e4_c64_se0.25"],
     ["ir_r1_k3_s2_e4_c96_se0.25"],
 ]
+_STAGES_64 = [
+    ["er_r1_k3_s2_e2_c40"],
+    ["er_r1_k3_s2_e3_c80"],
+    ["ir_r3_k3_s2_e4_c160_se0.25"],
+    ["ir_r2_k3_s1_e4_c192_se0.25"],
+]
 
 
 @register_model
@@ -26,10 +32,50 @@ def convnext_embedded(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
 
 
 @register_model
+def convnext_concepts(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
+    """A ConvNeXt (Liu et al. 2022) for 64x64 images: overlapping stem of stride 4, depthwise kernels of 5, no layer scale; 1.9 M."""
+    tower = ConvNeXt(
+        stem_type="overlap",
+        kernel_sizes=5,
+        depths=(1, 1, 3, 1),
+        dims=(48, 96, 192, 288),
+        ls_init_value=None,
+        **_of_model(kwargs),
+    )
+    return _sized(tower, 64)
+
+
+@register_model
 def vit_siglip_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """SigLIP's vision transformer (Zhai et al. 2023): no class token, features pooled by attention ("map"); 0.5 M parameters."""
     return VisionTransformer(
         img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, class_token=False, **_of_model(kwargs)
+    )
+
+
+@register_model
+def vit_siglip_concepts(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """SigLIP's vision transformer for 64x64 images: 64 patches, features pooled by attention ("map"); 2.3 M parameters."""
+    return VisionTransformer(
+        img_size=64,
+        patch_size=8,
+        embed_dim=256,
+        depth=3,
+        num_heads=8,
+        mlp_ratio=2,
+        class_token=False,
+        **_of_model(kwargs),
+    )
+
+
+@register_model
+def efficientnet_concepts(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
+    """An EfficientNet (Tan & Le 2021, its second version's fused early stages) for 64x64 images."""
+    return _sized(
+        EfficientNet(
+            decode_arch_def(_STAGES_64), stem_size=24, num_features=384, act_layer=nn.SiLU, **_of_model(kwargs)
+        ),
+        64,
     )
 
 
@@ -49,7 +95,7 @@ def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
 
 
-def _sized(model: Any) -> Any:
-    """Tell open_clip's adapter the size of the tower's last feature map."""
-    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, 32, 32)}
+def _sized(model: Any, size: int = 32) -> Any:
+    """Tell open_clip's adapter the size of the tower's images; its last feature map has two by two cells."""
+    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, size, size)}
     return model

@@ -1,0 +1,165 @@
+"""The concepts benchmark: its files, its scenes and captions, its evaluation sets, and what is trained on."""
+
+import pytest
+import torch
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data import ConceptData
+from lightning_vlmq.data.embedded.concepts import FOLDER, class_names, concepts, group_of, groups, read_drawings
+from lightning_vlmq.data.embedded.pretraining import VAGUE, ConceptBatches, ConceptPretraining, Scenes, told_concepts
+from lightning_vlmq.data.embedded.scenes import COLOURS, compose, draw_colours, place, place_freely, textures
+from lightning_vlmq.data.embedded.wording import Writer, all_phrases
+from lightning_vlmq.models import zoo
+
+FILE = str(FOLDER / "drawings.parquet")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def data():
+    module = ConceptData(n_id=40, n_shifted=20, n_ood=30, corruptions=("contrast",), severities=(3,))
+    module.setup()
+    return module
+
+
+def by_name(data):
+    return {s.name: s for s in data.eval_sets}
+
+
+def test_there_are_enough_concepts_and_the_cells_are_apart():
+    assert len(class_names()) >= 900 and len(class_names(trained=False)) >= 120
+    assert len({c.name for c in concepts()}) == len(concepts())
+    parts = {part: read_drawings(FILE, part) for part in ("id", "unseen", "pairs", "house", "pictogram")}
+    assert torch.bincount(parts["id"].concept, minlength=len(class_names())).min() >= 2
+    assert parts["unseen"].concept.min() >= len(class_names())
+    assert len(parts["pairs"]) == 1000 and not parts["pairs"].cells() & parts["id"].cells()
+    trained_houses = set(parts["pairs"].house)
+    assert not trained_houses & set(parts["house"].house) and set(parts["id"].house) <= trained_houses
+    attribution = (FOLDER / "ATTRIBUTION.md").read_text()
+    assert all(f"@iconify-json/{h}`" in attribution for p in parts.values() for h in set(p.house))
+
+
+def test_every_role_is_there_with_labels_that_fit(data):
+    sets = by_name(data)
+    assert {s.role for s in data.eval_sets} == {"id", "near_ood", "far_ood", "corruption", "shift", "spurious"}
+    for s in data.eval_sets:
+        target = s.images.columns["target"]
+        assert s.images.images.shape[1:] == (3, 64, 64)
+        n = len(s.class_names or data.class_names)
+        assert (target == -1).all() if "ood" in s.role else ((target >= 0) & (target < n)).all()
+    assert torch.equal(sets["novel"].images.images, sets["unseen"].images.images)
+    assert torch.equal(sets["corruptions_clean"].images.columns["target"], sets["contrast_3"].images.columns["target"])
+    assert sets["corruptions_clean"].severity == 0
+
+
+def test_spurious_sets_show_the_same_drawings_on_other_colours(data):
+    common, counter = (by_name(data)[f"backgrounds_{k}"].images for k in ("common", "counter"))
+    assert torch.equal(common.columns["target"], counter.columns["target"])
+    same = (common.images == counter.images).all(1).float().mean((1, 2))
+    assert (same > 0.02).all() and (same < 0.98).all()  # opaque drawings agree, grounds do not
+
+
+def test_the_same_seed_gives_the_same_images_and_another_others():
+    def build(seed):
+        module = ConceptData(datasets=("concepts",), n_id=8, data_seed=seed, calibration_pairs=3)
+        module.setup()
+        return module.eval_sets[0].images.images, module.pairs
+
+    first, second = build(3)[0], build(4)[0]
+    assert torch.equal(first, build(3)[0]) and not torch.equal(first, second)
+    assert len(build(3)[1]) == 3
+
+
+def test_colours_follow_the_group_as_often_as_asked():
+    group = torch.randint(len(groups()), (20_000,), generator=generator())
+    drawn = draw_colours(group, 0.9, generator(1))
+    assert (drawn == group).double().mean().item() == pytest.approx(0.9, abs=0.01)
+    others = (drawn[drawn != group] - group[drawn != group]) % len(COLOURS)
+    assert torch.bincount(others, minlength=8)[1:].double().std() / len(others) < 0.02
+    assert (draw_colours(group, 0.0, generator(2)) != group).all()
+    assert len(set(draw_colours(torch.full((200,), -1), 0.9, generator(3)).tolist())) == len(COLOURS)
+    assert len(groups()) == len(COLOURS)
+
+
+def test_placing_keeps_the_drawing_and_composing_follows_alpha():
+    drawing = torch.randint(256, (1, 4, 48, 48), dtype=torch.uint8, generator=generator())
+    placed = place(drawing, generator(1), jitter=0)[0]
+    alpha = drawing[0, 3:].double() / 255
+    ground = torch.full((1, 3, 64, 64), 100.0)
+    expected = (drawing[0, :3].double() * alpha + (1 - alpha) * 100).round()
+    scene = compose(placed[None], ground)[0].double()
+    assert (scene[:, 8:56, 8:56] - expected).abs().max() <= 1
+    assert (scene[:, :8] == 100).all()
+    moved = place_freely(torch.full((6, 4, 64, 64), 255, dtype=torch.uint8), generator(2))
+    area = moved[:, 3].sum((1, 2)).sqrt()
+    assert ((area > 30) & (area < 64)).all()
+
+
+def test_textures_are_normalised():
+    noise = textures(12, generator())
+    assert noise.abs().max() <= 2.5 and noise.mean((1, 2, 3)).abs().max() < 0.1
+    grey = (noise[:, 0] == noise[:, 1]).all(-1).all(-1)
+    assert grey.any() and not grey.all()
+
+
+def test_captions_vary_tell_the_truth_and_are_covered_by_the_vocabulary():
+    writer = Writer(0)
+    captions = [writer.caption(7, "red") for _ in range(300)]
+    assert len(set(captions)) > 60 and not any(c in caption for caption in captions for c in COLOURS if c != "red")
+    assert Writer(5).caption(3, "blue") == Writer(5).caption(3, "blue")
+    tokenizer = zoo.WordTokenizer(16)
+    ids = tokenizer([*all_phrases(), *captions, writer.vague("pink")])
+    assert not (ids == 1).any() and (ids.max(1).values == tokenizer.vocab_size - 1).all()
+    assert tokenizer(["zzzz " * 40])[0].tolist()[1:] == [1] * 14 + [tokenizer.vocab_size - 1]
+    names = tokenizer(list(class_names()))
+    assert len(names.unique(dim=0)) == len(names)
+
+
+def test_noise_is_as_much_as_asked_and_half_of_it_vague():
+    concept = torch.randint(900, (20_000,), generator=generator())
+    told = told_concepts(concept, 0.35, generator(1))
+    assert (told == VAGUE).double().mean().item() == pytest.approx(0.175, abs=0.01)
+    assert (told != concept).double().mean().item() == pytest.approx(0.35, abs=0.01)
+    assert torch.equal(told_concepts(concept, 0.0, generator(1)), concept)
+
+
+def test_batches_never_hold_a_concept_twice_and_every_second_round_keeps_groups_together():
+    concept = torch.arange(len(class_names())).repeat(3)
+    batches = list(ConceptBatches(concept, 200, 2, generator()))
+    assert len(batches) == len(ConceptBatches(concept, 200, 2, generator())) == 8
+    assert all(len(concept[b].unique()) == 200 for b in batches)
+    largest = [torch.bincount(group_of(concept[b])).max().item() for b in batches]
+    assert min(largest[4:]) > max(largest[:4])
+    with pytest.raises(VLMQError, match="number of trained concepts"):
+        ConceptBatches(concept, 5000, 1, generator())
+
+
+def test_training_scenes_are_anew_each_time_and_tell_what_they_are_told():
+    drawings = read_drawings(FILE, "pairs").select(torch.arange(6))
+    told = drawings.concept.clone()
+    told[0] = VAGUE
+    batches = [Scenes(drawings, told, textures(4, generator()), 0.9, generator(k)) for k in (1, 1, 2)]
+    first, again, other = (s.__getitems__([0, 1, 5]) for s in batches)
+    assert torch.equal(first["image"], again["image"]) and first["caption"] == again["caption"]
+    assert not torch.equal(first["image"], other["image"])
+    assert first["image"].shape == (3, 3, 64, 64) and first["concept"].tolist() == told[[0, 1, 5]].tolist()
+
+
+def test_bad_settings_are_refused(tmp_path):
+    for settings, text in (
+        ({"datasets": ("concept",)}, "concept"),
+        ({"n_id": 0}, "n_id must be at least 1"),
+        ({"corruptions": ("fog2",)}, "fog"),
+        ({"renditions": ("outlin",)}, "outline"),
+    ):
+        with pytest.raises(VLMQError, match=text):
+            ConceptData(**settings)
+    with pytest.raises(VLMQError, match="lower calibration_pairs"):
+        ConceptData(datasets=("concepts",), n_id=5, calibration_pairs=1001).setup()
+    with pytest.raises(VLMQError, match="does not exist"):
+        ConceptData(path=str(tmp_path / "none.parquet")).setup()
+    with pytest.raises(VLMQError, match="noise_rate"):
+        ConceptPretraining(noise_rate=1.0)
