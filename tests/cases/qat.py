@@ -49,6 +49,6 @@ def train(method: str, devices: int = 1, steps: int = 1, **settings) -> tuple[QA
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _, seen = train(sys.argv[1], devices=2)
+    _, seen = train(sys.argv[1], devices=int(sys.argv[3]))
     if torch.distributed.get_rank() == 0:
         torch.save({"loss": seen.losses[0], "gradients": seen.gradients}, sys.argv[2])

@@ -17,26 +17,27 @@ from lightning_vlmq.quant import quantized_layers
 from lightning_vlmq.quant.fake_quant import STEP_FLOOR
 
 
-def test_two_processes_have_the_loss_and_gradients_of_one(tmp_path):
-    """Each process sees half of the batch; the contrastive loss is still that of every image with every caption."""
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_have_the_loss_and_gradients_of_one(tmp_path, processes):
+    """Each process sees its part of the batch; the contrastive loss is still that of every image with every caption."""
     script = Path(__file__).parents[1] / "cases" / "qat.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), "lsqplus_feature", str(tmp_path / "two.pt")],
+        [sys.executable, str(script), "lsqplus_feature", str(tmp_path / "several.pt"), str(processes)],
         env=environment,
         capture_output=True,
         text=True,
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    several = torch.load(tmp_path / "several.pt", weights_only=True)
     module, one = train("lsqplus_feature")
-    assert two["loss"] == pytest.approx(one.losses[0], rel=1e-9)
-    assert two["gradients"].keys() == one.gradients.keys()
+    assert several["loss"] == pytest.approx(one.losses[0], rel=1e-9)
+    assert several["gradients"].keys() == one.gradients.keys()
     assert len(one.gradients) == sum(p.requires_grad for p in module.vlm.parameters())
     largest = max(float(gradient.abs().max()) for gradient in one.gradients.values())
     for name, gradient in one.gradients.items():  # those of key biases are zero up to rounding
-        torch.testing.assert_close(two["gradients"][name], gradient, rtol=1e-6, atol=1e-12 * largest)
+        torch.testing.assert_close(several["gradients"][name], gradient, rtol=1e-6, atol=1e-12 * largest)
 
 
 @pytest.mark.parametrize("method", ["lsq_contrastive", "lsqplus_feature"])
