@@ -16,7 +16,7 @@ from lightning_vlmq.evaluation.records import EvaluationSet
 from lightning_vlmq.metrics.functional import debiased_error
 from lightning_vlmq.statistics import Statistics
 
-MIN_SAMPLES_PER_CLASS = 20
+MIN_SAMPLES_PER_CLASS = 80
 """With fewer, the debiased error is undefined: what bias is left in it adds up over classes, and is no longer small beside its spread."""
 
 Gaps = Mapping[str, Tensor]
@@ -65,6 +65,10 @@ def _of_set(s: EvaluationSet, runs: Sequence[Gaps | None], settings: Statistics)
         means = (weights @ gap.flatten(1)) / (weights @ count).unsqueeze(1)
         values["classwise_ece"][:, run] = means.abs().sum(-1).numpy() / n_classes
         if n >= MIN_SAMPLES_PER_CLASS * n_classes:
-            debiased = debiased_error(means, variance.flatten() / max(n, 1) ** 2) / n_classes
+            stretch = (variance / own["square"].where(own["square"] > 0, variance)).nan_to_num(1.0).sqrt().flatten()
+            stretched = means[:1] + stretch * (
+                means - means[:1]
+            )  # cells of few samples vary by more than resamples show
+            debiased = debiased_error(stretched, variance.flatten() / max(n, 1) ** 2) / n_classes
             values["classwise_ece_debiased"][:, run] = debiased.numpy()
     return {name: Estimate(value[0], value[1:], n) for name, value in values.items()}

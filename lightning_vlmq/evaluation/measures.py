@@ -98,7 +98,12 @@ def _sum_of_gaps(means: Tensor, columns: Tensor) -> Tensor:
 
 
 def _debiased_sum(means: Tensor, columns: Tensor) -> Tensor:
-    return debiased_error(means, gap_variances(columns))
+    variances, centre = gap_variances(columns), columns.mean(0)
+    drawn = (columns.square().mean(0) - centre.square()) / len(
+        columns
+    )  # what resampling gives: too little in bins of few samples
+    stretch = (variances / drawn.where(drawn > 0, variances)).nan_to_num(1.0).sqrt()
+    return debiased_error(centre + stretch * (means - centre), variances)
 
 
 _BINS = "equal-width bins [lo, hi), a confidence of exactly 1 in one of its own, as torchmetrics"

@@ -19,8 +19,8 @@ class ClasswiseGaps(Metric):
     group of its index modulo ``n_groups``, and what is resampled are groups.
 
     ``compute`` returns ``gap`` float64 ``[groups, C, bins + 1]``, sums over a group's samples; ``count`` float64 ``[groups]``, its samples;
-    ``variance`` float64 ``[C, bins + 1]``, the variance of a cell's gap sum over all samples: its sum of squares, and one more sample at
-    the cell's mean p (1 - p), as :func:`~.functional.gap_variances`. The error is ``gap.sum(0).abs().sum(-1).mean() / count.sum()``.
+    ``square`` float64 ``[C, bins + 1]``, sums of squares over all samples; ``variance`` likewise, with one more sample at the cell's mean
+    p (1 - p), as :func:`~.functional.gap_variances`. The error is ``gap.sum(0).abs().sum(-1).mean() / count.sum()``.
 
     Args:
         num_classes: C, the width of the logits.
@@ -89,4 +89,4 @@ class ClasswiseGaps(Metric):
     def compute(self) -> dict[str, Tensor]:
         """Sums over all samples so far."""
         variance = self.square + self.spread / self.cells.clamp(min=1)
-        return {"gap": self.gap, "count": self.count, "variance": variance}
+        return {"gap": self.gap, "count": self.count, "variance": variance, "square": self.square}
