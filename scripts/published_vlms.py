@@ -86,7 +86,7 @@ def row(name: str, vlm: VLM, method: str, bits: int, images: int = 4) -> str:
     batch = {"image": pixels, "tokens": vlm.tokenize(["a photo"] * images)}
     quantized = copy.deepcopy(vlm)
     start = time.perf_counter()
-    report = quantize(quantized, method, QuantScheme(bits, 8, scope="vision_text"), [batch])
+    report = quantize(quantized, method, QuantScheme(bits, 8, scope="vision_text"), [batch]).coverage
     seconds = time.perf_counter() - start
     with torch.no_grad():
         cosine = (quantized.encode_image(pixels) * vlm.encode_image(pixels)).sum(1).mean().item()

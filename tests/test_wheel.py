@@ -51,7 +51,8 @@ def installed(wheel, tmp_path_factory):
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     site = Path(shell([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip())
-    shell([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", str(wheel)], folder)
+    install = ["-m", "pip", "--python", python, "install", "--quiet", "--no-deps", str(wheel)]
+    shell([sys.executable, *install], folder, PYTHONPATH="")
     # then what it needs: an editable install there does not count, for its own .pth is not read
     (site / "needed.pth").write_text(sysconfig.get_path("purelib"))
     return folder / "bin"

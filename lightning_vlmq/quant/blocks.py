@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
@@ -138,9 +139,21 @@ class BlockWatcher:
         """Add up over all processes; all of them must have seen at least one batch."""
         for moments in self.moments.values():
             moments.synchronise()
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        shares: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(shares, (self._power, self._maps))
+        self._power, self._maps = {}, sum(maps for _, maps in shares)
+        for power, _ in shares:
+            for site, (frequency, own) in power.items():
+                before = self._power.get(site, (frequency, torch.zeros_like(own)))[1]
+                self._power[site] = frequency, before + own
 
     def fourier_spectra(self) -> dict[str, tuple[RadialSpectrum, RadialSpectrum]]:
-        """Radial power of full precision's and of quantized maps, mean over images and channels, by site; this process's share."""
+        """Radial power of full precision's and of quantized maps, mean over images and channels, by site.
+
+        Of all processes once synchronised.
+        """
         return {
             site: (RadialSpectrum(frequency, power[0] / self._maps), RadialSpectrum(frequency, power[1] / self._maps))
             for site, (frequency, power) in self._power.items()

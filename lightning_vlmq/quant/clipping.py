@@ -24,6 +24,8 @@ REPORTED = 0.01
 """A grid that clips more than this share of its values is named in the coverage report."""
 REFUSED = 0.25
 """A grid that clips more than this share of its values, is refused: the best 2-bit grid of normal values clips 5 %."""
+ENOUGH = 1000
+"""Inputs that have to be seen before a share of them says something."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def measure_clipping(vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch]) ->
     if layers:
         observers = {name: ClippingObserver(layer.act_fake_quant) for name, layer in layers.items()}
         calibrate(vlm, scheme, list(islice(_with_images(batches), 1)), observers)
-        found += [_grid(name, "input", *observers[name].shares, layer.act_fake_quant) for name, layer in layers.items()]
+        judged = {name: layer for name, layer in layers.items() if observers[name].seen >= ENOUGH}
+        found += [_grid(name, "input", *observers[name].shares, layer.act_fake_quant) for name, layer in judged.items()]
     return tuple(grid for grid in found if grid.share > REPORTED or grid.saturated)
 
 

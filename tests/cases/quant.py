@@ -7,8 +7,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_vlmq.models import VLM, zoo
-from lightning_vlmq.quant import QuantConv2d, QuantizedLayer, QuantLinear, QuantScheme
+from lightning_vlmq.quant import METHODS, QuantConv2d, QuantizedLayer, QuantLinear, QuantScheme
 from lightning_vlmq.quant.observers import SecondMomentObserver
+
+INTEGER_METHODS = sorted(name for name in METHODS if not METHODS[name].is_control and name != "lowrank_compensation")
+"""The methods whose weights are integers and nothing else: all but the controls and what adds a low-rank part."""
 
 
 def build(name: str, seed: int = 0) -> VLM:

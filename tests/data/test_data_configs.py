@@ -9,6 +9,7 @@ import yaml
 
 from lightning_vlmq.cli import main
 from lightning_vlmq.commands.data import parser
+from lightning_vlmq.core.configs import with_config_files
 from lightning_vlmq.data import FileData, readers
 from lightning_vlmq.experiment import VLMQCLI
 
@@ -24,7 +25,7 @@ def in_the_repository(monkeypatch):
 
 def build(*args):
     made = parser()
-    return made.instantiate(made.parse_args([str(a) for a in args])).data
+    return made.instantiate(made.parse_args(with_config_files([str(a) for a in args]))).data
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

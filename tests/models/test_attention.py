@@ -169,7 +169,7 @@ def test_a_clip_resnet_is_covered_to_the_last_weight():
     batch = {"image": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), "tokens": torch.randint(1, 99, (4, 8))}
     for method in ("minmax", "gptq", "quarot"):
         quantized = copy.deepcopy(vlm)
-        report = quantize(quantized, method, QuantScheme(8, 8, scope="vision_text"), [batch])
+        report = quantize(quantized, method, QuantScheme(8, 8, scope="vision_text"), [batch]).coverage
         assert report.weight_share() == 1 and report.unquantized == {}
         with torch.no_grad():
             assert (quantized.encode_image(batch["image"]) * vlm.encode_image(batch["image"])).sum(1).min() > 0.9

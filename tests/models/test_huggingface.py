@@ -131,7 +131,7 @@ def test_every_weight_is_quantized(saved, kind, method):
         "image": torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8),
         "tokens": vlm.tokenize(TEXTS * 2),
     }
-    report = quantize(vlm, method, QuantScheme(8, 8, scope="vision_text"), [batch])
+    report = quantize(vlm, method, QuantScheme(8, 8, scope="vision_text"), [batch]).coverage
     assert report.weight_share() == 1, report.unquantized
 
 

@@ -175,6 +175,8 @@ def test_a_control_is_not_saved(start, tmp_path):
 
     with pytest.raises(VLMQError, match="cannot be saved"):
         save_quantized(
-            controlled(start, SpectralShrink()), tmp_path, Quantized(SpectralShrink(), SCHEME, measure_coverage(start))
+            controlled(start, SpectralShrink()),
+            tmp_path,
+            Quantized(SpectralShrink(), SCHEME, measure_coverage(start[2])),
         )
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from cases.quant import build, make_batches, shallow, twin
+from cases.quant import INTEGER_METHODS, build, make_batches, shallow, twin
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
@@ -14,7 +14,7 @@ from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, qu
 from lightning_vlmq.quant.observers import SecondMomentObserver, output_error
 from lightning_vlmq.quant.ptq.gptq import GPTQ
 
-EVERY = sorted(METHODS)
+EVERY = INTEGER_METHODS
 BY_INPUTS = ("awq", "gptq")
 """Methods whose weights depend on the calibration inputs even where activations are not quantized."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases.quant import build, make_batches
+from cases.quant import INTEGER_METHODS, build, make_batches
 from torch import nn
 
 from lightning_vlmq.core.errors import VLMQError
@@ -26,7 +26,7 @@ from lightning_vlmq.quant import (
 )
 from lightning_vlmq.quant.rules import edge_layers
 
-PTQ = sorted(name for name in METHODS if not METHODS[name].needs_training)
+PTQ = [name for name in INTEGER_METHODS if not METHODS[name].needs_training]
 QAT = sorted(name for name in METHODS if METHODS[name].needs_training)
 MIXED = QuantScheme(
     weight_bits=4,

@@ -130,12 +130,12 @@ def test_the_report_says_where_the_rotations_are():
     assert kinds["convnext_clean"]["text"] == "residual stream"
     assert kinds["convnext_clean"]["vision"].startswith("inside the blocks (a ConvNeXt ")
     plain = build("vit_clean")
-    assert quantize(plain, "minmax", QuantScheme(), make_batches(plain)).rotations == {}
+    assert quantize(plain, "minmax", QuantScheme(), make_batches(plain)).coverage.rotations == {}
 
 
 def test_rotations_at_run_time_are_counted():
     vlm = build("vit_clean")
-    plain = quantize(copy.deepcopy(vlm), "minmax", QuantScheme(), make_batches(vlm))
+    plain = quantize(copy.deepcopy(vlm), "minmax", QuantScheme(), make_batches(vlm)).coverage
     report = quantize(vlm, "quarot", QuantScheme(), make_batches(vlm)).coverage
     row = next(row for row in report.rows if row.layer_type == "rotation")
     tokens, width, heads, depth = 17, 96, 4, 4
