@@ -87,6 +87,6 @@ def p_value_of(change: float, stderr: float) -> float:
     """Two-sided p-value of z = change / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
     if np.isnan(change) or np.isnan(stderr):
         return float("nan")
-    if stderr < 1e-12:
+    if stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each
         return 1.0 if abs(change) < 1e-9 else float("nan")
     return float(2 * norm.sf(abs(change) / stderr))

@@ -87,7 +87,7 @@ def run_identity(trainer: Any, module: Any) -> dict[str, Any]:
     """Everything that decides a run's numbers, for :func:`~lightning_vlmq.core.identity.digest`.
 
     Not in it, on purpose: where results, logs and caches go; workers, progress and loggers, which move no number; the evaluation batch
-    size and the number of devices that evaluate, which change a number by rounding only (``docs/reliability.md`` says how much); and in
+    size and the number of devices that evaluate, which change a number by rounding only; and in
     ``fit`` the checkpoint that it resumes from, because a resumed training is the undisturbed one. :data:`NO_PART` says it of the
     Trainer's arguments.
 

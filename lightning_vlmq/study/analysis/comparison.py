@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from scipy.stats import norm
 
+from lightning_vlmq.evaluation import headline
 from lightning_vlmq.evaluation.evaluators import change as change_of
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
 from lightning_vlmq.evaluation.measures import METRICS, Measure
@@ -368,12 +369,8 @@ def _interval(estimate: float, replicates: Array) -> Interval:
 
 
 def p_value_of(change: Interval) -> float:
-    """Two-sided p-value of z = estimate / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
-    if np.isnan(change.estimate) or np.isnan(change.stderr):
-        return float("nan")
-    if change.stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each
-        return 1.0 if abs(change.estimate) < 1e-9 else float("nan")
-    return float(2 * norm.sf(abs(change.estimate) / change.stderr))
+    """As :func:`~lightning_vlmq.evaluation.headline.p_value_of`, of a change's estimate and standard error."""
+    return headline.p_value_of(change.estimate, change.stderr)
 
 
 def _corrected(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
