@@ -15,7 +15,7 @@ from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import zero_shot_classifiers
 from lightning_vlmq.evaluation.classwise import Gaps
 from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures
-from lightning_vlmq.evaluation.tuning import encode_pairs, own_logit_scale, tuned_logit_scale
+from lightning_vlmq.evaluation.tuning import encode_pairs, own_logit_scale, tune_logit_scale
 from lightning_vlmq.metrics import (
     OOD_SCORES,
     RECORD_COLUMNS,
@@ -44,6 +44,7 @@ class Variant:
         sets: the evaluation sets.
         settings: bins and groups of class-wise errors.
         device: where batches are.
+        pairs_nll: NLL of held-out calibration pairs under this scale, where it was tuned.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Variant:
         sets: Sequence[EvalSet],
         settings: Statistics,
         device: torch.device,
+        pairs_nll: float | None = None,
     ) -> None:
-        self.scale = scale
+        self.scale, self.pairs_nll = scale, pairs_nll
         columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
         columns |= dict.fromkeys(scores, torch.float32)
         self._collected = {s.name: SampleRecords(columns).to(device) for s in sets}
@@ -126,7 +128,11 @@ class Judged:
         classes = {name: len(classifier) for name, classifier in self._classifiers.items()}
         about = (list(scores), classes, sets, settings, vlm.mean.device)
         self.own = Variant(own_logit_scale(vlm), *about)
-        self.tuned = Variant(tuned_logit_scale(vlm, pairs), *about) if tunes and pairs is not None else None
+        self.tuned: Variant | None = None
+        if tunes and pairs is not None:
+            found = tune_logit_scale(vlm, pairs)
+            self.own.pairs_nll = found.nll_before
+            self.tuned = Variant(found.scale, *about, found.nll_after)
 
     @property
     def variants(self) -> list[Variant]:

@@ -39,11 +39,8 @@ def rows_by_variant(
     estimates |= classwise_estimates(
         where, {name: [v.gaps[name] for v in variants] for name in variants[0].gaps}, settings
     )
-    return [
-        rows_of(estimates, run, 0 if run else None)
-        + _model_rows(sets, {"logit_scale": variant.scale.scale, "logit_bias": variant.scale.bias})
-        for run, variant in enumerate(variants)
-    ]
+    facts = [{"logit_scale": v.scale.scale, "logit_bias": v.scale.bias, "pairs_nll": v.pairs_nll} for v in variants]
+    return [rows_of(estimates, run, 0 if run else None) + _model_rows(sets, facts[run]) for run in range(len(variants))]
 
 
 def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None) -> list[Row]:

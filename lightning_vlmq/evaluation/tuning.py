@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,9 +12,13 @@ from torch import Tensor
 
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.evaluation.features import FeatureCache, text_digest
-from lightning_vlmq.metrics import LogitScale, fit_logit_scale
+from lightning_vlmq.metrics import LogitScale, fit_logit_scale, pairs_nll
 from lightning_vlmq.models import VLM
 
+log = logging.getLogger(__name__)
+
+FOLDS = 5
+"""Of the cross-validation of a tuned logit scale."""
 _CHUNK = 256  # captions a batch
 
 
@@ -68,6 +74,56 @@ def own_logit_scale(vlm: VLM) -> LogitScale:
     return LogitScale(float(vlm.logit_scale()), float(vlm.logit_bias()) if vlm.is_sigmoid else None)
 
 
-def tuned_logit_scale(vlm: VLM, pairs: PairFeatures) -> LogitScale:
-    """Logit scale tuning: the scale (and bias) under which the calibration pairs are most likely; see ``fit_logit_scale``."""
-    return fit_logit_scale(pairs.images, pairs.texts, pairs.caption, own_logit_scale(vlm))
+@dataclass(frozen=True)
+class TunedLogitScale:
+    """A logit scale fitted on all calibration pairs, and what fitting it does to pairs that were not used for it.
+
+    Attributes:
+        scale: the fitted one.
+        nll_before: NLL per pair of the scale that the model came with, in nats; NaN where there are too few captions to hold
+            any out.
+        nll_after: the same of scales that were fitted without the pairs that they are judged on.
+    """
+
+    scale: LogitScale
+    nll_before: float
+    nll_after: float
+
+
+def tune_logit_scale(vlm: VLM, pairs: PairFeatures) -> TunedLogitScale:
+    """Logit scale tuning: the scale under which the calibration pairs are most likely; see ``fit_logit_scale``.
+
+    Cross-validated over :data:`FOLDS` folds of captions (a caption's pairs stay together): the likelihood of held-out pairs
+    says whether there is anything to gain. A warning where it gets worse.
+    """
+    start = own_logit_scale(vlm)
+    fitted = fit_logit_scale(pairs.images, pairs.texts, pairs.caption, start)
+    before, after = _held_out_nll(pairs, start)
+    if after > before:
+        log.warning(
+            "tuning the logit scale of '%s' (%.4g to %.4g) makes held-out caption pairs less likely: NLL %.4f before, %.4f after; "
+            "take more pairs, or leave the scale as it is",
+            vlm.name,
+            start.scale,
+            fitted.scale,
+            before,
+            after,
+        )
+    return TunedLogitScale(fitted, before, after)
+
+
+def _held_out_nll(pairs: PairFeatures, start: LogitScale) -> tuple[float, float]:
+    """Mean NLL of the pairs, each in its fold, with the scale at the start and with the one fitted on the other folds."""
+    n_captions = int(pairs.caption.max()) + 1
+    folds = min(FOLDS, n_captions // 2)  # at least two captions a fold: one alone has no negatives
+    if folds < 2:
+        return math.nan, math.nan
+    before, after = 0.0, 0.0
+    for fold in range(folds):
+        held = pairs.caption % folds == fold
+        others = (pairs.images[~held], pairs.texts, pairs.caption[~held])
+        own = (pairs.images[held], pairs.texts, pairs.caption[held])
+        share = float(held.double().mean())
+        before += share * pairs_nll(*own, start.scale)
+        after += share * pairs_nll(*own, fit_logit_scale(*others, start).scale)
+    return before, after

@@ -15,6 +15,9 @@ from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.tuning import PairFeatures, tune_logit_scale
+from lightning_vlmq.metrics import LogitScale, fit_logit_scale
+from lightning_vlmq.models import load_vlm
 from lightning_vlmq.modules import EvaluationModule, Quantization
 from lightning_vlmq.results.store import ResultsStore
 
@@ -121,16 +124,57 @@ def test_the_second_run_encodes_nothing(tuned, root, monkeypatch):
     assert values(again.tuned_rows)[key] == values(tuned.tuned_rows)[key]
 
 
-def test_sigmoid_models_are_tuned_with_their_bias_and_classify_by_softmax():
+def test_sigmoid_models_keep_their_bias_and_classify_by_softmax():
     module = validate(EvaluationModule("siglip_clean", lst=True, evaluators=[]))
     before, after = values(module.rows), values(module.tuned_rows)
     assert before["garments", "", "logit_bias"] == pytest.approx(float(module.vlm.logit_bias().detach()))
-    assert after["garments", "", "logit_bias"] != before["garments", "", "logit_bias"]
+    assert after["garments", "", "logit_bias"] == before["garments", "", "logit_bias"]
+    assert after["garments", "", "logit_scale"] != before["garments", "", "logit_scale"]
     data, vlm, s = module.data, module.vlm, module.eval_sets[0]
     with torch.no_grad():
         cosine = vlm.encode_image(s.images.images) @ vlm.class_features(data.class_names, data.templates).T
     softmax = (float(vlm.logit_scale().detach()) * cosine).softmax(-1).amax(-1)  # which no bias changes
     torch.testing.assert_close(module.records[s.name]["confidence"], softmax)
+
+
+def held_out_nll(features, scale_of):
+    """Five folds of captions written out: NLL of each fold's pairs, summed over pairs, with a scale from the others."""
+    total = 0.0
+    for fold in range(5):
+        own = features.caption % 5 == fold
+        scale = scale_of(~own)
+        logits = scale * (features.images[own].double() @ features.texts[features.caption[own]].double().T).numpy()
+        right = (features.caption[own][:, None] == features.caption[own][None]).numpy()
+        kept = np.where(right, logits, -np.inf)
+        total += sum((logsumexp(logits, axis) - logsumexp(kept, axis)).sum() for axis in (0, 1)) / 2
+    return total / len(features.caption)
+
+
+def test_the_likelihood_of_held_out_pairs_is_told_before_and_after(tuned):
+    before, after = (values(rows)["garments", "", "pairs_nll"] for rows in (tuned.rows, tuned.tuned_rows))
+    vlm, pairs = tuned.vlm, tuned.data.pairs
+    with torch.no_grad():
+        images = torch.cat([vlm.encode_image(part) for part in pairs.images.split(250)])
+        captions = list(dict.fromkeys(pairs.columns["caption"]))
+        texts = vlm.encode_text(vlm.tokenize(captions))
+    features = PairFeatures(images, texts, torch.tensor([captions.index(c) for c in pairs.columns["caption"]]))
+    own = float(vlm.logit_scale().detach())
+
+    def fitted(rows):
+        return fit_logit_scale(images[rows], texts, features.caption[rows], LogitScale(own)).scale
+
+    assert before == pytest.approx(held_out_nll(features, lambda rows: own), rel=1e-4)
+    assert after == pytest.approx(held_out_nll(features, fitted), rel=1e-4)
+    assert after < before  # it is far underconfident
+
+
+def test_a_scale_that_does_not_carry_over_is_warned_of(caplog):
+    vlm, axes = load_vlm("vit_clean"), torch.eye(4)
+    found = tune_logit_scale(vlm, PairFeatures(axes[[0, 3, 2, 1]], axes, torch.arange(4)))  # one fold right, one wrong
+    assert found.nll_after > found.nll_before and "less likely: NLL" in caplog.text
+    caplog.clear()
+    found = tune_logit_scale(vlm, PairFeatures(axes[:3], axes[:3], torch.arange(3)))  # too few captions to hold two out
+    assert math.isnan(found.nll_before) and math.isnan(found.nll_after) and not caplog.text
 
 
 def test_without_pairs_it_says_what_to_do():

@@ -32,7 +32,7 @@ from lightning_vlmq.metrics.functional.corruption import (
     relative_mean_corruption_error,
 )
 from lightning_vlmq.metrics.functional.debiased import debiased_error, debiased_magnitude, gap_variances
-from lightning_vlmq.metrics.functional.logit_scale import LogitScale, fit_logit_scale
+from lightning_vlmq.metrics.functional.logit_scale import LogitScale, fit_logit_scale, pairs_nll
 from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood, placements
 from lightning_vlmq.metrics.functional.selective import augrc, aurc, coverage_at_risk, risk_at_coverage
 from lightning_vlmq.metrics.functional.temperature import fit_temperature, temperature_scaled_ece
@@ -73,6 +73,7 @@ __all__ = [
     "fpr95_openood",
     "gap_variances",
     "mean_corruption_error",
+    "pairs_nll",
     "per_sample",
     "placements",
     "relative_change",

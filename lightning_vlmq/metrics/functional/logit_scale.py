@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from lightning_vlmq.core.errors import VLMQError
 
@@ -39,35 +38,77 @@ class LogitScale:
 def fit_logit_scale(
     images: Tensor, texts: Tensor, caption: Tensor, start: LogitScale, batch_size: int = 1024
 ) -> LogitScale:
-    """Logit scale (and bias) that minimises the model's own likelihood loss on pairs, all features frozen.
+    """Logit scale that minimises :func:`pairs_nll`, all features frozen: L-BFGS-B on log s in float64.
 
-    Pairs with equal captions are not each other's negatives, whatever the model: every image with a caption is a right
-    answer to it. Without a bias in ``start``, the loss is the symmetric contrastive NLL (Radford et al. 2021, figure 3)
-    with several positives, averaged over the pairs of a batch and both directions::
-
-        -log sum_{j in P(i)} exp(s cos(x_i, t_j)) / sum_j exp(s cos(x_i, t_j))      and the same with x and t swapped
-
-    where P(i) are the pairs of the batch with pair i's caption. With a bias, it is the pairwise sigmoid NLL (Zhai et al.
-    2023, eq. 1), ``sum_ij log(1 + exp(-z_ij (s cos(x_i, t_j) + b))) / n`` with z = 1 for pairs of one caption, else -1.
-    L-BFGS-B on log s (and b) in float64.
+    That is the loss of the softmax confidences that are judged, for every model. A sigmoid model keeps its bias: added to all
+    logits alike it changes no softmax confidence, so that the pairwise sigmoid loss would fit a number that nothing here reads,
+    and a scale for another question.
 
     Args:
         images: float ``[n, dim]``, unit-norm features of the pairs' images.
         texts: float ``[m, dim]``, unit-norm features of the distinct captions.
         caption: int64 ``[n]`` in [0, m), the caption of each image.
-        start: the model's own scale and bias; a bias says that the model is a sigmoid one.
+        start: the model's own scale and bias.
+        batch_size: as :func:`pairs_nll`.
+
+    Returns:
+        The fitted scale, inside :data:`LOGIT_SCALE_RANGE`, with the bias of ``start``. Where no optimum is finite: a scale that
+        leaves next to no loss when every pair is told apart with a margin, the lower end when the features are worse than
+        chance. NaN when a feature is NaN or infinite.
+
+    Raises:
+        VLMQError: as :func:`pairs_nll`, or there are fewer than two distinct captions (one says nothing about the scale).
+    """
+    batches = _batches(images, texts, caption, batch_size)
+    if len(caption.unique()) < 2:
+        raise VLMQError("logit scale tuning needs image-caption pairs with at least two distinct captions; add pairs")
+    if not bool(images.isfinite().all() and texts.isfinite().all()):
+        return LogitScale(math.nan, start.bias)
+    low, high = (math.log(end) for end in LOGIT_SCALE_RANGE)
+    found = minimize(
+        _loss_and_gradient,
+        [min(max(math.log(start.scale), low), high)],
+        args=(batches, len(caption)),
+        jac=True,
+        method="L-BFGS-B",
+        bounds=[(low, high)],
+        options={"maxiter": 500, "ftol": 1e-15, "gtol": 1e-9},
+    )
+    return LogitScale(math.exp(float(found.x[0])), start.bias)
+
+
+def pairs_nll(images: Tensor, texts: Tensor, caption: Tensor, scale: float, batch_size: int = 1024) -> float:
+    """Contrastive NLL per pair under a logit scale, in float64.
+
+    Pairs with equal captions are not each other's negatives: every image with a caption is a right answer to it. It is the
+    symmetric contrastive NLL (Radford et al. 2021, figure 3) with several positives, averaged over the pairs of a batch and
+    both directions::
+
+        -log sum_{j in P(i)} exp(s cos(x_i, t_j)) / sum_j exp(s cos(x_i, t_j))      and the same with x and t swapped
+
+    where P(i) are the pairs of the batch with pair i's caption.
+
+    Args:
+        images: float ``[n, dim]``, unit-norm features of the pairs' images.
+        texts: float ``[m, dim]``, unit-norm features of the distinct captions.
+        caption: int64 ``[n]`` in [0, m), the caption of each image.
+        scale: s.
         batch_size: pairs that are each other's negatives, at most; more pairs are dealt out to batches of nearly equal
             size, every k-th to the same one.
 
     Returns:
-        The fitted scale, inside :data:`LOGIT_SCALE_RANGE`. Where no optimum is finite: a scale that leaves next to no loss
-        when every pair is told apart with a margin, the lower end when the features are worse than chance. NaN (and the
-        bias, too) when a feature is NaN or infinite.
+        The loss in nats; NaN without pairs or with broken features.
 
     Raises:
-        VLMQError: shapes do not fit, a caption index is outside [0, m), there are fewer than two distinct captions
-            (one says nothing about the scale), or ``batch_size`` is below 2.
+        VLMQError: shapes do not fit, a caption index is outside [0, m), or ``batch_size`` is below 2.
     """
+    batches = _batches(images, texts, caption, batch_size)
+    if not len(caption):
+        return math.nan
+    return _loss_and_gradient(np.array([math.log(scale)]), batches, len(caption))[0]
+
+
+def _batches(images: Tensor, texts: Tensor, caption: Tensor, batch_size: int) -> list[_Batch]:
     if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1] or caption.shape != images.shape[:1]:
         raise VLMQError(
             "logit scale tuning needs images [n, dim], texts [m, dim] and a caption index [n], got "
@@ -79,27 +120,9 @@ def fit_logit_scale(
         raise VLMQError(
             f"caption indices must lie in [0, {len(texts)}), got {int(caption.min())}..{int(caption.max())}"
         )
-    if len(caption.unique()) < 2:
-        raise VLMQError("logit scale tuning needs image-caption pairs with at least two distinct captions; add pairs")
-    if not bool(images.isfinite().all() and texts.isfinite().all()):
-        return LogitScale(math.nan, None if start.bias is None else math.nan)
     n_batches = -(-len(caption) // batch_size)
     with torch.inference_mode(False):  # callers may be in it, where nothing can be differentiated
-        batches = [_Batch.of(images[k::n_batches], texts, caption[k::n_batches]) for k in range(n_batches)]
-    low, high = (math.log(end) for end in LOGIT_SCALE_RANGE)
-    first = [min(max(math.log(start.scale), low), high)] + ([] if start.bias is None else [start.bias])
-    bounds: list[tuple[float | None, float | None]] = [(low, high), (None, None)]
-    found = minimize(
-        _loss_and_gradient,
-        first,
-        args=(batches, len(caption)),
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds[: len(first)],
-        options={"maxiter": 500, "ftol": 1e-15, "gtol": 1e-9},
-    )
-    scale, *bias = (float(value) for value in found.x)
-    return LogitScale(math.exp(scale), bias[0] if bias else None)
+        return [_Batch.of(images[k::n_batches], texts, caption[k::n_batches]) for k in range(n_batches)]
 
 
 @dataclass(frozen=True)
@@ -117,7 +140,7 @@ class _Batch:
         return cls(cosine, column.cpu(), copies.cpu().to(torch.float64))
 
     def contrastive(self, scale: Tensor) -> Tensor:
-        """Summed over pairs; see :func:`fit_logit_scale`."""
+        """Summed over pairs; see :func:`pairs_nll`."""
         logits = scale * self.cosine
         right = logits.gather(1, self.caption.unsqueeze(1)).squeeze(1)
         # image to text: of a caption's probability, each copy has its share
@@ -128,24 +151,13 @@ class _Batch:
         to_image = self.copies * (logits.logsumexp(0) - own)
         return (to_text.sum() + to_image.sum()) / 2
 
-    def sigmoid(self, scale: Tensor, bias: Tensor) -> Tensor:
-        """Summed over pairs; see :func:`fit_logit_scale`."""
-        logits = scale * self.cosine + bias
-        right = logits.gather(1, self.caption.unsqueeze(1)).squeeze(1)
-        # softplus(-x) - softplus(x) = -x turns what was counted as a negative into a positive
-        return (softplus(logits) @ self.copies).sum() - (self.copies[self.caption] * right).sum()
-
 
 def _loss_and_gradient(
-    parameters: NDArray[np.float64], batches: Sequence[_Batch], n: int
+    log_scale: NDArray[np.float64], batches: Sequence[_Batch], n: int
 ) -> tuple[float, NDArray[np.float64]]:
     with torch.inference_mode(False), torch.enable_grad():
-        variables = torch.tensor(parameters, dtype=torch.float64, requires_grad=True)
-        scale = variables[0].exp()
-        if len(parameters) == 1:
-            loss = torch.stack([batch.contrastive(scale) for batch in batches]).sum() / n
-        else:
-            loss = torch.stack([batch.sigmoid(scale, variables[1]) for batch in batches]).sum() / n
+        variable = torch.tensor(log_scale, dtype=torch.float64, requires_grad=True)
+        loss = torch.stack([batch.contrastive(variable[0].exp()) for batch in batches]).sum() / n
         loss.backward()
-    assert variables.grad is not None
-    return float(loss.detach()), variables.grad.numpy()
+    assert variable.grad is not None
+    return float(loss.detach()), variable.grad.numpy()

@@ -138,7 +138,7 @@ def _tuning(analysis: StudyAnalysis) -> str:
     if not found:
         return trajectories
     note = (
-        "<p class='note'>Logit scale tuning (LST): the backbone as it is, the logit scale (and a sigmoid model's bias) fitted on the "
+        "<p class='note'>Logit scale tuning (LST): the backbone as it is, the logit scale fitted on the "
         "calibration pairs. Everything against full precision with the scale it came with.</p>"
     )
     body = "".join(
