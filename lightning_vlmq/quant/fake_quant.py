@@ -15,6 +15,7 @@ CPU (it also writes a mask), and it turns NaN into a finite level where this lea
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -96,6 +97,44 @@ def block_range(blocks: Tensor, granularity: Granularity) -> tuple[Tensor, Tenso
 def all_finite(x: Tensor) -> bool:
     """Whether a tensor holds no NaN and no infinity: by its extremes, as :func:`torch.isfinite` goes over it six times."""
     return x.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all())
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """What a grid does to values beyond its ends; sums, so that those of several batches add up.
+
+    Errors are those of the batches in which it clips anything.
+
+    Attributes:
+        values: how many there are.
+        below: of these, more than half a step below the lowest level.
+        above: likewise above the highest.
+        energy: sum of the clipped values' squares.
+        clipped_error: sum of their squared errors.
+        error: sum of all values' squared errors.
+        minmax_error: what that would be on the grid of as many levels that spans each batch (or block).
+    """
+
+    values: int = 0
+    below: int = 0
+    above: int = 0
+    energy: float = 0.0
+    clipped_error: float = 0.0
+    error: float = 0.0
+    minmax_error: float = 0.0
+
+    def __add__(self, other: Clipping) -> Clipping:
+        return Clipping(*(mine + its for mine, its in zip(astuple(self), astuple(other))))
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Of all values, those clipped at the grid's lower and at its upper end."""
+        return self.below / max(self.values, 1), self.above / max(self.values, 1)
+
+    @property
+    def lost(self) -> float:
+        """Share of the clipped values' energy that clipping takes."""
+        return self.clipped_error / self.energy if self.energy else 0.0
 
 
 class LearnedStep(torch.autograd.Function):
@@ -187,6 +226,7 @@ class FakeQuantizer(nn.Module):
         scales_gradient: whether a learned step's gradient is multiplied by LSQ's ``1 / sqrt(N Qp)``.
         enabled: whether forward quantizes; calibration switches it off to see full-precision activations.
         calibrated: whether a static quantizer has its step.
+        clipping: what a static grid clips of the inputs it was fitted to, once that is noted; not part of a checkpoint.
     """
 
     zero_point: Tensor
@@ -210,6 +250,7 @@ class FakeQuantizer(nn.Module):
         self.enabled = self.quantizes
         self.calibrated = False
         self.scales_gradient = True
+        self.clipping: Clipping | None = None
         self.qmin, self.qmax = integer_range(bits, symmetric)
         self.scale = nn.Parameter(torch.full((blocks,), math.nan), requires_grad=False)
         self.register_buffer("zero_point", torch.zeros(blocks))

@@ -17,6 +17,7 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.registry import Registry
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.clipping import note_clipping
 from lightning_vlmq.quant.fake_quant import block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers, swap_layers, weight_quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -130,6 +131,7 @@ class PTQMethod:
             self.fit_transforms(vlm, scheme, calibration)
             if static_layers(vlm):
                 self.fit_activations(vlm, scheme, calibration)
+                note_clipping(vlm, scheme, calibration)  # while the weights are full precision's
             self.fit_weights(vlm, scheme, calibration)
         return vlm
 

@@ -61,7 +61,7 @@ def quantize(
     batches = cast("list[Batch]", list(calibration) if isinstance(calibration, Iterator) else calibration)
     chosen.prepare(vlm, scheme, batches)
     require_finite_layers(vlm)
-    report = measure_coverage(vlm, measure_clipping(vlm, scheme, batches))
+    report = measure_coverage(vlm, measure_clipping(vlm))
     require_usable(report.clipped)
     assert_covered(report, scheme.scope, minimum_coverage)
     return Quantized(chosen, scheme, report)

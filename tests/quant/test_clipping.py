@@ -2,13 +2,22 @@
 
 import pytest
 import torch
-from cases.quant import SEEDS, build, make_batches
+from cases.quant import SEEDS, build, make_batches, shallow
 from torch import Tensor, nn
 from torchao.quantization.granularity import PerTensor
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant import FakeQuantizer, QuantLinear, QuantScheme, quantize, quantized_layers
-from lightning_vlmq.quant.clipping import REFUSED, ClippingObserver, count_clipped, measure_clipping, require_usable
+from lightning_vlmq.quant.clipping import (
+    LOST,
+    REFUSED,
+    ClippingObserver,
+    count_clipped,
+    judge,
+    measure_clipping,
+    note_clipping,
+    require_usable,
+)
 from lightning_vlmq.quant.observers import HistogramObserver
 from lightning_vlmq.quant.ptq.mse import search_histogram
 from lightning_vlmq.quant.qat.lsq import set_paper_start
@@ -54,7 +63,7 @@ def test_clipped_values_are_counted_against_a_count_by_hand(symmetric: bool, see
     observer = ClippingObserver(quantizer)
     for part in x.split(7):
         observer.observe(part)
-    assert sum(observer.shares) == pytest.approx(float(sum(found)) / x.numel())
+    assert sum(observer.clipping.shares) == pytest.approx(float(sum(found)) / x.numel())
 
 
 def test_min_max_clips_nothing_and_says_so():
@@ -71,9 +80,10 @@ def test_inconsistent_statistics_are_told_and_refused():
     name = "model.visual.transformer.resblocks.0.mlp.c_fc"
     quantizer = quantized_layers(vlm)[name].act_fake_quant
     quantizer.set_qparams(quantizer.scale.detach() / 20, torch.tensor([255.0]))
-    found = measure_clipping(vlm, QuantScheme(), batches)
+    note_clipping(vlm, QuantScheme(), batches)
+    found = measure_clipping(vlm)
     assert [(grid.layer, grid.side, grid.saturated) for grid in found] == [(name, "input", True)]
-    assert found[0].share > REFUSED
+    assert found[0].share > REFUSED and found[0].useless
     with pytest.raises(
         VLMQError,
         match=r"1 quantization grids clip .* c_fc input .*\(zero point saturated\)".replace(" c_fc", ".*c_fc"),
@@ -112,3 +122,37 @@ def test_a_layer_without_values_clips_nothing():
     layer.act_fake_quant.set_range(torch.tensor([0.0]), torch.tensor([0.0]))
     assert sum(count_clipped(torch.zeros(0, 4), layer.act_fake_quant)) == 0
     assert sum(count_clipped(torch.zeros(5, 4), layer.act_fake_quant)) == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_best_range_is_never_refused(bits: int, seed: int):
+    """Inputs with most of their values near one end, as gates give them: clipping them can be the best there is."""
+    x = torch.nn.functional.silu(torch.randn(4000, generator=torch.Generator().manual_seed(seed)) * 3 - 1.5)
+    histogram = HistogramObserver(x.min().item(), x.max().item())
+    histogram.observe(x)
+    quantizer = FakeQuantizer(bits, False, PerTensor())
+    quantizer.set_range(*search_histogram(histogram, quantizer))
+    found = judge(x, quantizer)
+    assert found.error <= 1.01 * found.minmax_error  # both are 0 where nothing is clipped
+    worse = FakeQuantizer(bits, False, PerTensor())
+    worse.set_range(torch.zeros(1), x.quantile(0.5).clamp_min(0.01).view(1))
+    cut = judge(x, worse)
+    assert sum(cut.shares) > REFUSED and cut.lost > LOST and (bits == 2 or cut.error > cut.minmax_error)
+
+
+def test_what_clipping_costs_against_sums_by_hand():
+    x = torch.tensor([-3.0, -1.0, 0.0, 0.4, 1.0, 2.0, 9.0])
+    quantizer = FakeQuantizer(2, False, PerTensor())
+    quantizer.set_qparams(torch.tensor([1.0]), torch.tensor([1.0]))  # levels -1, 0, 1, 2
+    found = judge(x, quantizer)
+    assert (found.values, found.below, found.above) == (7, 1, 1)
+    assert found.energy == 9 + 81 and found.clipped_error == 4 + 49 and found.error == pytest.approx(4 + 49 + 0.16)
+    assert found.minmax_error == pytest.approx(1 + 1 + 0.16 + 1 + 4 + 1)  # levels -4, 0, 4, 8: step 4, zero point 1
+
+
+def test_inputs_that_drift_once_weights_are_rounded_do_not_count():
+    """Of what full precision gives the layer min-max clips nothing, however much rounding to 2 bits changes that."""
+    vlm = shallow(build("align_clean"))
+    made = quantize(vlm, "gptq", QuantScheme(2, 8), make_batches(vlm, (1,)))
+    assert not [grid for grid in made.coverage.clipped if grid.side == "input"]
