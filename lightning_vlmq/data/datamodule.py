@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.preprocessing import Framing
 from lightning_vlmq.data.overlap import require_disjoint
-from lightning_vlmq.data.sets import Batch, EvalSet, TensorImages, as_is
+from lightning_vlmq.data.sets import Batch, EvalSet, TensorImages, as_is, spurious_pairs
 
 
 class ReliabilityDataModule(LightningDataModule):
@@ -73,6 +73,7 @@ class ReliabilityDataModule(LightningDataModule):
             raise VLMQError(
                 "no in-distribution data: add a data set with the role id, every other role is measured against it"
             )
+        spurious_pairs(s.name for s in self.eval_sets if s.role == "spurious")  # before hours are spent on the others
         return [self._loader(s.images, self.batch_size, train=False) for s in self.eval_sets]
 
     def test_dataloader(self) -> list[DataLoader[Batch]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
@@ -121,3 +121,20 @@ class EvalSet:
 def as_is(batch: Any) -> Any:
     """A loader's collation where ``__getitems__`` has collated already."""
     return batch
+
+
+def spurious_pairs(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Names of the sets ``<pair>_common`` and ``<pair>_counter`` by pair: where the cue goes with the class, and where against it.
+
+    Raises:
+        VLMQError: a set is without its counterpart.
+    """
+    names = set(names)
+    pairs = sorted(name.removesuffix("_common") for name in names if name.endswith("_common"))
+    found = {pair: (f"{pair}_common", f"{pair}_counter") for pair in pairs}
+    lonely = names.symmetric_difference(name for both in found.values() for name in both)
+    if lonely:
+        raise VLMQError(
+            f"spurious sets come in pairs <x>_common and <x>_counter; one of a pair is missing: {', '.join(sorted(lonely))}"
+        )
+    return found

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.data.sets import spurious_pairs
 from lightning_vlmq.evaluation.measures import METRICS, Measure
 from lightning_vlmq.evaluation.quantities import (
     AlignedRuns,
@@ -113,8 +113,9 @@ class SpuriousEvaluator:
         """``common``, ``counter``, the relative spurious gap ``rsg`` and the added vulnerability ``vuln_add``."""
         found: Estimates = {}
         by_metric: dict[str, Estimates] = {}
-        for pair, sets in _pairs(runs.of_role("spurious")).items():
-            common, counter = (runs.estimate(s, _top1()) for s in sets)
+        sets = {s.where.dataset: s for s in runs.of_role("spurious")}
+        for pair, names in spurious_pairs(sets).items():
+            common, counter = (runs.estimate(sets[name], _top1()) for name in names)
             parts = {"common": common, "counter": counter, "rsg": combined(relative_spurious_gap, common, counter)}
             parts["vuln_add"] = combined(_vulnerability, common, counter)
             for name, estimate in parts.items():
@@ -316,17 +317,6 @@ def _original(runs: AlignedRuns, corrupted: SampleMatrix) -> SampleMatrix | None
 
 def _targets(s: SampleMatrix) -> NDArray[np.int64]:
     return next(iter(s.tables.values()))["target"]
-
-
-def _pairs(sets: Iterable[SampleMatrix]) -> dict[str, tuple[SampleMatrix, SampleMatrix]]:
-    by_name = {s.where.dataset: s for s in sets}
-    pairs = sorted(name.removesuffix("_common") for name in by_name if name.endswith("_common"))
-    lonely = by_name.keys() ^ {f"{pair}_{kind}" for pair in pairs for kind in ("common", "counter")}
-    if lonely:
-        raise VLMQError(
-            f"spurious sets come in pairs <x>_common and <x>_counter; one of a pair is missing: {', '.join(sorted(lonely))}"
-        )
-    return {pair: (by_name[f"{pair}_common"], by_name[f"{pair}_counter"]) for pair in pairs}
 
 
 def _suites(sets: Iterable[SampleMatrix]) -> dict[str, dict[tuple[str, int], SampleMatrix]]:

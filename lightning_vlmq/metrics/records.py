@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import wraps
 from typing import Any
 
 import torch
@@ -128,3 +129,13 @@ class SampleRecords(ColumnMetric):
                 "without padding, and reset the records between data sets"
             )
         return {name: self.column(name)[order] for name in self._dtype_of}
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """As torchmetrics', but a single sample's columns stay ``[1]``, where torchmetrics makes scalars of them."""
+        wrapped = super()._wrap_compute(compute)
+
+        @wraps(compute)
+        def columns(*args: Any, **kwargs: Any) -> Any:
+            return {name: column.reshape(-1) for name, column in wrapped(*args, **kwargs).items()}
+
+        return columns

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.spectral.moments import EIGENVALUE_FLOOR
 
 RANKME_EPSILON = 1e-7
 ALPHA_REQ_RANGE = (5, 50)
@@ -54,15 +55,17 @@ def alpha_req(eigenvalues: Tensor, ranks: tuple[int, int] = ALPHA_REQ_RANGE) -> 
 
     Args:
         eigenvalues: ``[r]``, largest first.
-        ranks: 0-based, half-open range of the fit; its end is cut to the positive eigenvalues.
+        ranks: 0-based, half-open range of the fit; its end is cut to eigenvalues above
+            :data:`~lightning_vlmq.spectral.moments.EIGENVALUE_FLOOR` of the largest, below which there is only rounding.
 
     Returns:
-        alpha; NaN with fewer than two positive eigenvalues in the range.
+        alpha; NaN with fewer than two such eigenvalues in the range.
     """
     values = _spectrum(eigenvalues)
-    j = torch.arange(ranks[0], min(ranks[1], int((values > 0).sum())), dtype=torch.float64)
-    if len(j) < 2:
+    first, last = ranks[0], min(ranks[1], int((values > EIGENVALUE_FLOOR * values.max()).sum()))
+    if last - first < 2:
         return math.nan
+    j = torch.arange(first, last, dtype=torch.float64)
     y, x, weight = values[j.long()].log(), (j + 1).log(), 1 / (j + 1)
     x = x - (weight * x).sum() / weight.sum()
     return float(-(weight * x * y).sum() / (weight * x.square()).sum())

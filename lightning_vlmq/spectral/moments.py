@@ -8,6 +8,9 @@ from torch import distributed as dist
 
 from lightning_vlmq.core.errors import VLMQError
 
+EIGENVALUE_FLOOR = 1e-7
+"""Eigenvalues below this share of the largest are left out of tables and fits: a Gram matrix cannot resolve them."""
+
 
 class SecondMoments:
     """``Z^T Z``, ``Z^T D``, ``D^T D`` and the means of activations Z and of quantization's error ``D = Q - Z``.

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.spectral.moments import SecondMoments, eigenbasis
-
-EIGENVALUE_FLOOR = 1e-7
-"""Ranks whose energy is below this share of the largest are left out of tables: a Gram matrix cannot resolve them."""
+from lightning_vlmq.spectral.moments import EIGENVALUE_FLOOR, SecondMoments, eigenbasis
 
 
 @dataclass(frozen=True, eq=False)

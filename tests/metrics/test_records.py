@@ -24,6 +24,12 @@ def test_nothing_recorded_gives_empty_typed_columns():
     assert rows["correct"].shape == (0,) and rows["correct"].dtype == torch.bool
 
 
+def test_a_single_sample_stays_a_column():
+    records = SampleRecords({"nll": torch.float32})
+    records.update(index=torch.tensor([3]), nll=torch.ones(1))
+    assert {name: column.shape for name, column in records.compute().items()} == {"index": (1,), "nll": (1,)}
+
+
 def test_repeated_sample_names_the_fix():
     records = SampleRecords({"nll": torch.float32})
     records.update(index=torch.tensor([2, 5]), nll=torch.zeros(2))

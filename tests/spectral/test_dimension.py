@@ -51,6 +51,10 @@ def test_alpha_of_an_exact_power_law_and_of_the_published_code():
     expected = np.linalg.solve(x.T @ (x * w), (w * x).T @ logss[trange][:, None]).flatten()[0]
     assert alpha_req(values) == pytest.approx(expected)
     assert math.isnan(alpha_req(torch.ones(6)))
+    resolved, rounding = j[:9] ** -1.2, 1e-16 * torch.rand(30, dtype=torch.float64).sort(descending=True).values
+    assert alpha_req(torch.cat([resolved, rounding])) == pytest.approx(1.2)
+    for short in (torch.zeros(1), torch.ones(1), torch.tensor([1.0, 0.0, 0.0])):
+        assert math.isnan(alpha_req(short))
 
 
 @pytest.mark.parametrize("seed", range(4))
