@@ -95,6 +95,8 @@ def headline_table(lines: Sequence[HeadlineLine], titles: Sequence[str], has_cha
     if has_change:
         table.add_column("change, points", justify="right", no_wrap=True)
         table.caption = "± half a 95 % interval, * significant at 5 % FDR"
+        if any(line.dimension.measure.tested_by != line.dimension.measure for line in lines):
+            table.caption += "; a calibration error's change is debiased, not the difference of the two values"
     for line in lines:
         cells = [f"{100 * value:.1f}" for value in line.values]
         if has_change:

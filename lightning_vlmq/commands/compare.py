@@ -10,6 +10,7 @@ from lightning_vlmq.commands import command
 from lightning_vlmq.core.errors import VLMQError, unknown
 
 if TYPE_CHECKING:
+    from lightning_vlmq.evaluation.headline import HeadlineLine
     from lightning_vlmq.evaluation.records import Columns, EvaluationSet
     from lightning_vlmq.statistics import Statistics
 
@@ -29,17 +30,31 @@ def run(args: list[str]) -> None:
     from rich import print as rich_print
 
     from lightning_vlmq.callbacks.printing import headline_table
-    from lightning_vlmq.evaluation.headline import headline, side_by_side
 
-    loaded = [samples(name, given.root) for name in given.runs]
-    shared = set(loaded[0]) & set(loaded[1])
-    require_same_samples(loaded, given.runs)
-    lines = headline(side_by_side(loaded), settings_of(given.runs, given.root))
-    if not lines:
-        raise VLMQError(f"{' and '.join(given.runs)} share no data sets to compare on")
-    for where in sorted({where.dataset for own in loaded for where in set(own) - shared}):
+    lines, left_out = compared(given.runs, given.root)
+    for where in left_out:
         rich_print(f"only one of them has '{where}': left out")
     rich_print(headline_table(lines, given.runs, has_change=True))
+
+
+def compared(names: list[str], root: str) -> tuple[list[HeadlineLine], list[str]]:
+    """The headline of two stored runs, and the names of the sets that only one of them has.
+
+    Args:
+        names: two runs, as :func:`samples` takes them.
+        root: the store's folder.
+
+    Raises:
+        VLMQError: a run is not there, or they cannot be compared.
+    """
+    from lightning_vlmq.evaluation.headline import headline, side_by_side
+
+    loaded = [samples(name, root) for name in names]
+    require_same_samples(loaded, names)
+    lines = headline(side_by_side(loaded), settings_of(names, root))
+    if not lines:
+        raise VLMQError(f"{' and '.join(names)} share no data sets to compare on")
+    return lines, sorted({where.dataset for where in set(loaded[0]) ^ set(loaded[1])})
 
 
 def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:

@@ -29,6 +29,7 @@ class HeadlineLine:
             error's is debiased, and need not be the difference of the values); NaN for a single run.
         half_width: half its 95 % interval, 1.96 standard errors of a paired bootstrap over samples.
         q_value: that there is no change, two-sided, corrected over the lines (Benjamini & Hochberg); NaN where nothing can be tested.
+        n: samples behind it, of all sets that the measure takes in.
     """
 
     dimension: Dimension
@@ -36,6 +37,7 @@ class HeadlineLine:
     change: float = float("nan")
     half_width: float = float("nan")
     q_value: float = float("nan")
+    n: int = 0
 
     @property
     def is_significant(self) -> bool:
@@ -70,8 +72,8 @@ def headline(sets: Sequence[SampleMatrix], settings: Statistics) -> list[Headlin
     p_values = torch.tensor([p_value_of(*change) for change in changes], dtype=torch.float64)
     q_values = benjamini_hochberg(p_values).tolist() if shown else []
     return [
-        HeadlineLine(dimension, tuple(map(float, found[dimension.measure].value)), change, Z95 * stderr, q_value)
-        for dimension, (change, stderr), q_value in zip(shown, changes, q_values)
+        HeadlineLine(d, tuple(map(float, found[d.measure].value)), change, Z95 * stderr, q_value, found[d.measure].n)
+        for d, (change, stderr), q_value in zip(shown, changes, q_values)
     ]
 
 

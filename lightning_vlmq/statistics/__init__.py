@@ -11,6 +11,7 @@ from lightning_vlmq.statistics.bootstrap import (
     paired_bootstrap,
     summarise,
 )
+from lightning_vlmq.statistics.planning import samples_needed
 from lightning_vlmq.statistics.replicates import (
     RankingMetrics,
     SelectiveMetrics,
@@ -48,6 +49,7 @@ __all__ = [
     "paired_bootstrap",
     "ranking_metrics",
     "resample_counts",
+    "samples_needed",
     "selective_metrics",
     "share_improved",
     "standard_error_of_mean",

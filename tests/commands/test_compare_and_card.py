@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cases.small_data import SMALL_DATA
+from scipy.stats import norm
 
 from lightning_vlmq.cli import main
 from lightning_vlmq.core.errors import VLMQError
@@ -47,6 +48,21 @@ def test_two_runs_side_by_side(folder, capsys, monkeypatch):
     line = next(line for line in said.splitlines() if line.strip().startswith("Accuracy"))
     assert f"{100 * rows['full']:.1f}" in line and f"{100 * rows['w3']:.1f}" in line and "±" in line
     assert "Spurious correlation" in said and "full" in said
+
+
+def test_how_many_images_a_change_takes(folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    main(["power", "full", "w3", "--root", str(folder), "--change", "2"])
+    said = capsys.readouterr().out
+    line = next(line.split() for line in said.splitlines() if line.strip().startswith("Calibration"))
+    images, half, needed = (float(word.replace(",", "")) for word in line[-3:])
+    assert images == 8 * SMALL_DATA["per_class"]
+    assert half > 0
+    assert needed == pytest.approx(
+        images * ((norm.isf(0.025) + norm.isf(0.2)) * half / norm.isf(0.025) / 2) ** 2, rel=0.01
+    )
+    with pytest.raises(VLMQError, match="points above 0"):
+        main(["power", "full", "w3", "--root", str(folder), "--change", "0"])
 
 
 @pytest.mark.parametrize(
