@@ -141,7 +141,7 @@ class _Made:
 
     def __init__(self, key: RunKey, size: float) -> None:
         self.frames, self.sets = [], []
-        self.scale = LogitScale(_scale(key))
+        self.scale, self.pairs_nll = LogitScale(_scale(key)), None
         self.records: dict = {}
         self.gaps: dict = {}
         for name, role, corruption, severity, n in _sets():
