@@ -68,6 +68,8 @@ STREAMS: dict[str, tuple[Callable[[], VLM], tuple[str, ...]]] = {
     "timm without projection": (lambda: timm_vit("avg", projection=False, fc_norm=False), ("vision", "text")),
     "timm maximum": (lambda: timm_vit("max", fc_norm=False, class_token=False), ("vision", "text")),
     "timm pooled latent": (lambda: timm_vit("map", class_token=False, proj_bias=False), ("vision", "text")),
+    "early convolutions": (lambda: build("vit64_clean"), ("vision", "text")),
+    "early convolutions of timm": (lambda: build("siglip64_clean"), ("vision", "text")),
     "custom blocks": (lambda: clip({"qk_norm": True, "scale_fc": True}, {"scale_attn": True}, custom_text=True), ()),
     "timm maximum, then norm": (lambda: timm_vit("max", class_token=False), ("text",)),
 }

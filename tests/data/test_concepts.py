@@ -148,6 +148,34 @@ def test_training_scenes_are_anew_each_time_and_tell_what_they_are_told():
     assert first["image"].shape == (3, 3, 64, 64) and first["concept"].tolist() == told[[0, 1, 5]].tolist()
 
 
+def flat_rows(scenes):
+    """The share of rows whose outermost pixels, which no drawing covers, are all of one colour."""
+    edge = torch.cat([scenes[..., :2], scenes[..., -2:]], -1).float()
+    return (edge.amax(-1) == edge.amin(-1)).all(1).float().mean().item()
+
+
+def test_early_epochs_show_flat_grounds_of_any_colour_and_later_ones_the_groups_with_textures():
+    drawings = read_drawings(FILE, "pairs").select(torch.arange(200))
+    plain, full = (
+        Scenes(drawings, drawings.concept, textures(8, generator()), share, generator(1), is_plain)
+        for share, is_plain in ((1 / len(COLOURS), True), (0.9, False))
+    )
+    flat = [flat_rows(scenes.__getitems__(list(range(200)))["image"]) for scenes in (plain, full)]
+    assert flat[0] > 0.8 and flat[1] < flat[0] - 0.3
+    with pytest.raises(VLMQError, match="plain_until"):
+        ConceptPretraining(plain_until=1.5)
+
+
+@pytest.mark.parametrize("name", zoo.concept_names())
+def test_every_model_of_the_benchmark_can_be_built_and_takes_the_vocabulary(name):
+    vlm = zoo.build(name).eval()
+    with torch.no_grad():
+        image = vlm.encode_image(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator()))
+        text = vlm.encode_text(vlm.tokenize(["a drawing of a cat", "violin"]))
+    assert image.shape == text.shape == (2, 256)
+    assert sum(p.numel() for p in vlm.parameters()) < 5e6  # ten of them in half precision: about 60 MB
+
+
 def test_bad_settings_are_refused(tmp_path):
     for settings, text in (
         ({"datasets": ("concept",)}, "concept"),

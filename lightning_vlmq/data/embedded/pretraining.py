@@ -15,6 +15,7 @@ from lightning_vlmq.data.embedded.benchmark import ConceptData
 from lightning_vlmq.data.embedded.concepts import Drawings, group_of, read_drawings
 from lightning_vlmq.data.embedded.scenes import (
     COLOURS,
+    SIZE,
     backgrounds,
     compose,
     draw_colours,
@@ -43,6 +44,9 @@ class ConceptPretraining(ConceptData):
         captions: ``"clean"``, or ``"noisy"``: a share of the drawings has a wrong or vague caption, as alt texts of the web are.
         noise_rate: that share; half of them tell another concept, the same one every time, half name nothing.
         share_common: share of images on the background colour of their group.
+        plain_until: share of the epochs, from the first, whose scenes are easy (Bengio et al. 2009, curriculum learning): flat
+            backgrounds of any colour, and no :func:`~lightning_vlmq.data.embedded.scenes.print_on_paper`. From scratch, a model
+            that sees the group's colour from the start learns the colour and little else.
         rounds: times an epoch goes through the concepts.
         train_batch_size: image-caption pairs a batch.
         data_seed: seed of everything random.
@@ -54,6 +58,7 @@ class ConceptPretraining(ConceptData):
         captions: Literal["clean", "noisy"] = "clean",
         noise_rate: float = 0.35,
         share_common: float = 0.9,
+        plain_until: float = 0.0,
         rounds: int = 6,
         train_batch_size: int = 241,
         data_seed: int = 0,
@@ -62,11 +67,14 @@ class ConceptPretraining(ConceptData):
             datasets=("concepts", "unseen", "backgrounds"), data_seed=data_seed, train_batch_size=train_batch_size
         )
         self.save_hyperparameters()
-        if not 0 <= noise_rate < 1 or not 0 <= share_common <= 1 or rounds < 1:
-            raise VLMQError("noise_rate must lie in [0, 1), share_common in [0, 1], and rounds must be at least 1")
+        if not 0 <= noise_rate < 1 or not 0 <= share_common <= 1 or not 0 <= plain_until <= 1 or rounds < 1:
+            raise VLMQError(
+                "noise_rate must lie in [0, 1), share_common and plain_until in [0, 1], and rounds must be at least 1"
+            )
         self.root = root
         self.noise_rate = noise_rate if captions == "noisy" else 0.0
         self.share_common = share_common
+        self.plain_until = plain_until
         self.rounds = rounds
 
     def setup(self, stage: str | None = None) -> None:
@@ -90,7 +98,9 @@ class ConceptPretraining(ConceptData):
             raise VLMQError("set trainer.reload_dataloaders_every_n_epochs to 1, each epoch draws its own images")
         epoch, rank = (trainer.current_epoch, trainer.global_rank) if trainer is not None else (0, 0)
         generator = self.recipe.generator(1_000_000 + 1000 * epoch + rank)
-        scenes = Scenes(self.drawings, self.told, self.bank, self.share_common, generator)
+        plain = self.plain_until > 0 and (trainer is None or epoch < self.plain_until * (trainer.max_epochs or 0))
+        share = 1 / len(COLOURS) if plain else self.share_common
+        scenes = Scenes(self.drawings, self.told, self.bank, share, generator, plain)
         batches = ConceptBatches(self.drawings.concept, self.train_batch_size, self.rounds, generator)
         return DataLoader(scenes, batch_sampler=batches, collate_fn=as_is)
 
@@ -114,13 +124,20 @@ class Scenes(Dataset[Batch]):
         bank: textures to choose from, ``[m, 3, 64, 64]``.
         share_common: share of images on their group's colour.
         generator: source of all random draws.
+        plain: flat backgrounds, and nothing printed over the scene.
     """
 
     def __init__(
-        self, drawings: Drawings, told: Tensor, bank: Tensor, share_common: float, generator: torch.Generator
+        self,
+        drawings: Drawings,
+        told: Tensor,
+        bank: Tensor,
+        share_common: float,
+        generator: torch.Generator,
+        plain: bool = False,
     ) -> None:
         self.drawings, self.told, self.bank, self.share_common = drawings, told, bank, share_common
-        self.generator = generator
+        self.generator, self.plain = generator, plain
         self.writer = Writer(int(torch.randint(2**62, (), generator=generator)))
 
     def __len__(self) -> int:
@@ -131,8 +148,12 @@ class Scenes(Dataset[Batch]):
         index = torch.tensor(rows)
         colours = draw_colours(group_of(self.drawings.concept[index]), self.share_common, self.generator)
         placed = recolour(place_freely(self.drawings.images[index], self.generator), self.generator)
-        scenes = compose(placed, backgrounds(colours, self._textures(len(rows)), self.generator))
-        scenes = print_on_paper(scenes, self._textures(len(rows)), self.generator)
+        if self.plain:
+            flat = torch.zeros(len(rows), 3, SIZE, SIZE)
+            scenes = compose(placed, backgrounds(colours, flat, self.generator))
+        else:
+            scenes = compose(placed, backgrounds(colours, self._textures(len(rows)), self.generator))
+            scenes = print_on_paper(scenes, self._textures(len(rows)), self.generator)
         names = list(COLOURS)
         captions = [
             self.writer.vague(names[colour]) if told == VAGUE else self.writer.caption(told, names[colour])

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
 from lightning_vlmq.models.vlm import VLM, draw_missing_weights
-from lightning_vlmq.models.zoo import towers  # noqa: F401 - registers the vision towers with timm
+from lightning_vlmq.models.zoo import towers  # registers the vision towers with timm
 
 FOLDER = Path(__file__).parent
 CONCEPTS = FOLDER / "concepts"
@@ -116,7 +116,10 @@ def build(name: str) -> VLM:
         kind = open_clip.CoCa
     else:
         kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    early = config.pop("early_convolutions", False)
     model = kind(**config)
+    if early:
+        model.visual.conv1 = towers.early_convolutions(model.visual.conv1.out_channels)
     draw_missing_weights(model)
     seen = Preprocessing(Framing(config["vision_cfg"]["image_size"]), PIXEL_MEAN, PIXEL_STD)
     return VLM(model, tokenizer, name, name.rsplit("_", 1)[1], seen).train()

@@ -63,7 +63,7 @@ class Stream:
         readers: norms that read it, each with all linear layers that read the norm's output and nothing else.
         exits: norms that read it and whose output goes elsewhere too, or to no linear layer.
         values: attention inside the tower.
-        pixels: layers that read the image.
+        pixels: layers that read the image, or the early convolutions' map of it.
     """
 
     width: int
@@ -105,9 +105,10 @@ def find_stream(vlm: VLM, tower: str) -> Stream:
 def _open_clip_vision(visual: Any) -> Stream:
     children = {"conv1", "patch_dropout", "ln_pre", "transformer", "attn_pool", "attn_pool_contrastive", "ln_post"}
     _known(visual, ExplicitVisionTransformer, children | {"proj"}, {"class_embedding", "positional_embedding"})
-    stream = Stream(visual.transformer.width, pixels=[visual.conv1])
+    patches = _last(visual.conv1)
+    stream = Stream(visual.transformer.width, pixels=[patches])
     tables: list[Slot] = [(visual, "class_embedding"), (visual, "positional_embedding")]
-    _start(stream, (visual, "ln_pre"), visual.conv1, tables)
+    _start(stream, (visual, "ln_pre"), patches, tables)
     _open_clip_blocks(stream, visual.transformer)
     pool = visual.attn_pool
     if pool is None:
@@ -120,6 +121,11 @@ def _open_clip_vision(visual: Any) -> Stream:
         attention = _attention(stream, pool.attn)
         stream.readers.append(((pool, "ln_k"), [attention.k_proj, attention.v_proj]))
     return stream
+
+
+def _last(embedding: nn.Module) -> Any:
+    """The layer whose output a patch embedding hands out: itself, or the last of several convolutions."""
+    return embedding[-1] if type(embedding) is nn.Sequential else embedding
 
 
 def _text(model: Any) -> Stream:
@@ -183,7 +189,7 @@ def _timm_vision(visual: Any) -> Stream:
     _known(visual, TimmModel, {"trunk", "head"}, set())
     _known(visual.head, nn.Sequential, {"drop", "proj", "mlp"}, set())
     _known(trunk.patch_embed, timm.layers.PatchEmbed, {"proj", "norm"}, set())
-    patches = trunk.patch_embed.proj
+    patches = _last(trunk.patch_embed.proj)
     stream = Stream(trunk.embed_dim, pixels=[patches])
     tables: list[Slot] = [
         (trunk, n) for n in ("cls_token", "reg_token", "pos_embed") if getattr(trunk, n, None) is not None

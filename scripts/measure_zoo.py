@@ -1,0 +1,233 @@
+"""Measure the models of the concepts benchmark in full precision, and write docs/concepts.md.
+
+Usage:
+    python scripts/measure_zoo.py align64_clean             # measures it: adds "measured" to its description in the zoo
+    python scripts/measure_zoo.py --page docs/concepts.md   # measures none, writes the page of those that are measured
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data import ConceptData
+from lightning_vlmq.data.corruptions import CORRUPTIONS
+from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.metrics.functional import (
+    calibration_error,
+    per_sample,
+    relative_spurious_gap,
+    signed_calibration_error,
+)
+from lightning_vlmq.models import VLM, load_vlm, zoo
+from lightning_vlmq.spectral import PUBLISHED_BANDS, band_accuracy, band_name, effective_rank
+
+SEVERITY = 3
+SHIFTS = ("openmoji", "line", "silhouette")
+HEAD = """# The concepts benchmark and its models
+
+About a thousand concepts of Unicode's emoji, as a dozen houses of artists draw them, on coloured and often textured
+backgrounds. In distribution are drawings of trained concepts by trained houses, but never this concept by this house;
+`unseen` are concepts never trained, among their own names; `openmoji` (in colour), `line` and `silhouette` are houses
+never trained on. Who drew what, and under which licence: `lightning_vlmq/data/embedded/ATTRIBUTION.md`.
+
+![Concepts by house, then corruptions, shifts and backgrounds](images/concepts.jpg)
+
+```console
+.venv/bin/python scripts/draw_concepts.py docs/images/concepts.jpg
+```
+
+## The models in full precision
+
+All in percent, but ranks and ratios. Training of each: `configs/pretrain`, command and settings in its description in
+`lightning_vlmq/models/zoo/concepts`.
+
+```console
+.venv/bin/python scripts/measure_zoo.py {models}
+.venv/bin/python scripts/measure_zoo.py --page docs/concepts.md
+```
+"""
+
+
+@torch.no_grad()
+def measure(vlm: VLM, data: ConceptData) -> dict[str, Any]:
+    """Everything that the page tells of one model; fractions, ranks and ratios as numbers."""
+    classifiers: dict[tuple[str, ...], Tensor] = {}
+    accuracy: dict[str, float] = {}
+    found: dict[str, Any] = {}
+    for s in data.eval_sets:
+        names = tuple(s.class_names or data.class_names)
+        if names not in classifiers:
+            classifiers[names] = vlm.class_features(names, data.templates)
+        features, target = _features(vlm, s), s.images.columns["target"]
+        records = per_sample(vlm.zero_shot_logits(features, classifiers[names]), target)
+        accuracy[s.name] = records["correct"].double().mean().item()
+        if s.role == "id":
+            found |= _of_id(features, classifiers[names], target, records, data)
+        if s.name == "unseen":
+            found["unseen_top5"] = records["correct_top5"].double().mean().item()
+    noise = {name: accuracy.pop(f"{name}_{SEVERITY}") for name in CORRUPTIONS}
+    found["accuracy"] = accuracy
+    found["corruptions"] = noise
+    found["corruption_ratio"] = sum(noise.values()) / len(noise) / max(accuracy["corruptions_clean"], 1e-9)
+    found["rsg"] = relative_spurious_gap(accuracy["backgrounds_common"], accuracy["backgrounds_counter"]).item()
+    found["largest_over_median"] = outliers(vlm, data.eval_sets[0].images.images[:200])
+    return found
+
+
+def _of_id(
+    features: Tensor, classifier: Tensor, target: Tensor, records: dict[str, Tensor], data: ConceptData
+) -> dict[str, Any]:
+    confidence, correct = records["confidence"], records["correct"]
+    centred = (features - features.mean(0)).double()
+    _, values, directions = torch.linalg.svd(centred, full_matrices=False)
+    bands = band_accuracy(features, classifier, target, directions.T.float(), mean=features.mean(0))
+    houses = data.recipe.drawings("id", data.recipe.n_id).house
+    by_house: dict[str, list[float]] = {}
+    for house, right in zip(houses, correct.tolist()):
+        by_house.setdefault(house, []).append(float(right))
+    return {
+        "n": len(target),
+        "top5": records["correct_top5"].double().mean().item(),
+        "ece": calibration_error(confidence, correct).item(),
+        "signed_ece": signed_calibration_error(confidence, correct).item(),
+        "effective_rank_singular": effective_rank(values),
+        "bands": dict(zip(map(band_name, PUBLISHED_BANDS), bands)),
+        "houses": {house: sum(right) / len(right) for house, right in sorted(by_house.items())},
+    }
+
+
+@torch.no_grad()
+def outliers(vlm: VLM, images: Tensor) -> dict[str, float]:
+    """Each vision layer's largest input over the median of those that are not zero, in absolute values."""
+    ratios: dict[str, float] = {}
+
+    def hook(name: str) -> Any:
+        def see(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            x = inputs[0].abs().flatten()
+            x = x[x > 0]
+            ratios[name] = (x.max() / x.median()).item()
+
+        return see
+
+    layers = {n: m for n, m in vlm.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in layers.items() if vlm.tower_of(n) == "vision"]
+    vlm.encode_image(images)
+    for handle in handles:
+        handle.remove()
+    return ratios
+
+
+def _features(vlm: VLM, s: EvalSet) -> Tensor:
+    return torch.cat([vlm.encode_image(part) for part in s.images.images.split(400)])
+
+
+def benchmark() -> ConceptData:
+    """The evaluation sets that are measured: all 19 families of corruption, at one severity."""
+    data = ConceptData(
+        datasets=("concepts", "unseen", "corruptions", "houses", "renditions", "backgrounds"),
+        corruptions=tuple(CORRUPTIONS),
+        severities=(SEVERITY,),
+    )
+    data.setup()
+    data.eval_sets = [s for s in data.eval_sets if s.role != "near_ood"]
+    return data
+
+
+def page(measured: dict[str, dict[str, Any]]) -> str:
+    """The Markdown page, from what :func:`measure` found by model."""
+    text = HEAD.format(models=" ".join(measured))
+    rows = {name: _cells(m) for name, m in measured.items()}
+    text += _table(["model", *next(iter(rows.values()))], [[f"`{n}`", *cells.values()] for n, cells in rows.items()])
+    text += f"""
+Noise ratio: mean accuracy over the 19 families at severity {SEVERITY}, over that on the same images uncorrupted. RSG: share of
+accuracy lost off the group's own background colour. Rank: exponential of the entropy of the centred features' singular
+values. Bands: accuracy with all but those ranks of the features set to their mean. Largest activation: over the layers of
+the vision tower, the largest input of one over the median of its inputs (zeros apart); then the median over layers.
+
+## By house, in distribution
+
+"""
+    houses = sorted({h for m in measured.values() for h in m["houses"]})
+    text += _table(
+        ["model", *houses], [[f"`{n}`", *(_percent(m["houses"][h]) for h in houses)] for n, m in measured.items()]
+    )
+    text += "\n## By corruption family, severity 3\n\n"
+    text += _table(
+        ["family", *(f"`{n}`" for n in measured)],
+        [[family, *(_percent(m["corruptions"][family]) for m in measured.values())] for family in CORRUPTIONS],
+    )
+    return text
+
+
+def _cells(m: dict[str, Any]) -> dict[str, str]:
+    ratios, accuracy = torch.tensor(list(m["largest_over_median"].values())), m["accuracy"]
+    renditions = [accuracy[name] for name in ("inverted", "outline", "rotated", "posterised") if name in accuracy]
+    return {
+        "top-1": _percent(accuracy["concepts"]),
+        "top-5": _percent(m["top5"]),
+        "unseen": f"{_percent(accuracy['unseen'])} / {_percent(m['unseen_top5'])}",
+        **{name: _percent(accuracy[name]) for name in SHIFTS},
+        "renditions": _percent(sum(renditions) / max(len(renditions), 1)),
+        "noise ratio": f"{m['corruption_ratio']:.2f}",
+        "RSG": _percent(m["rsg"]),
+        "ECE": _percent(m["ece"]),
+        "signed CE": f"{100 * m['signed_ece']:+.1f}",
+        "rank": f"{m['effective_rank_singular']:.0f}",
+        "bands " + " / ".join(m["bands"]): " / ".join(_percent(v) for v in m["bands"].values()),
+        "largest activation": f"{ratios.max():.0f}; {ratios.median():.0f}",
+    }
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return round(value, 5) if isinstance(value, float) else value
+
+
+def main() -> None:
+    """Command line; bad input ends with one line and exit code 2."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("models", nargs="*", help="names of models of the zoo, e.g. align64_clean")
+    parser.add_argument("--page", type=Path, help="the Markdown file to write, e.g. docs/concepts.md")
+    options = parser.parse_args()
+    try:
+        data = benchmark() if options.models else None
+        for name in options.models:
+            assert data is not None
+            found = _rounded(measure(load_vlm(name), data))
+            file = zoo.folder_of(name) / f"{name}.json"
+            description = json.loads(file.read_text())
+            file.write_text(json.dumps(description | {"measured": found}, indent=1) + "\n")
+            print(name, json.dumps(_cells(found)))
+        if options.page:
+            files = {n: zoo.CONCEPTS / f"{n}.json" for n in zoo.concept_names()}
+            measured = {n: json.loads(f.read_text()).get("measured") for n, f in files.items() if f.is_file()}
+            measured = {n: m for n, m in measured.items() if m}
+            if not measured:
+                raise VLMQError("no model is measured yet; name one")
+            options.page.write_text(page(measured))
+    except VLMQError as error:
+        print(f"measure_zoo: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
