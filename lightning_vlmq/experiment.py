@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import logging
@@ -21,6 +22,7 @@ from lightning_vlmq import callbacks, data, modules
 from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.core.configs import config_folder, config_names, config_summary, find_config
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.quant.methods import METHODS
 
 FIRST_CONFIG = {"fit": "qat"}
 """The config that a command starts from, where it is not ``eval``."""
@@ -192,7 +194,21 @@ def short_help(name: str) -> str:
         Trainer, "trainer", skip=set(inspect.signature(Trainer).parameters) - {*_TRAINER_OPTIONS}
     )
     head, _, options = parser.format_help().partition("\noptions:")
-    return "\n".join([head.rstrip(), *lines, "", f"options:{options}"]).rstrip()
+    methods = ["methods, with their options, for --model.quant.method; set one as in 'smoothquant(alpha=0.8)':"]
+    methods += [
+        textwrap.fill(call, 100, initial_indent="  ", subsequent_indent=" " * 6, break_long_words=False)
+        for call in _method_calls(trained=name == "fit")
+    ]
+    return "\n".join([head.rstrip(), *lines, "", *methods, "", f"options:{options}"]).rstrip()
+
+
+def _method_calls(trained: bool) -> list[str]:
+    """Every method as a call with its options and their defaults, e.g. ``smoothquant(joint=True, alpha=0.5)``."""
+    found = {name: method for name in METHODS if (method := METHODS[name]).needs_training == trained}
+    return [
+        f"{name}({', '.join(f'{f.name}={getattr(method, f.name)!r}' for f in dataclasses.fields(method))})"
+        for name, method in sorted(found.items())
+    ]
 
 
 def _require_config(name: str, args: list[str]) -> None:

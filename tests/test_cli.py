@@ -1,5 +1,6 @@
 """The command line as a user runs it: help, configs, bad input, predictions, and two processes."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from lightning_vlmq.cli import main
 from lightning_vlmq.commands import COMMANDS
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import zoo
+from lightning_vlmq.quant import METHODS
 from lightning_vlmq.results.store import ResultsStore
 
 REPOSITORY = Path(__file__).parents[1]
@@ -47,7 +49,15 @@ def test_help_says_the_model_first_and_the_trainer_last(vlmq):
     ]
     assert places == sorted(places)
     assert not re.search(r":\w+:`|``", done.stdout) and len(done.stdout.splitlines()) < 280
-    assert "--model.weight_lr" in vlmq("fit", "--help").stdout
+    fit = vlmq("fit", "--help").stdout
+    assert "--model.weight_lr" in fit
+    for method in METHODS:  # by name, with its options
+        said = re.search(
+            rf"^  {method}\(([^)]*(\([^)]*\))?[^)]*)\)?",
+            fit if METHODS[method].needs_training else done.stdout,
+            re.MULTILINE,
+        )
+        assert said and all(f"{f.name}=" in said[1] for f in dataclasses.fields(METHODS[method])), method
     assert "--trainer.gradient_clip_val" in vlmq("validate", "--help-all").stdout
     model = vlmq("validate", "--model.help", "EvaluationModule").stdout
     assert "--model.quant.weight_bits" in model and "2 to 8" in model
