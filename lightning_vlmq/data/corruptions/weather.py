@@ -184,7 +184,12 @@ def water(liquid: FloatArray) -> FloatArray:
     depth = np.floor(liquid * 255.0)
     edges = canny(depth / 255.0, sigma=0, low_threshold=50 / 255, high_threshold=150 / 255, mode="nearest")
     distance = np.minimum(ndimage.distance_transform_edt(~edges), 20.0) if edges.any() else np.full(liquid.shape, 20.0)
-    relief = equalise(np.rint(ndimage.uniform_filter(distance, 3, mode="mirror")))
+    smooth = ndimage.uniform_filter(distance, 3, mode="mirror").astype(
+        np.float32
+    )  # float32: no whole number falls short
+    relief = equalise(
+        np.floor(smooth).astype(np.float64)
+    )  # cut to whole levels, as published; the later mean is rounded
     emboss = np.array([[-2.0, -1.0, 0.0], [-1.0, 1.0, 1.0], [0.0, 1.0, 2.0]])
     relief = np.clip(ndimage.correlate(relief, emboss, mode="mirror"), 0.0, 255.0)
     shine = depth * np.rint(ndimage.uniform_filter(relief, 3, mode="mirror"))

@@ -6,6 +6,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from cases.corruptions import smooth_pixels
 from PIL import Image
 from scipy import ndimage, stats
 from skimage.feature import canny
@@ -20,12 +21,8 @@ from lightning_vlmq.data.corruptions.weather import FROST_PANES, equalise, frost
 SIZES = [(224, 224), (32, 32)]
 
 
-def pictures(count, height, width, seed=0):
-    """Smooth random colour images over the full range, so that every corruption has something to change."""
-    noise = np.random.default_rng(seed).random((count, 3, height, width))
-    smooth = ndimage.gaussian_filter(noise, 2, axes=(2, 3))
-    smooth -= smooth.min(axis=(2, 3), keepdims=True)
-    return torch.from_numpy((255 * smooth / smooth.max(axis=(2, 3), keepdims=True)).astype(np.uint8))
+def pictures(*arguments, **fields):
+    return torch.from_numpy(smooth_pixels(*arguments, **fields))
 
 
 def one(image, name, severity, seed=0):
@@ -310,7 +307,7 @@ def test_water_shines_along_embossed_rims():
     rims = np.argwhere(canny(depth / 255, sigma=0, low_threshold=50 / 255, high_threshold=150 / 255))
     assert len(rims) > 20
     away = np.array([[min(np.hypot(r - a, c - b) for a, b in rims) for c in range(30)] for r in range(40)])
-    relief = equalise(np.rint(windows(np.minimum(away, 20)).mean(axis=(2, 3))))
+    relief = equalise(np.floor(windows(np.minimum(away, 20)).mean(axis=(2, 3)) + 1e-6))
     embossed = (windows(relief) * np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])).sum(axis=(2, 3)).clip(0, 255)
     shine = depth * np.rint(windows(embossed).mean(axis=(2, 3)))
     np.testing.assert_allclose(water(liquid), shine / shine.max(), atol=1e-12)
