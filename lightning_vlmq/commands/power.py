@@ -30,8 +30,7 @@ def run(args: list[str]) -> None:
     from rich.table import Table
 
     from lightning_vlmq.commands.compare import compared
-    from lightning_vlmq.evaluation.headline import Z95
-    from lightning_vlmq.statistics import samples_needed
+    from lightning_vlmq.statistics import Z95, samples_needed
 
     if any(not points > 0 or math.isinf(points) for points in given.change):
         raise VLMQError(f"--change is in points above 0, got {' '.join(map(str, given.change))}")

@@ -36,6 +36,7 @@ from lightning_vlmq.metrics.functional import (
     relative_spurious_gap,
 )
 from lightning_vlmq.metrics.scores import OOD_SCORES, score_name
+from lightning_vlmq.statistics import Interval
 
 log = logging.getLogger(__name__)
 
@@ -225,38 +226,45 @@ class Row:
     score: str = ""
 
 
-def rows_of(estimates: Mapping[Measure, Estimate], run: int, reference: int | None) -> list[Row]:
-    """A run's results: each measure, and its change ``delta_<metric>`` against the reference where there is one.
+def rows_of(estimates: Mapping[Measure, Estimate], run: int, is_compared: bool) -> list[Row]:
+    """A run's results: each measure, and its change ``delta_<metric>`` against the first run where it is compared with that.
 
     Args:
-        estimates: of aligned runs.
+        estimates: of aligned runs, the first of which is full precision where any is compared.
         run: the run's number.
-        reference: the full-precision run's number, or ``None`` where the run is full precision itself.
+        is_compared: whether it has a reference: ``False`` for full precision itself.
     """
     rows: list[Row] = []
     for measure, estimate in estimates.items():
-        if measure.info.needs_reference and reference is None:
+        if measure.info.needs_reference and not is_compared:
             continue
-        rows.append(_row(measure, measure.metric, estimate.value[run], estimate.replicates[:, run], estimate.n))
-        if reference is not None and not measure.info.needs_reference:
-            value, replicates = change(measure, estimate, run, reference)
-            rows.append(_row(measure, f"delta_{measure.metric}", value, replicates, estimate.n))
+        rows.append(
+            _row(measure, measure.metric, estimate.value[run], deviation(estimate.replicates[:, run]), estimate.n)
+        )
+        if is_compared and not measure.info.needs_reference:
+            found, _ = change(estimate, run, measure.info.is_relative)
+            rows.append(_row(measure, f"delta_{measure.metric}", found.estimate, found.stderr, estimate.n))
     return rows
 
 
-def change(measure: Measure, estimate: Estimate, run: int, reference: int = 0) -> tuple[float, Array]:
-    """A measure's change against the reference, and its replicates: relative, (A_f - A_q) / A_f, or the difference q - f."""
-    pairs = [(values[..., reference], values[..., run]) for values in (estimate.value, estimate.replicates)]
-    if measure.info.is_relative:
+def change(estimate: Estimate, run: int, is_relative: bool) -> tuple[Interval, Array]:
+    """A run's change against the first one, relative, (A_f - A_q) / A_f, or the difference q - f; and its replicates.
+
+    Its standard error is that of the replicates and of what they do not show, see :class:`~.quantities.Estimate`.
+    """
+    pairs = [(values[..., 0], values[..., run]) for values in (estimate.value, estimate.replicates)]
+    doubt = 0.0 if estimate.doubt is None else float(estimate.doubt[run])
+    if is_relative:
         value, replicates = (relative_change(*map(torch.as_tensor, pair)).numpy() for pair in pairs)
+        doubt = doubt / abs(float(pairs[0][0])) if pairs[0][0] else float("nan")
     else:
         value, replicates = (after - before for before, after in pairs)
-    return float(value), replicates
+    return Interval.normal(float(value), float(np.hypot(deviation(replicates), doubt))), replicates
 
 
-def _row(measure: Measure, metric: str, value: float, replicates: Array, n: int) -> Row:
+def _row(measure: Measure, metric: str, value: float, stderr: float, n: int) -> Row:
     place = {"corruption": measure.corruption, "severity": measure.severity, "score": measure.score}
-    return Row(measure.dataset, measure.role, metric, float(value), deviation(replicates), n, **place)  # type: ignore[arg-type]
+    return Row(measure.dataset, measure.role, metric, float(value), stderr, n, **place)  # type: ignore[arg-type]
 
 
 def headline(rows: Sequence[Row]) -> dict[str, float]:

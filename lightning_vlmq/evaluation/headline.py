@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from scipy.stats import norm
 
+from lightning_vlmq.evaluation.evaluators import change as change_of
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
 from lightning_vlmq.evaluation.measures import Dimension, dimensions
-from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate, deviation
+from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
-from lightning_vlmq.statistics import Statistics, benjamini_hochberg
-
-Z95 = float(norm.ppf(0.975))
+from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg
 
 
 @dataclass(frozen=True)
@@ -69,26 +66,23 @@ def headline(sets: Sequence[SampleMatrix], settings: Statistics) -> list[Headlin
     found = estimate_all(AlignedRuns(sets, settings, lambda *asked: asked in needed))
     shown = [d for d in shown if d.measure in found]
     changes = [_change(found.get(d.measure.tested_by)) for d in shown]
-    p_values = torch.tensor([p_value_of(*change) for change in changes], dtype=torch.float64)
+    p_values = torch.tensor([change.p_value for change in changes], dtype=torch.float64)
     q_values = benjamini_hochberg(p_values).tolist() if shown else []
     return [
-        HeadlineLine(d, tuple(map(float, found[d.measure].value)), change, Z95 * stderr, q_value, found[d.measure].n)
-        for d, (change, stderr), q_value in zip(shown, changes, q_values)
+        HeadlineLine(
+            d,
+            tuple(map(float, found[d.measure].value)),
+            change.estimate,
+            change.high - change.estimate,
+            q_value,
+            found[d.measure].n,
+        )
+        for d, change, q_value in zip(shown, changes, q_values)
     ]
 
 
-def _change(estimate: Estimate | None) -> tuple[float, float]:
-    """Second run minus first, and its standard error; NaN for a single run."""
+def _change(estimate: Estimate | None) -> Interval:
+    """Second run minus first; NaN for a single run."""
     if estimate is None or estimate.k < 2:
-        return float("nan"), float("nan")
-    change = float(estimate.value[1] - estimate.value[0])
-    return change, deviation(estimate.replicates[:, 1] - estimate.replicates[:, 0])
-
-
-def p_value_of(change: float, stderr: float) -> float:
-    """Two-sided p-value of z = change / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
-    if np.isnan(change) or np.isnan(stderr):
-        return float("nan")
-    if stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each
-        return 1.0 if abs(change) < 1e-9 else float("nan")
-    return float(2 * norm.sf(abs(change) / stderr))
+        return Interval.normal(float("nan"), float("nan"))
+    return change_of(estimate, 1, is_relative=False)[0]

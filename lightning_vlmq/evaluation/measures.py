@@ -12,6 +12,7 @@ from lightning_vlmq.evaluation.quantities import Ranked, RunRecords, SampleMean
 from lightning_vlmq.metrics.functional import (
     augrc,
     aurc,
+    bias_doubt,
     bin_gaps,
     calibration_error,
     coverage_at_risk,
@@ -106,6 +107,10 @@ def _debiased_sum(means: Tensor, columns: Tensor) -> Tensor:
     return debiased_error(centre + stretch * (means - centre), variances)
 
 
+def _debiased_doubt(before: Tensor, after: Tensor) -> float:
+    return float(bias_doubt(before.mean(0), gap_variances(before), after.mean(0), gap_variances(after)))
+
+
 _BINS = "equal-width bins [lo, hi), a confidence of exactly 1 in one of its own, as torchmetrics"
 _DEBIASED = {"is_relative": False, "is_shown": False, "convention": "debiased, for tests; see functional.debiased"}
 
@@ -120,7 +125,7 @@ _of_predictions(
     "flips_repaired", "flips wrong → right", True, lambda r: r["correct"] & ~r.reference["correct"], shown=False
 )
 _add("ece", "ECE", False, SampleMean(_width, _sum_of_gaps), tested_by="ece_debiased", convention=_BINS)
-_add("ece_debiased", "ECE, debiased", False, SampleMean(_width, _debiased_sum), **_DEBIASED)
+_add("ece_debiased", "ECE, debiased", False, SampleMean(_width, _debiased_sum, _debiased_doubt), **_DEBIASED)
 _add(
     "adaptive_ece",
     "adaptive ECE",
@@ -129,7 +134,13 @@ _add(
     tested_by="adaptive_ece_debiased",
     convention="bins of equal mass; equal confidences that a cut divides share their mean correctness",
 )
-_add("adaptive_ece_debiased", "adaptive ECE, debiased", False, SampleMean(_mass, _debiased_sum), **_DEBIASED)
+_add(
+    "adaptive_ece_debiased",
+    "adaptive ECE, debiased",
+    False,
+    SampleMean(_mass, _debiased_sum, _debiased_doubt),
+    **_DEBIASED,
+)
 _add(
     "classwise_ece",
     "class-wise ECE",

@@ -38,12 +38,14 @@ class Estimate:
         replicates: ``[R, k]``, its values on R bootstrap resamples, the same for all runs; none where only standard errors are known.
         n: number of samples that it is computed from.
         closed_form: ``[2, k]``, standard errors of the value and of its change, where there are no replicates.
+        doubt: ``[k]``, standard deviation of what the change against the first run may be off by that no resample shows; zeros if none.
     """
 
     value: Array
     replicates: Array
     n: int
     closed_form: Array | None = None
+    doubt: Array | None = None
 
     @property
     def k(self) -> int:
@@ -66,7 +68,10 @@ def average(parts: Mapping[str, Estimate]) -> Estimate:
     value, replicates = (
         sum(getattr(part, name) for part in ordered) / len(ordered) for name in ("value", "replicates")
     )
-    return Estimate(value, replicates, sum(part.n for part in ordered))
+    doubts = [
+        np.zeros(part.k) if part.doubt is None else part.doubt for part in ordered
+    ]  # add up: they may be of one sign
+    return Estimate(value, replicates, sum(part.n for part in ordered), doubt=sum(doubts) / len(ordered))
 
 
 def deviation(replicates: Array) -> float:
@@ -107,10 +112,12 @@ class SampleMean:
     Attributes:
         columns: of a run's records, ``[n]``, or ``[n, m]`` for m means.
         reduce: of the means ``[..., m]`` and of the columns ``[n, m]`` as they are, to ``[...]``; not needed for ``[n]``.
+        doubt: of two runs' columns, the standard deviation of what their difference may be off by that no resample shows.
     """
 
     columns: Callable[[RunRecords], Tensor]
     reduce: Callable[[Tensor, Tensor], Tensor] | None = None
+    doubt: Callable[[Tensor, Tensor], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,12 @@ class AlignedRuns:
         for run in matrix.tables:
             one = self._mean if isinstance(kind, SampleMean) else self._ranked
             value[run], replicates[:, run] = one(matrix, run, kind)  # type: ignore[arg-type]
-        return Estimate(value, replicates, matrix.n)
+        doubt = np.zeros(matrix.n_runs)
+        if isinstance(kind, SampleMean) and kind.doubt and 0 in matrix.tables:
+            columns = {run: self._means[id(matrix), run][kind.columns].columns for run in matrix.tables}
+            for run in matrix.tables:
+                doubt[run] = kind.doubt(columns[0], columns[run]) if run else 0.0
+        return Estimate(value, replicates, matrix.n, doubt=doubt)
 
     def _mean(self, matrix: SampleMatrix, run: int, kind: SampleMean) -> tuple[float, Array]:
         known = self._means.setdefault((id(matrix), run), {})

@@ -40,7 +40,9 @@ def rows_by_variant(
         where, {name: [v.gaps[name] for v in variants] for name in variants[0].gaps}, settings
     )
     facts = [{"logit_scale": v.scale.scale, "logit_bias": v.scale.bias, "pairs_nll": v.pairs_nll} for v in variants]
-    return [rows_of(estimates, run, 0 if run else None) + _model_rows(sets, facts[run]) for run in range(len(variants))]
+    return [
+        rows_of(estimates, run, is_compared=run > 0) + _model_rows(sets, facts[run]) for run in range(len(variants))
+    ]
 
 
 def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None) -> list[Row]:

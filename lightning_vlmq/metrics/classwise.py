@@ -41,7 +41,7 @@ class ClasswiseGaps(Metric):
     spread: Tensor
     cells: Tensor
 
-    def __init__(self, num_classes: int, n_bins: int = 15, n_groups: int = 20, **kwargs: Any) -> None:
+    def __init__(self, num_classes: int, n_bins: int = 15, n_groups: int = 100, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if num_classes < 1 or n_bins < 1 or n_groups < 2:
             raise VLMQError(

@@ -21,7 +21,9 @@ from lightning_vlmq.statistics.replicates import (
 )
 from lightning_vlmq.statistics.settings import Statistics
 from lightning_vlmq.statistics.significance import (
+    Z95,
     DeLongResult,
+    Interval,
     ShareImproved,
     benjamini_hochberg,
     delong,
@@ -31,8 +33,10 @@ from lightning_vlmq.statistics.significance import (
 )
 
 __all__ = [
+    "Z95",
     "BootstrapResult",
     "DeLongResult",
+    "Interval",
     "RankingMetrics",
     "SelectiveMetrics",
     "ShareImproved",

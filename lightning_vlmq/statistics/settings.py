@@ -28,7 +28,7 @@ class Statistics:
     risk: float = 0.05
     n_resamples: int = 1000
     n_resamples_ranking: int = 200
-    n_groups: int = 20
+    n_groups: int = 100
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,33 @@ def standard_error_of_mean(column: Tensor) -> Tensor:
     if n < 2:
         return torch.full(column.shape[:-1], torch.nan, dtype=torch.float64, device=column.device)
     return column.std(-1, correction=1) / n**0.5
+
+
+Z95 = float(norm.ppf(0.975))
+"""Standard errors to either side of an estimate that make a 95 % interval."""
+
+
+class Interval(NamedTuple):
+    """An estimate with its standard error and 95 % interval over test samples."""
+
+    estimate: float
+    stderr: float
+    low: float
+    high: float
+
+    @classmethod
+    def normal(cls, estimate: float, stderr: float) -> Interval:
+        """The estimate and :data:`Z95` standard errors to either side: it holds 0 exactly where :attr:`p_value` is above 0.05."""
+        return cls(estimate, stderr, estimate - Z95 * stderr, estimate + Z95 * stderr)
+
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of z = estimate / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
+        if np.isnan(self.estimate) or np.isnan(self.stderr):
+            return float("nan")
+        if self.stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each
+            return 1.0 if abs(self.estimate) < 1e-9 else float("nan")
+        return float(2 * norm.sf(abs(self.estimate) / self.stderr))
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,6 @@ def rows(
     found = rows_of(
         estimate_all(aligned(sets, *runs, settings=settings), [evaluator]),
         len(runs) - 1,
-        None if reference is None else 0,
+        reference is not None,
     )
     return [row for row in found if means or row.dataset]

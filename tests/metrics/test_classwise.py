@@ -54,7 +54,7 @@ def test_estimates_are_the_errors_and_rows_their_changes():
         float(m.classwise_ece(logits.softmax(-1), target)) for _, logits, target in (batch(900, 2), batch(900, 1))
     ]
     np.testing.assert_allclose(found[ECE].value, expected, atol=1e-12)
-    rows = {(r.dataset, r.metric): r for r in rows_of(found, 1, 0)}
+    rows = {(r.dataset, r.metric): r for r in rows_of(found, 1, True)}
     assert rows["", "delta_classwise_ece"].value == pytest.approx(1 - expected[1] / expected[0])
     assert rows["", "delta_classwise_ece_debiased"].value == pytest.approx(np.subtract(*found[DEBIASED].value[::-1]))
     assert rows["a", "classwise_ece"].value == rows["", "classwise_ece"].value

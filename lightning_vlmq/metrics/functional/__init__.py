@@ -31,7 +31,13 @@ from lightning_vlmq.metrics.functional.corruption import (
     mean_corruption_error,
     relative_mean_corruption_error,
 )
-from lightning_vlmq.metrics.functional.debiased import debiased_error, debiased_magnitude, gap_variances
+from lightning_vlmq.metrics.functional.debiased import (
+    bias_doubt,
+    debiased_error,
+    debiased_magnitude,
+    gap_variances,
+    remaining_bias,
+)
 from lightning_vlmq.metrics.functional.logit_scale import LogitScale, fit_logit_scale, pairs_nll
 from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood, placements
 from lightning_vlmq.metrics.functional.selective import augrc, aurc, coverage_at_risk, risk_at_coverage
@@ -55,6 +61,7 @@ __all__ = [
     "aupr_out",
     "aurc",
     "auroc",
+    "bias_doubt",
     "bin_gaps",
     "calibration_error",
     "classwise_bin_sums",
@@ -80,6 +87,7 @@ __all__ = [
     "relative_mean_corruption_error",
     "relative_spurious_gap",
     "reliability_bins",
+    "remaining_bias",
     "risk_at_coverage",
     "score_bins",
     "signed_calibration_error",

@@ -3,67 +3,22 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import norm
 
-from lightning_vlmq.evaluation import headline
-from lightning_vlmq.evaluation.evaluators import change as change_of
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
 from lightning_vlmq.evaluation.measures import METRICS, Measure
-from lightning_vlmq.evaluation.quantities import AlignedRuns, Array, Estimate, SampleMean, deviation
+from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate, SampleMean, deviation
 from lightning_vlmq.evaluation.records import SampleMatrix
 from lightning_vlmq.metrics.functional import TrajectoryBins
-from lightning_vlmq.quant.scheme import FULL_PRECISION
-from lightning_vlmq.statistics import Statistics, benjamini_hochberg, summarise
+from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg
+from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare, over_samples, relative
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
 from lightning_vlmq.study.analysis.runs import Setting, StoredRun, StudyResults, align, reference_of
-
-FULL = Setting(FULL_PRECISION, 32, 32, "none")
-"""The setting every VLM is compared with."""
-
-
-class Interval(NamedTuple):
-    """An estimate with its standard error and 95 % interval over test samples."""
-
-    estimate: float
-    stderr: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True, eq=False)
-class Comparison:
-    """A measure of one VLM in one setting, beside full precision; means over seeds.
-
-    Attributes:
-        value: the measure, NaN where the setting lacks a data set.
-        stderr: its standard error over test samples.
-        reference: the measure of full precision.
-        n_seeds: number of runs averaged.
-        change: value minus reference, in the measure's unit; Vuln_add, a change in itself, is taken as it is. ``None``
-            for full precision, and for agreement, of which full precision has none.
-        effect: the change as the figures show it: delta = (reference - value) / reference for measures whose change is
-            relative, else the change itself.
-        p_value: two-sided, that there is no change; NaN where nothing is tested.
-        q_value: the p-value adjusted over every comparison of the study (Benjamini & Hochberg).
-        effects: the effect's bootstrap replicates ``[R]``; empty where the standard error is DeLong's.
-    """
-
-    value: float
-    stderr: float
-    reference: float
-    n_seeds: int
-    change: Interval | None = None
-    effect: Interval | None = None
-    p_value: float = float("nan")
-    q_value: float = float("nan")
-    effects: Array = field(default_factory=lambda: np.empty(0), repr=False)
-
 
 Key = tuple[str, Setting, Measure]
 
@@ -162,8 +117,14 @@ def average_effect(comparisons: list[Comparison]) -> Interval:
 
     Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images.
     """
-    replicates = np.mean([comparison.effects for comparison in comparisons], axis=0)
-    return _interval(float(np.mean([c.effect.estimate for c in comparisons if c.effect])), replicates)
+    effects = [(c.effect, c.effects) for c in comparisons if c.effect]
+    common = over_samples(
+        float(np.mean([own.estimate for own, _ in effects])), np.mean([drawn for _, drawn in effects], axis=0)
+    )
+    doubt = np.mean(
+        [max(own.stderr**2 - deviation(drawn) ** 2, 0.0) ** 0.5 for own, drawn in effects]
+    )  # of one sign, maybe
+    return Interval.normal(common.estimate, float(np.hypot(common.stderr, doubt)))
 
 
 def analyse(results: StudyResults) -> StudyAnalysis:
@@ -171,8 +132,8 @@ def analyse(results: StudyResults) -> StudyAnalysis:
 
     Values and standard errors are those of the runs' rows: computed by the same functions, with the settings stored with the runs. The
     p-value of a change is that of z = change / standard error of the paired bootstrap. (Counting the resamples beyond zero has a floor,
-    2 / (R + 1), that a correction over hundreds of comparisons does not get past.) Intervals are the bootstrap's percentiles, centred on
-    the estimate. The change of a calibration error is that of its debiased form, see
+    2 / (R + 1), that a correction over hundreds of comparisons does not get past.) The interval is 1.96 standard errors to either side:
+    it holds what the test lets stand. The change of a calibration error is that of its debiased form, see
     :class:`~lightning_vlmq.evaluation.measures.Metric`.
 
     Args:
@@ -182,7 +143,7 @@ def analyse(results: StudyResults) -> StudyAnalysis:
         VLMQError: a part of the store cannot be read, or a run saw other samples than full precision.
     """
     settings_of_all = results.statistics
-    found: dict[Key, list[_Pair]] = defaultdict(list)
+    found: dict[Key, list[Pair]] = defaultdict(list)
     diagnostics: dict[tuple[str, Setting], list[Diagnostics]] = defaultdict(list)
     trajectories: dict[tuple[str, Setting], list[TrajectoryBins]] = defaultdict(list)
     unreferenced = []
@@ -198,7 +159,7 @@ def analyse(results: StudyResults) -> StudyAnalysis:
             for measure, estimate in estimates.items():
                 for position, setting in enumerate(settings):
                     if measure.follows_logit_scale or not setting.is_tuned:
-                        found[vlm, setting, measure].append(_Pair(estimate, position))
+                        found[vlm, setting, measure].append(Pair(estimate, position))
             tuned = {run.key: position for position, run in enumerate(runs)}
             for position, (run, setting) in enumerate(zip(runs, settings)):
                 if setting.is_tuned:
@@ -208,7 +169,7 @@ def analyse(results: StudyResults) -> StudyAnalysis:
                 stages = dict.fromkeys([0, position, tuned.get(run.key.tuned, position)])
                 if len(stages) > 1 and (followed := trajectory(sets, list(stages), settings_of_all.n_bins)):
                     trajectories[vlm, setting].append(followed)
-    comparisons = {key: _compare(key[1], key[2], pairs) for key, pairs in found.items()}
+    comparisons = {key: compare(key[1], key[2], pairs) for key, pairs in found.items()}
     comparisons = _corrected({key: c for key, c in comparisons.items() if not np.isnan(c.value)})
     return StudyAnalysis(
         results=results,
@@ -271,43 +232,6 @@ def _alike(seeds: list[TrajectoryBins]) -> list[TrajectoryBins]:
     return [bins for bins in seeds if len(bins.confidence) == stages]
 
 
-@dataclass(frozen=True, eq=False)
-class _Pair:
-    """One run's part of an estimate, beside full precision's (position 0)."""
-
-    estimate: Estimate
-    position: int
-
-
-def _compare(setting: Setting, measure: Measure, pairs: list[_Pair]) -> Comparison:
-    """One measure by itself; what is tested by another measure gets its change from :func:`_with_tested_changes`."""
-    value = float(np.mean([pair.estimate.value[pair.position] for pair in pairs]))
-    reference = float(np.mean([pair.estimate.value[0] for pair in pairs]))
-    if pairs[0].estimate.closed_form is not None:
-        return _compare_closed_form(setting, measure, pairs, value, reference)
-    drawn = np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0)
-    bare = Comparison(value, deviation(drawn), reference, len(pairs))
-    if setting == FULL:
-        return bare
-    both = Estimate(
-        np.array([reference, value]),
-        np.stack([np.mean([pair.estimate.replicates[:, 0] for pair in pairs], axis=0), drawn], axis=1),
-        pairs[0].estimate.n,
-    )
-    if measure.info.needs_reference:
-        if not measure.info.is_tested:
-            return bare
-        effect = change = _interval(value, drawn)  # a comparison with full precision already
-        return replace(bare, change=change, effect=effect, p_value=p_value_of(change), effects=drawn)
-    point, drawn_effect = change_of(measure, both, 1)
-    change, effect = _interval(value - reference, drawn - both.replicates[:, 0]), _interval(point, drawn_effect)
-    p_value = p_value_of(change)
-    if not measure.info.is_tested:
-        unknown = (float("nan"),) * 3
-        change, effect, p_value = Interval(change.estimate, *unknown), Interval(point, *unknown), float("nan")
-    return replace(bare, change=change, effect=effect, p_value=p_value, effects=drawn_effect)
-
-
 def _with_tested_changes(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
     """Give measures that another one is tested for that one's change, and p-value: an error's debiased change, in its own unit.
 
@@ -319,58 +243,17 @@ def _with_tested_changes(comparisons: dict[Key, Comparison]) -> dict[Key, Compar
         if measure.tested_by == measure or own.change is None:
             continue
         if tested is None or tested.change is None:
-            unknown = Interval(own.change.estimate, *(float("nan"),) * 3)
+            unknown = Interval.normal(own.change.estimate, float("nan"))
             found[vlm, setting, measure] = replace(own, change=unknown, effect=unknown, p_value=float("nan"))
             continue
         effect, effects = tested.change, tested.effects
         if measure.info.is_relative:
-            effect = Interval(*(float(part) for part in _relative(tested.change, own.reference)))
+            effect = relative(tested.change, own.reference)
             effects = -tested.effects / own.reference if own.reference else np.full_like(tested.effects, np.nan)
         found[vlm, setting, measure] = replace(
             own, change=tested.change, effect=effect, effects=effects, p_value=tested.p_value, q_value=tested.q_value
         )
     return found
-
-
-def _compare_closed_form(
-    setting: Setting, measure: Measure, pairs: list[_Pair], value: float, reference: float
-) -> Comparison:
-    """As :func:`_compare`, with the standard errors that a run's rows hold.
-
-    Over seeds, standard errors are averaged: one test set's error is nearly the same in all, so averaging runs does not
-    shrink it.
-    """
-    errors = [pair.estimate.closed_form[:, pair.position] for pair in pairs if pair.estimate.closed_form is not None]
-    stderr, change_stderr = (float(error) for error in np.mean(errors, axis=0))
-    bare = Comparison(value, stderr, reference, len(pairs))
-    if setting == FULL:
-        return bare
-    half = float(norm.ppf(0.975)) * change_stderr
-    change = Interval(value - reference, change_stderr, value - reference - half, value - reference + half)
-    effect = change
-    if measure.info.is_relative:
-        effect = Interval(*(float(part) for part in _relative(change, reference)))
-    return replace(bare, change=change, effect=effect, p_value=p_value_of(change))
-
-
-def _relative(change: Interval, reference: float) -> Interval:
-    """Delta from a change, the reference taken as known."""
-    if reference == 0:
-        return Interval(*[float("nan")] * 4)
-    estimate, stderr, low, high = change
-    return Interval(-estimate / reference, stderr / abs(reference), -high / reference, -low / reference)
-
-
-def _interval(estimate: float, replicates: Array) -> Interval:
-    """Percentile interval of replicates centred on the estimate; those that are not finite are left out, as in every standard error."""
-    finite = torch.from_numpy(replicates[np.isfinite(replicates)])
-    summary = summarise(estimate, finite + (estimate - finite.mean()) if len(finite) else finite)
-    return Interval(summary.estimate, summary.stderr, summary.low, summary.high)
-
-
-def p_value_of(change: Interval) -> float:
-    """As :func:`~lightning_vlmq.evaluation.headline.p_value_of`, of a change's estimate and standard error."""
-    return headline.p_value_of(change.estimate, change.stderr)
 
 
 def _corrected(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:

@@ -16,7 +16,8 @@ from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.statistics import benjamini_hochberg
 from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction, stratified_association
-from lightning_vlmq.study.analysis.comparison import Comparison, StudyAnalysis
+from lightning_vlmq.study.analysis.change import Comparison
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
 
 LEAST_SEEDS = 5

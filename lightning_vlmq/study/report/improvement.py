@@ -9,7 +9,8 @@ import torch
 
 from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.statistics import share_improved
-from lightning_vlmq.study.analysis.comparison import FULL, Comparison, StudyAnalysis
+from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.tables import comparison_cell, html_table
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.statistics import share_improved, summarise
-from lightning_vlmq.study.analysis.comparison import Comparison, Interval, StudyAnalysis, average_effect
+from lightning_vlmq.statistics import Interval, share_improved, summarise
+from lightning_vlmq.study.analysis.change import Comparison
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
 from lightning_vlmq.study.report.notation import percent_interval
 
 ECE = Measure("ece", "id")

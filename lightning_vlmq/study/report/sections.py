@@ -220,9 +220,10 @@ def _provenance(analysis: StudyAnalysis) -> Section:
         f"Code version {escape(versions)}; seed {escape(seeds)} (several seeds are averaged; intervals then still cover the "
         "sampling of test images, not of seeds).",
         "Every quantized run is compared with the full-precision run of its VLM on the same images in the same order.",
-        f"Intervals: percentiles of a paired bootstrap over images, {settings.n_resamples:,} resamples ({settings.n_resamples_ranking} for "
-        "AURC, AUGRC, coverage at risk, MCE, AUPR, FPR95, and class-wise ECE, whose resamples are of groups of images), centred on the "
-        "estimate; the very numbers of the runs' rows. All models see the same resamples; so do sets of the same scenes, and no others. "
+        f"Intervals: 1.96 standard errors of a paired bootstrap over images, {settings.n_resamples:,} resamples "
+        f"({settings.n_resamples_ranking} for AURC, AUGRC, coverage at risk, MCE, AUPR, FPR95, and class-wise ECE, whose resamples are of "
+        "groups of images), to either side of the estimate; the very numbers of the runs' rows. "
+        "All models see the same resamples; so do sets of the same scenes, and no others. "
         "AUROC is resampled by its structural components, so that its variance is DeLong's.",
         "Plug-in calibration errors are biased upwards, by an amount that does not cancel between models. Values shown are the plug-in, as "
         "in other work; their changes, intervals and tests are of debiased errors (each bin's |gap| by a nearly unbiased estimate, after "

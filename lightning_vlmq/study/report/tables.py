@@ -10,15 +10,9 @@ import pandas as pd
 import torch
 
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.statistics import benjamini_hochberg
-from lightning_vlmq.study.analysis.comparison import (
-    FULL,
-    Comparison,
-    Interval,
-    StudyAnalysis,
-    average_effect,
-    p_value_of,
-)
+from lightning_vlmq.statistics import Interval, benjamini_hochberg
+from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.notation import percent_interval, signed
 from lightning_vlmq.study.report.published import Claim
@@ -112,7 +106,7 @@ def average_table(analysis: StudyAnalysis) -> str:
         for dimension in shown:
             if found := analysis.changes(dimension.measure, **{name: getattr(setting, name) for name in names}):
                 means[setting, dimension] = average_effect(found)
-    p_values = torch.tensor([p_value_of(mean) for mean in means.values()], dtype=torch.float64)
+    p_values = torch.tensor([mean.p_value for mean in means.values()], dtype=torch.float64)
     q_values = dict(zip(means, benjamini_hochberg(p_values).tolist()))
     body = []
     for setting in analysis.settings:

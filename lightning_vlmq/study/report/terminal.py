@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_vlmq.evaluation.measures import Measure, dimensions
-from lightning_vlmq.study.analysis.comparison import FULL, Comparison, StudyAnalysis
+from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.report.notation import signed
 
 

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.study.analysis.comparison import FULL, StudyAnalysis, average_effect
+from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.figures.style import (
     BLACK,

@@ -11,7 +11,8 @@ from matplotlib.lines import Line2D
 
 from lightning_vlmq.metrics.functional import TrajectoryBins
 from lightning_vlmq.quant.scheme import SCOPES
-from lightning_vlmq.study.analysis.comparison import FULL, StudyAnalysis
+from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.figures.style import (

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lightning_vlmq.study.analysis.comparison import FULL, StudyAnalysis
+from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.diagnostics import Accuracy, Diagnostics
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.figures.style import (

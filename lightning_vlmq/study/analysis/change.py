@@ -1,0 +1,117 @@
+"""One measure of a quantized setting beside full precision: the change, its effect, and what is known of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from lightning_vlmq.evaluation.evaluators import change as change_of
+from lightning_vlmq.evaluation.measures import Measure
+from lightning_vlmq.evaluation.quantities import Array, Estimate, deviation
+from lightning_vlmq.quant.scheme import FULL_PRECISION
+from lightning_vlmq.statistics import Interval
+from lightning_vlmq.study.analysis.runs import Setting
+
+FULL = Setting(FULL_PRECISION, 32, 32, "none")
+"""The setting every VLM is compared with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A measure of one VLM in one setting, beside full precision; means over seeds.
+
+    Attributes:
+        value: the measure, NaN where the setting lacks a data set.
+        stderr: its standard error over test samples.
+        reference: the measure of full precision.
+        n_seeds: number of runs averaged.
+        change: value minus reference, in the measure's unit; Vuln_add, a change in itself, is taken as it is. ``None``
+            for full precision, and for agreement, of which full precision has none.
+        effect: the change as the figures show it: delta = (reference - value) / reference for measures whose change is
+            relative, else the change itself.
+        p_value: two-sided, that there is no change; NaN where nothing is tested.
+        q_value: the p-value adjusted over every comparison of the study (Benjamini & Hochberg).
+        effects: the effect's bootstrap replicates ``[R]``, which show less than its standard error where an estimate has a ``doubt``;
+            empty where the standard error is a closed form.
+    """
+
+    value: float
+    stderr: float
+    reference: float
+    n_seeds: int
+    change: Interval | None = None
+    effect: Interval | None = None
+    p_value: float = float("nan")
+    q_value: float = float("nan")
+    effects: Array = field(default_factory=lambda: np.empty(0), repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """One run's part of an estimate, beside full precision's (position 0)."""
+
+    estimate: Estimate
+    position: int
+
+
+def compare(setting: Setting, measure: Measure, pairs: list[Pair]) -> Comparison:
+    """One measure by itself; what is tested by another measure gets its change from there later.
+
+    Args:
+        setting: which the pairs' runs are of; :data:`FULL` has no change.
+        measure: what is compared.
+        pairs: one a seed.
+    """
+    value = float(np.mean([pair.estimate.value[pair.position] for pair in pairs]))
+    reference = float(np.mean([pair.estimate.value[0] for pair in pairs]))
+    if pairs[0].estimate.closed_form is not None:
+        return _closed_form(setting, measure, pairs, value, reference)
+    drawn = np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0)
+    bare = Comparison(value, deviation(drawn), reference, len(pairs))
+    if setting == FULL:
+        return bare
+    if measure.info.needs_reference:
+        if not measure.info.is_tested:
+            return bare
+        change = over_samples(value, drawn)  # a comparison with full precision already
+        return replace(bare, change=change, effect=change, p_value=change.p_value, effects=drawn)
+    doubts = [0.0 if pair.estimate.doubt is None else pair.estimate.doubt[pair.position] for pair in pairs]
+    both = Estimate(
+        np.array([reference, value]),
+        np.stack([np.mean([pair.estimate.replicates[:, 0] for pair in pairs], axis=0), drawn], axis=1),
+        pairs[0].estimate.n,
+        doubt=np.array([0.0, np.mean(doubts)]),
+    )
+    (change, _), (effect, drawn_effect) = change_of(both, 1, False), change_of(both, 1, measure.info.is_relative)
+    if not measure.info.is_tested:
+        change, effect = (Interval.normal(known.estimate, float("nan")) for known in (change, effect))
+    return replace(bare, change=change, effect=effect, p_value=change.p_value, effects=drawn_effect)
+
+
+def _closed_form(setting: Setting, measure: Measure, pairs: list[Pair], value: float, reference: float) -> Comparison:
+    """As :func:`compare`, with the standard errors that a run's rows hold.
+
+    Over seeds, standard errors are averaged: one test set's error is nearly the same in all, so averaging runs does not
+    shrink it.
+    """
+    errors = [pair.estimate.closed_form[:, pair.position] for pair in pairs if pair.estimate.closed_form is not None]
+    stderr, change_stderr = (float(error) for error in np.mean(errors, axis=0))
+    bare = Comparison(value, stderr, reference, len(pairs))
+    if setting == FULL:
+        return bare
+    change = Interval.normal(value - reference, change_stderr)
+    effect = relative(change, reference) if measure.info.is_relative else change
+    return replace(bare, change=change, effect=effect, p_value=change.p_value)
+
+
+def relative(change: Interval, reference: float) -> Interval:
+    """Delta from a change, the reference taken as known."""
+    if reference == 0:
+        return Interval.normal(float("nan"), float("nan"))
+    return Interval.normal(-change.estimate / reference, change.stderr / abs(reference))
+
+
+def over_samples(estimate: float, replicates: Array) -> Interval:
+    """What an estimate's replicates say of it; those that are not finite are left out, as in every standard error."""
+    return Interval.normal(estimate, deviation(replicates))
