@@ -70,8 +70,8 @@ def average(parts: Mapping[str, Estimate]) -> Estimate:
     )
     doubts = [
         np.zeros(part.k) if part.doubt is None else part.doubt for part in ordered
-    ]  # add up: they may be of one sign
-    return Estimate(value, replicates, sum(part.n for part in ordered), doubt=sum(doubts) / len(ordered))
+    ]  # may be of one sign: they add
+    return Estimate(value, replicates, sum(part.n for part in ordered), doubt=np.mean(doubts, axis=0))
 
 
 def deviation(replicates: Array) -> float:

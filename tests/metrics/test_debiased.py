@@ -9,12 +9,14 @@ from sklearn.metrics import roc_auc_score
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics.functional import (
     augrc,
+    bias_doubt,
     bin_gaps,
     calibration_error,
     debiased_error,
     debiased_magnitude,
     gap_variances,
     placements,
+    remaining_bias,
     signed_calibration_error,
 )
 
@@ -29,6 +31,34 @@ def test_the_magnitude_is_nearly_unbiased_wherever_the_truth_lies():
         assert abs(mean - truth) <= 0.1515 and spread < 1.81
     assert torch.equal(debiased_magnitude(x), debiased_magnitude(-x))
     assert float(debiased_magnitude(torch.tensor(40.0))) == 40
+
+
+def test_the_remaining_bias_by_quadrature():
+    x = torch.linspace(-14, 14, 28_001, dtype=torch.float64)
+    for truth in (0.0, 0.2, 0.5, 1.3, 4.0):
+        weight = torch.from_numpy(norm.pdf(x - truth))
+        mean = float((weight * debiased_magnitude(x)).sum() / weight.sum())
+        assert float(remaining_bias(torch.tensor(truth, dtype=torch.float64))) == pytest.approx(mean - truth, abs=1e-6)
+
+
+@pytest.mark.parametrize("closeness", [0.0, 0.1, 1.0])
+def test_the_doubt_bounds_what_the_bias_of_a_change_can_be(closeness):
+    rng = np.random.default_rng(3)
+    for _ in range(20):
+        deviations = torch.from_numpy(rng.uniform(0.001, 0.01, (2, 15)))
+        true = torch.from_numpy(rng.normal(0, 2, (2, 15)))
+        true[1], deviations[1] = (
+            mine[0] + closeness * (mine[1] - mine[0]) for mine in (true, deviations)
+        )  # from equal to unrelated models
+        bias = (deviations * remaining_bias(true)).sum(1)
+        f, q = ((deviations[k] * true[k], deviations[k].square()) for k in (0, 1))
+        doubt = float(bias_doubt(*f, *q))
+        assert abs(float(bias[1] - bias[0])) <= 3**0.5 * doubt + 1e-12
+        assert float(bias_doubt(*q, *f)) == pytest.approx(doubt) and (closeness > 0) == (doubt > 0)
+    far = torch.full((15,), 0.1, dtype=torch.float64), torch.full((15,), 1e-4, dtype=torch.float64)
+    assert float(bias_doubt(far[0], far[1], far[0] + 0.01, far[1])) < 1e-4  # gaps that are far from 0 have no bias
+    empty = torch.zeros(15, dtype=torch.float64)
+    assert float(bias_doubt(empty, empty, empty, empty)) == 0
 
 
 def samples(n, digits=None):

@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.statistics import Interval, benjamini_hochberg
+from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
 from lightning_vlmq.study.analysis.runs import Setting
@@ -144,7 +144,7 @@ def dimension_table(analysis: StudyAnalysis) -> str:
 def _interval_cell(measure: Measure, comparison: Comparison | None) -> str:
     if comparison is None:
         return "<td class='none'>–</td>"
-    value = f"{number(measure, comparison.value)} <i>±{number(measure, 1.96 * comparison.stderr)}</i>"
+    value = f"{number(measure, comparison.value)} <i>±{number(measure, Z95 * comparison.stderr)}</i>"
     change = comparison.change
     if change is None:
         return f"<td>{value}</td>"

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from lightning_vlmq.statistics import Z95
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.diagnostics import Accuracy, Diagnostics
@@ -52,7 +53,7 @@ def corruption_curves(analysis: StudyAnalysis) -> Figure | None:
         figure, panels = panel_grid(scopes, vlms, 1.95, "severity (0: clean)", "top-1, %")
         for (scope, vlm), axis in panels.items():
             full = _severities(analysis.diagnostics[vlm, FULL])
-            low, high = ([a.value + sign * 1.96 * a.stderr for a in full.values()] for sign in (-1, 1))
+            low, high = ([a.value + sign * Z95 * a.stderr for a in full.values()] for sign in (-1, 1))
             axis.fill_between(list(full), low, high, color=BLACK, alpha=0.08, linewidth=0)
             for setting in analysis.settings:
                 found = analysis.diagnostics.get((vlm, setting))
