@@ -11,6 +11,7 @@ from lightning_vlmq.statistics.bootstrap import (
     paired_bootstrap,
     summarise,
 )
+from lightning_vlmq.statistics.clusters import ClusteredMean, clustered_mean
 from lightning_vlmq.statistics.planning import samples_needed
 from lightning_vlmq.statistics.replicates import (
     RankingMetrics,
@@ -35,6 +36,7 @@ from lightning_vlmq.statistics.significance import (
 __all__ = [
     "Z95",
     "BootstrapResult",
+    "ClusteredMean",
     "DeLongResult",
     "Interval",
     "RankingMetrics",
@@ -47,6 +49,7 @@ __all__ = [
     "bootstrap_means",
     "bootstrap_replicates",
     "bootstrap_standard_error",
+    "clustered_mean",
     "delong",
     "delong_standard_error",
     "difference",

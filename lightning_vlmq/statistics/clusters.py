@@ -1,0 +1,71 @@
+"""A mean over things of which there are several measurements each: VLMs, each quantized in many ways and judged on the same images."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import norm
+from scipy.stats import t as student
+
+from lightning_vlmq.core.errors import VLMQError
+
+
+class ClusteredMean(NamedTuple):
+    """A mean over clusters.
+
+    Attributes:
+        estimate: the mean, every cluster with the same weight.
+        stderr: its standard error, of clusters drawn anew and of samples drawn anew; of samples alone with one cluster.
+        low: lower end of the 95 % interval.
+        high: its upper end.
+        n_clusters: clusters.
+    """
+
+    estimate: float
+    stderr: float
+    low: float
+    high: float
+    n_clusters: int
+
+
+def clustered_mean(points: NDArray[np.float64], replicates: NDArray[np.float64] | None = None) -> ClusteredMean:
+    """Mean over clusters, with an interval for another draw of clusters and of the samples that all of them share.
+
+    The clusters' own spread holds what differs between them and each one's sampling noise, ``s^2 / k``; what the common samples do to
+    all at once is not in it, and is the mean covariance c of their bootstrap replicates::
+
+        stderr^2 = s^2 / k + max(c, 0)
+
+    The interval takes Student's t with k - 1 degrees of freedom, as for cluster-robust errors of few clusters (Cameron & Miller 2015,
+    section VI.D). One cluster says nothing about others: its interval is over samples alone.
+
+    Args:
+        points: float ``[k]``, each cluster's own mean.
+        replicates: float ``[R, k]``, bootstrap replicates of them, of the same resample in a row; ``None`` where samples count as fixed.
+
+    Returns:
+        The mean; its error and interval are NaN for one cluster without replicates.
+
+    Raises:
+        VLMQError: there are no clusters, or shapes do not fit.
+    """
+    points = np.asarray(points, dtype=np.float64)
+    k = points.size
+    if points.ndim != 1 or k == 0 or (replicates is not None and (replicates.ndim != 2 or replicates.shape[1] != k)):
+        raise VLMQError(f"need points [k], k > 0, and replicates [R, k], got {points.shape} and {np.shape(replicates)}")
+    estimate = float(points.mean())
+    cov = None
+    if replicates is not None:
+        finite = replicates[np.isfinite(replicates).all(1)]
+        cov = np.atleast_2d(np.cov(finite, rowvar=False)) if len(finite) > 1 else np.full((k, k), math.nan)
+    if k == 1:
+        stderr = math.nan if cov is None else math.sqrt(cov[0, 0])
+        half = float(norm.ppf(0.975)) * stderr
+    else:
+        common = 0.0 if cov is None else float((cov.sum() - np.trace(cov)) / (k * (k - 1)))
+        stderr = math.sqrt(points.var(ddof=1) / k + max(common, 0.0)) if not math.isnan(common) else math.nan
+        half = float(student.ppf(0.975, k - 1)) * stderr
+    return ClusteredMean(estimate, stderr, estimate - half, estimate + half, k)
