@@ -55,7 +55,8 @@ def clustered_mean(points: NDArray[np.float64], replicates: NDArray[np.float64] 
     points = np.asarray(points, dtype=np.float64)
     k = points.size
     if points.ndim != 1 or k == 0 or (replicates is not None and (replicates.ndim != 2 or replicates.shape[1] != k)):
-        raise VLMQError(f"need points [k], k > 0, and replicates [R, k], got {points.shape} and {np.shape(replicates)}")
+        given = None if replicates is None else replicates.shape
+        raise VLMQError(f"need points [k], k > 0, and replicates [R, k], got {points.shape} and {given}")
     estimate = float(points.mean())
     cov = None
     if replicates is not None:

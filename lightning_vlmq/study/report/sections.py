@@ -8,13 +8,13 @@ from html import escape
 from matplotlib.figure import Figure
 
 from lightning_vlmq.evaluation.measures import METRICS
+from lightning_vlmq.study.analysis.claims import held_against
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
 from lightning_vlmq.study.report import figures, improvement, tables
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
 from lightning_vlmq.study.report.figures.spectra import read_spectra
 from lightning_vlmq.study.report.mechanism import prediction_html, verdict_table
-from lightning_vlmq.study.report.published import compare_with_published
 
 Section = tuple[str, str, str]
 """Anchor, heading, and content; without content the section is left out."""
@@ -186,14 +186,16 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
     detection = tables.detection_table(analysis)
     if detection:
         detection = f"<details><summary>AUROC by data set and score (DeLong)</summary>{detection}</details>"
-    claims = compare_with_published(analysis)
+    claims = held_against(analysis)
     published = ""
     if claims:
         published = (
             "<p class='note'>Published figures are of <i>Less Precise Can Be More Reliable</i> (ICML 2026, arXiv "
-            "2509.21173): ten large VLMs, other data. Here as measured, with 95 % intervals over test images; relative "
-            "changes are (A<sub>quantized</sub> − A<sub>FP32</sub>) / A<sub>FP32</sub>.</p>"
-        ) + tables.published_table(claims)
+            "2509.21173): ten large VLMs, other data. Here as measured: the mean over VLMs, each with the mean over its settings, and a "
+            "95 % interval for other VLMs and other test images (Student's t over VLMs, and what the common images add; over images alone "
+            "where there is one VLM). The verdict follows from where the interval lies. Growth is (A<sub>quantized</sub> − "
+            "A<sub>FP32</sub>) / A<sub>FP32</sub>.</p>"
+        ) + tables.claims_table(claims)
     zero_shot = tables.zero_shot_table(analysis)
     if zero_shot:
         zero_shot = (

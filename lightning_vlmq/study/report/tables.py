@@ -12,10 +12,10 @@ import torch
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.claims import Claim
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.notation import percent_interval, signed
-from lightning_vlmq.study.report.published import Claim
 
 _ROLE_TITLES = {
     "id": "in-distribution",
@@ -289,13 +289,15 @@ def spectrum_table(analysis: StudyAnalysis) -> str:
     return html_table([top, ["VLM", "<th class='left'>setting</th>", *(titles[metric] for _, metric in columns)]], body)
 
 
-def published_table(claims: list[Claim]) -> str:
-    """Published figures beside the study's own."""
-    head = [f"<th class='left'>{title}</th>" for title in ("claim", "published", "here", "from")]
-    body = [
-        [escape(c.claim), *(f"<td class='left'>{escape(text)}</td>" for text in (c.published, c.own, c.basis))]
-        for c in claims
-    ]
+def claims_table(claims: list[Claim]) -> str:
+    """Published claims beside the study's own figures, with a verdict and the query that made each."""
+    head = [f"<th class='left'>{title}</th>" for title in ("claim", "published", "here", "verdict", "from")]
+    body = []
+    for c in claims:
+        estimate, interval = percent_interval(c.found.estimate, c.found.low, c.found.high)
+        vlms = "one VLM" if c.found.n_clusters == 1 else f"{c.found.n_clusters} VLMs"
+        cells = (c.published, f"{estimate} {c.unit} {interval}", c.verdict, f"{c.query}; {c.n_cells} models of {vlms}")
+        body.append([escape(c.claim), *(f"<td class='left'>{escape(text)}</td>" for text in cells)])
     return html_table([head], body)
 
 
