@@ -10,7 +10,11 @@ from lightning_vlmq.cli import main
 from lightning_vlmq.models import known_vlm, split_name
 
 PAGE = (Path(__file__).parents[1] / "docs" / "real.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```console\n(.*?)```", PAGE, re.S) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```console\n(.*?)```", PAGE, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
 
 
 def test_there_are_commands():
@@ -26,7 +30,8 @@ def test_options_exist(command, capsys):
 
 
 def test_names_of_the_study_are_known():
-    (study,) = [c for c in COMMANDS if c.startswith("vlmq-study")]
+    study, paper = [c for c in COMMANDS if c.startswith("vlmq-study")]
+    assert "study=paper" in paper
     names = re.search(r"vlm=\[(.*?)\]", study)[1].split(",")
     for name in names:
         known_vlm(*split_name(name))

@@ -37,6 +37,9 @@ class Study:
             for VLMs written ``name@weights``, under ``quantized`` for all but full precision, and under ``extra``
             whatever the user adds to every run.
         output: templates of the arguments that only say where things go; they do not count for what a run is.
+        data: names of data configs, ``data/imagenet`` without the ``data/``, which every run is evaluated on together; none for the
+            commands' own.
+        data_root: the folder that their files are below; where it is does not count for what a run is, what is in it does.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Study:
     commands: Mapping[str, Sequence[str]]
     arguments: Mapping[str, Sequence[str]]
     output: Sequence[str]
+    data: Sequence[str] = ()
+    data_root: str | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Study:
@@ -53,13 +58,20 @@ class Study:
         for name in config:
             if name not in names:
                 raise unknown("entry of the study config", str(name), names)
-        if missing := [name for name in names if name not in config]:
+        if missing := [name for name in names if name not in config and name not in ("data", "data_root")]:
             raise VLMQError(f"the study config lacks {', '.join(missing)}; compare the package's config study/base")
         tables = {"axes": ("vlm", "method", "bits", "scope"), "commands": KINDS, "arguments": None}
         for table, keys in tables.items():
             _check_table(table, config[table], keys)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(config["name"])):
             raise VLMQError(f"study.name '{config['name']}' is no folder name; use letters, digits, '.', '_' and '-'")
+        data = config.get("data") or []
+        if not isinstance(data, list) or not all(isinstance(name, str) for name in data):
+            raise VLMQError(f"study.data must be a list of data configs, e.g. study.data=[imagenet,cc3m]; got {data!r}")
+        if data and not config.get("data_root"):
+            raise VLMQError("study.data names data sets in files: say where they lie, study.data_root=/datasets")
+        if config.get("data_root") and not data:
+            raise VLMQError("study.data_root is given, but no data: add study.data=[imagenet,cc3m]")
         return cls(**config)
 
 
@@ -115,7 +127,8 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
         if scope not in SCOPES:
             raise unknown("scope", scope, SCOPES)
     widths = {bits: _parse_bits(bits) for bits in study.axes["bits"]}
-    commands = {kind: _locate_configs(words, config_folder) for kind, words in study.commands.items()}
+    data = [word for name in study.data for word in ("--config", f"data/{name.removeprefix('data/')}")]
+    commands = {kind: _locate_configs([*words, *data], config_folder) for kind, words in study.commands.items()}
     runs = []
     for vlm in dict.fromkeys(study.axes["vlm"]):
         cells = [(FULL_PRECISION, "W32A32", "none", 32, 32)]
@@ -143,6 +156,7 @@ def _run(study: Study, command: Sequence[str], kind: str, bits: str, vlm: str, v
     run_id = f"{name}-{_digest([*decisive, *_environment(values['vlm'])])}"
     places = values | {"study": study.name, "root": study.root, "run_id": run_id, "run_name": name}
     output = [_fill(template, places) for template in study.output]
+    output += [f"--data.root={study.data_root}"] if study.data else []
     identity = {"vlm": vlm, "scope": values["scope"], "method": values["method"], "bits": bits, "kind": kind}
     return Run(**identity, seed=values["seed"], run_id=run_id, arguments=(*decisive, *output))
 

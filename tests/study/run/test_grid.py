@@ -74,7 +74,7 @@ def test_argument_lists(demo):
 
 @pytest.mark.parametrize("path", sorted(p.stem for p in (CONFIGS / "study").glob("*.yaml") if p.stem != "base"))
 def test_committed_studies_are_complete(path):
-    plain = config(f"study={path}")
+    plain = config(f"study={path}", *(["study.data_root=/datasets"] if path == "paper" else []))
     unknown_methods = [name for name in plain["axes"]["method"] if name not in METHODS]
     assert not unknown_methods
     grid = runs(plain)
@@ -181,3 +181,30 @@ def test_bad_configs_are_refused_in_one_line(demo, change, message):
     with pytest.raises(VLMQError) as error:
         runs(demo)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_data_sets_in_files_join_every_run():
+    """What the data are counts for a run, in the order given; where they lie does not."""
+    plain = config("study=demo", "study.data=[imagenet,cc3m]", "study.data_root=/a")
+    grid, elsewhere = runs(plain), runs({**plain, "data_root": "/b"})
+    for run, other in zip(grid, elsewhere):
+        words = [word.replace(str(CONFIGS), "configs") for word in run.arguments]
+        assert words[3:7] == ["--config", "configs/data/imagenet.yaml", "--config", "configs/data/cc3m.yaml"]
+        assert words[-1] == "--data.root=/a" and other.arguments[-1] == "--data.root=/b"
+        assert run.run_id == other.run_id
+    assert {run.run_id for run in grid}.isdisjoint(run.run_id for run in runs({**plain, "data": ["imagenet"]}))
+    assert {run.run_id for run in grid}.isdisjoint(run.run_id for run in runs(config("study=demo")))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": ["imagenet"]}, "study.data_root=/datasets"),
+        ({"data_root": "/a"}, "no data"),
+        ({"data": "imagenet", "data_root": "/a"}, "list of data configs"),
+        ({"data": ["imagenette"], "data_root": "/a"}, "imagenet"),
+    ],
+)
+def test_data_that_are_not_there_are_refused(change, message):
+    with pytest.raises(VLMQError, match=message):
+        runs(config("study=demo") | change)
