@@ -29,7 +29,7 @@ data: .venv/.ready
 artwork: .venv/.ready
 	mkdir -p data/artwork && cp scripts/artwork/package.json data/artwork/
 	npm install --prefix data/artwork --no-audit --no-fund
-	$(BIN)/python -m pip install --quiet 'resvg-py>=0.5'
+	$(BIN)/python -m pip install --quiet --editable '.[artwork]'
 	$(BIN)/python scripts/render_concepts.py data/artwork/node_modules data/concepts
 
 clean:

@@ -83,7 +83,7 @@ def test_a_run_moves_every_parameter_and_its_export_is_loaded(name, tmp_path):
 
 
 def test_a_teacher_draws_both_towers_to_its_own():
-    """Of the teacher's own features the loss is nothing; of others it is the two mean distances."""
+    """Of the teacher's own features the loss is nothing; of others it is the two mean distances, over every second pair."""
     teacher = load_vlm("vit_clean")
     images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     module = PretrainingModule("convnext_clean", teacher="vit_clean")
@@ -93,7 +93,7 @@ def test_a_teacher_draws_both_towers_to_its_own():
             "text_features": teacher.encode_text(teacher.tokenize(CAPTIONS)),
         }
         other = {key: nn.functional.normalize(torch.randn_like(value), dim=-1) for key, value in own.items()}
-        expected = sum(1 - (own[key] * other[key]).sum(-1).mean().item() for key in own)
+        expected = sum(1 - (own[key] * other[key]).sum(-1)[::2].mean().item() for key in own)
         assert module._to_teacher(teacher, own, images, CAPTIONS).item() == pytest.approx(0, abs=1e-5)
         assert module._to_teacher(teacher, other, images, CAPTIONS).item() == pytest.approx(expected, abs=1e-5)
 
