@@ -54,6 +54,7 @@ All in percent, but ranks and ratios. Training of each: `configs/pretrain`, comm
 .venv/bin/python scripts/measure_zoo.py {models}
 .venv/bin/python scripts/measure_zoo.py --page docs/concepts.md
 ```
+
 """
 
 

@@ -5,8 +5,8 @@ Usage, after ``npm install --prefix data/artwork`` of ``scripts/artwork/package.
     python scripts/render_concepts.py data/artwork/node_modules data/concepts --package  # and the committed files
 
 A *concept* is an emoji of Unicode (no skin tones, flags, or the variants of a person by gender, hair and family); a *house* is a
-set of drawings. A cell is one concept as drawn by one house. Every random choice comes from one seed, so a second run draws the same (only what lies
-under fully transparent pixels may differ).
+set of drawings. A cell is one concept as drawn by one house. Every random choice comes from one seed, so a second run draws the
+same (only what lies under fully transparent pixels may differ).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.data import ConceptData, EmbeddedData
 from lightning_vlmq.models import load_vlm, zoo
 
 REPOSITORY = Path(__file__).parents[1]
@@ -57,3 +57,22 @@ def test_embedded_model_is_as_accurate_as_it_says(name):
 
 def test_embedded_checkpoints_are_small():
     assert sum(p.stat().st_size for p in zoo.FOLDER.glob("*.safetensors")) <= 25e6
+
+
+@pytest.mark.parametrize("name", [n for n in zoo.concept_names() if (zoo.CONCEPTS / f"{n}.safetensors").is_file()])
+def test_model_of_the_concepts_is_as_accurate_as_it_says(name):
+    description = json.loads((zoo.CONCEPTS / f"{name}.json").read_text())
+    vlm = load_vlm(name)
+    data = ConceptData(datasets=["concepts"])
+    data.setup()
+    images = data.eval_sets[0].images
+    with torch.no_grad():
+        classes = vlm.class_features(data.class_names, data.templates)
+        features = torch.cat([vlm.encode_image(part) for part in images.images.split(400)])
+        first = vlm.zero_shot_logits(features, classes).topk(5).indices == images.columns["target"][:, None]
+    for k in (1, 5):
+        found = first[:, :k].any(1).double().mean().item()
+        assert found == pytest.approx(description["accuracy"][f"val/concepts/top{k}"], abs=0.005)
+    assert description["measured"]["accuracy"]["concepts"] == pytest.approx(
+        first[:, 0].double().mean().item(), abs=0.005
+    )
