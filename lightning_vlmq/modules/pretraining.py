@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -44,12 +44,9 @@ class PretrainingModule(LightningModule):
         dropped_patches: likewise, pairs of a share and the share of patches that a vision transformer of open_clip does not look at
             from there on (Li et al. 2023, FLIP).
         text_from: name of a zoo model whose trained text tower (and logit scale) this one starts from; every tensor must fit.
-        teacher: name of a zoo model to learn from as well, on every second pair of a batch, see ``teaches``.
-        teacher_weight: of that loss.
-        teaches: ``"features"``: image and text features are drawn to the teacher's, both models live in one space (Wu et al. 2023,
-            TinyCLIP; Vasu et al. 2024, MobileCLIP); the loss is a tower's mean of one less the cosine. ``"concepts"``: the
-            teacher's zero-shot probabilities of the concepts are soft labels of the prototypes (Hinton et al. 2015), by which
-            the model has a space of its own; the loss is their cross-entropy with the image's.
+        teacher: name of a zoo model whose image and text features this one's are drawn to as well, on every second image and
+            caption of a batch, so that both live in one space (Wu et al. 2023, TinyCLIP; Vasu et al. 2024, MobileCLIP).
+        teacher_weight: of that loss, a tower's mean of one less the cosine.
         prototype_weight: of a second loss, cross-entropy of image and text features over learned prototypes, one a concept, which
             are not kept (Yang et al. 2022, UniCL, brings labels into contrast likewise). Both towers have a common goal from the
             first step, which saves most of the time that small towers take to find each other. Needs ``concept`` in the batches.
@@ -70,7 +67,6 @@ class PretrainingModule(LightningModule):
         text_from: str | None = None,
         teacher: str | None = None,
         teacher_weight: float = 10.0,
-        teaches: Literal["features", "concepts"] = "features",
         prototype_weight: float = 0.0,
         n_prototypes: int = 0,
         learn_prototypes: bool = True,
@@ -81,9 +77,6 @@ class PretrainingModule(LightningModule):
         self.text_from, self.teacher_name, self.teacher_weight = text_from, teacher, teacher_weight
         if not 0 < warmup < 1:
             raise VLMQError(f"warmup is a share of all steps and must lie between 0 and 1, got {warmup}")
-        if teacher is not None and teaches == "concepts" and not prototype_weight:
-            raise VLMQError("teaches 'concepts' needs prototypes: set prototype_weight and n_prototypes")
-        self.teaches = teaches
         self.vlm = zoo.build(vlm)
         self.vlm.model.output_dict = True  # features by name, as open_clip's losses take them
         self.reference = None
@@ -104,8 +97,6 @@ class PretrainingModule(LightningModule):
         self.teachers = (
             [] if self.teacher_name is None else [load_vlm(self.teacher_name).requires_grad_(False)]
         )  # not saved
-        with torch.no_grad():
-            self.taught = [t.class_features(data.class_names, data.templates) for t in self.teachers]
         self.accuracy = {}
         for s in data.eval_sets:
             n_classes = len(s.class_names or data.class_names)
@@ -130,10 +121,7 @@ class PretrainingModule(LightningModule):
         if self.prototypes is not None:
             parts["prototypes"] = self.prototype_weight * self._to_prototypes(outputs, batch["concept"])
         for teacher in self.teachers:
-            if self.teaches == "features":
-                distance = self._to_teacher(teacher, outputs, images, batch["caption"])
-            else:
-                distance = self._to_soft_labels(teacher, outputs, images)
+            distance = self._to_teacher(teacher, outputs, images, batch["caption"])
             self.log("train/teacher", distance, batch_size=len(images))
             parts["teacher"] = self.teacher_weight * distance
         loss = torch.stack(list(parts.values())).sum()
@@ -142,24 +130,13 @@ class PretrainingModule(LightningModule):
 
     def _to_prototypes(self, outputs: dict[str, Tensor], concept: Tensor) -> Tensor:
         """Cross-entropy of both towers' features over the prototypes; a pair that tells no concept (-1) does not count."""
+        assert self.prototypes is not None
+        scaled = self.vlm.logit_scale() * F.normalize(self.prototypes, dim=-1).T
         losses = [
-            F.cross_entropy(self._concept_logits(outputs[f"{tower}_features"]), concept, ignore_index=-1)
+            F.cross_entropy(outputs[f"{tower}_features"] @ scaled, concept, ignore_index=-1)
             for tower in ("image", "text")
         ]
         return torch.stack(losses).sum()
-
-    def _concept_logits(self, features: Tensor) -> Tensor:
-        """Scaled cosines of features ``[b, dim]`` with the prototypes, ``[b, concepts]``."""
-        assert self.prototypes is not None
-        return self.vlm.logit_scale() * features @ F.normalize(self.prototypes, dim=-1).T
-
-    def _to_soft_labels(self, teacher: VLM, outputs: dict[str, Tensor], images: Tensor) -> Tensor:
-        """Cross-entropy of the prototypes' probabilities with the teacher's zero-shot ones, the mean over every second image."""
-        half = slice(None, None, 2)
-        with torch.no_grad():
-            classes = self.taught[0].to(self.device)
-            labels = teacher.to(self.device).zero_shot_logits(teacher.encode_image(images[half]), classes).softmax(-1)
-        return F.cross_entropy(self._concept_logits(outputs["image_features"][half]), labels)
 
     def _to_teacher(self, teacher: VLM, outputs: dict[str, Tensor], images: Tensor, captions: list[str]) -> Tensor:
         """One less the cosine between a tower's features and the teacher's: the mean over every second pair, both towers' sum."""

@@ -10,7 +10,6 @@ from lightning import Trainer, seed_everything
 from torch import nn
 
 from lightning_vlmq.callbacks import ZooExport
-from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.models import load_vlm, zoo
 from lightning_vlmq.modules import PretrainingModule, QATModule, Quantization
@@ -100,26 +99,11 @@ def test_a_teacher_draws_both_towers_to_its_own():
         assert module._to_teacher(teacher, other, images, CAPTIONS).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_soft_labels_are_the_teachers_zero_shot_probabilities_over_the_prototypes():
-    teacher = load_vlm("vit_clean")
-    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    options = {"prototype_weight": 1.0, "n_prototypes": 3, "learn_prototypes": False}
-    module = PretrainingModule("convnext_clean", teacher="vit_clean", teaches="concepts", **options)
-    with torch.no_grad():
-        classes = teacher.class_features(["coat", "bag", "dress"], ["a {}"])
-        module.taught = [classes]
-        features = nn.functional.normalize(torch.randn(4, classes.shape[1]), dim=-1)
-        labels = teacher.zero_shot_logits(teacher.encode_image(images), classes).double().softmax(-1)
-        prototypes = nn.functional.normalize(module.prototypes, dim=-1)
-        logits = (module.vlm.logit_scale() * features @ prototypes.T).double()
-        expected = -(labels * logits.log_softmax(-1)).sum(-1)[::2].mean().item()
-        assert module._to_soft_labels(teacher, {"image_features": features}, images).item() == pytest.approx(
-            expected, rel=1e-4
-        )
-    trained = {id(p) for group in _groups(module) for p in group["params"]}
-    assert id(module.prototypes) not in trained and all(id(p) in trained for p in module.vlm.parameters())
-    with pytest.raises(VLMQError, match="needs prototypes"):
-        PretrainingModule("convnext_clean", teacher="vit_clean", teaches="concepts")
+def test_prototypes_that_are_not_learned_stay_out_of_the_optimizer():
+    for learned in (True, False):
+        module = PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, learn_prototypes=learned)
+        trained = {id(p) for group in _groups(module) for p in group["params"]}
+        assert (id(module.prototypes) in trained) == learned and all(id(p) in trained for p in module.vlm.parameters())
 
 
 def _groups(module):
