@@ -40,6 +40,20 @@ A method is chosen by name, `--model.quant.method gptq`, or by its file in `conf
 | method | training | what it does |
 |---|---|---|
 """
+STAYS = """
+## What stays in float
+
+By default every product of a weight with an activation is quantized: linear layers, convolutions, projections, patch stems. In float stay
+
+- the products of attention, `Q K^T` and `A V`: a few percent of a tower's multiply-accumulates, more the more patches there are (4 %
+  of ViT-B/16's). `--model.quant.attention int8` quantizes queries, keys, values and probabilities in 8 bits, whichever module
+  computes them and whatever the method and the bits of the layers; their ranges are the smallest and largest calibration values;
+- softmax, normalisations, activation functions, residual additions, biases, and tables that are looked up (embeddings);
+- QuaRot's run-time rotations.
+
+The coverage report tells weights and multiply-accumulates (MACs) apart, by tower and kind of layer; results hold both shares
+(`coverage_weights`, `coverage_macs`).
+"""
 
 
 def read_results(root: str | Path) -> pd.DataFrame:
@@ -70,6 +84,7 @@ def page(table: pd.DataFrame) -> str:
     for name in ORDER:
         summary = (inspect.getdoc(METHODS[name]) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
         lines.append(f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {summary} |\n")
+    lines.append(STAYS)
     for model in table["model"].unique():
         lines.append(model_section(model, table[table["model"] == model]))
     return "".join(lines)

@@ -1,6 +1,7 @@
 """What watches a run, and what files its results."""
 
 from lightning_vlmq.callbacks.activations import ActivationSpectrum
+from lightning_vlmq.callbacks.grids import GridTrajectories
 from lightning_vlmq.callbacks.models import QuantizedModelWriter
 from lightning_vlmq.callbacks.predictions import PredictionWriter
 from lightning_vlmq.callbacks.printing import CoveragePrinter, HeadlinePrinter
@@ -15,6 +16,7 @@ __all__ = [
     "ActivationSpectrum",
     "CoveragePrinter",
     "ErrorSurgery",
+    "GridTrajectories",
     "HeadlinePrinter",
     "PredictionWriter",
     "QuantizedModelWriter",

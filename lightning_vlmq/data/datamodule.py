@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, Subset
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.preprocessing import Framing
@@ -34,6 +34,8 @@ class ReliabilityDataModule(LightningDataModule):
     class_names: Sequence[str]
     templates: Sequence[str]
     pairs: TensorImages | None = None
+    held_out: frozenset[int] = frozenset()
+    """Rows of the pairs that are not trained on; whoever trains says which, and counts them among what decides its numbers."""
 
     def __init__(self, batch_size: int, train_batch_size: int, num_workers: int) -> None:
         super().__init__()
@@ -86,7 +88,10 @@ class ReliabilityDataModule(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Shuffled image-caption pairs; batches hold ``image``, ``index`` and ``caption`` (a list of strings)."""
-        return self._loader(self.require_disjoint_pairs(), self.train_batch_size, train=True)
+        pairs: Any = self.require_disjoint_pairs()
+        if self.held_out:
+            pairs = Subset(pairs, [row for row in range(len(pairs)) if row not in self.held_out])
+        return self._loader(pairs, self.train_batch_size, train=True)
 
     def calibration_batches(self) -> list[Batch]:
         """All caption pairs, unshuffled and on every process alike: what post-training quantization calibrates on."""

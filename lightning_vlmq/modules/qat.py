@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
+from contextlib import nullcontext
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,25 +16,49 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.quant import METHODS, QATMethod
+from lightning_vlmq.quant.training import default_rates
+from lightning_vlmq.quant.trajectory import GridRecord, GridWatch
+
+log = logging.getLogger(__name__)
 
 
 class QATModule(EvaluationModule):
     """Trains the quantized model of an :class:`EvaluationModule`, whose validation then judges the result.
 
     The teacher never changes and sees the same pairs every epoch, so its features are computed once. Under DDP the contrastive loss
-    sees the features of all processes. Logs, at every update, ``train/loss`` and its parts
-    (``train/loss/contrastive``, ``train/loss/feature``) and both rates (``train/weight_lr``, ``train/step_lr``).
+    sees the features of all processes. The student runs in evaluation mode: no dropout, normalised by full precision's statistics.
+
+    A share of the pairs is not trained on. The loss on these is measured before training and after every epoch, and the state
+    with the least of them is what remains at the end, the start included: training cannot make a model worse in what it is
+    trained for, as far as these pairs tell. No evaluation data are looked at.
+
+    Logs ``train/loss``, its parts (``train/loss/contrastive``, ``train/loss/feature``), the learning rate of each kind of parameter
+    (``train/lr/<kind>``, the median where every tensor has its own), and whenever the trainer logs: median and largest
+    relative change of steps and offsets since the start (``train/change/<kind>/median``) and clipped shares
+    (``train/clipped/weights``, ``train/clipped/inputs``); each epoch ``train/held_out_loss``.
 
     Args:
         weight_lr: peak learning rate of Adam on weights, in quantization steps of each weight per update; cosine decay to zero,
-            as for the steps. See :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups`.
+            as for the steps. See :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups`. None takes the rate
+            for these bits, :func:`~lightning_vlmq.quant.training.default_rates`.
         weight_decay: decoupled, on matrix weights only.
-        step_lr: peak learning rate of quantization steps and offsets, relative to each step's size.
+        step_lr: peak learning rate of quantization steps and offsets, relative to each step's size. None as for weights.
+        held_out: share of the caption pairs that is not trained on, evenly spread; 0 trains on all and keeps the last state.
         kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
+
+    Attributes:
+        held_out_losses: on the held-out pairs, before training and after each epoch.
+        trajectory: the learned grids, whenever the trainer logged.
     """
 
     def __init__(
-        self, *args: Any, weight_lr: float = 1e-3, weight_decay: float = 0.0, step_lr: float = 0.01, **kwargs: Any
+        self,
+        *args: Any,
+        weight_lr: float | None = None,
+        weight_decay: float = 0.0,
+        step_lr: float | None = None,
+        held_out: float = 0.1,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.save_hyperparameters(ignore=["evaluators"])
@@ -40,7 +67,15 @@ class QATModule(EvaluationModule):
             raise VLMQError(
                 f"method '{self.quant.method}' has nothing to train; use 'vlmq validate', or one of {trained}"
             )
-        self.weight_lr, self.weight_decay, self.step_lr = weight_lr, weight_decay, step_lr
+        if not 0 <= held_out <= 0.5:
+            raise VLMQError(f"held_out is a share of the caption pairs, 0 to 0.5; got {held_out!r}")
+        rates = default_rates(self.scheme.weight_bits)
+        self.weight_lr = rates[0] if weight_lr is None else weight_lr
+        self.step_lr = rates[1] if step_lr is None else step_lr
+        self.weight_decay, self.held_out = weight_decay, held_out
+        self.held_out_losses: list[float] = []
+        self.trajectory: list[GridRecord] = []
+        self._best: dict[str, Tensor] = {}
 
     @property
     def method(self) -> QATMethod:
@@ -49,13 +84,29 @@ class QATModule(EvaluationModule):
         return self.quantized.method
 
     def identity(self) -> dict[str, Any]:
-        """As :meth:`EvaluationModule.identity`, and the rates."""
+        """As :meth:`EvaluationModule.identity`, the rates, and what is not trained on."""
         return {
             **super().identity(),
             "weight_lr": self.weight_lr,
             "weight_decay": self.weight_decay,
             "step_lr": self.step_lr,
+            "held_out": self.held_out,
         }
+
+    def setup(self, stage: str) -> None:
+        """As :meth:`EvaluationModule.setup`, and keep some pairs from being trained on."""
+        super().setup(stage)
+        if stage != "fit":
+            return
+        pairs = len(self.data.require_disjoint_pairs())
+        spacing = round(1 / self.held_out) if self.held_out else pairs + 1
+        rows = range(spacing - 1, pairs, spacing)
+        if self.held_out and len(rows) < 2:
+            raise VLMQError(
+                f"held_out {self.held_out} of {pairs} caption pairs leaves {len(rows)} to tell training by, which takes 2; give "
+                "more pairs, or held_out 0"
+            )
+        self.data.held_out = frozenset(rows)
 
     def on_fit_start(self) -> None:
         """Run the teacher over all pairs: features ``[pairs, dim]`` of images and of captions, and the captions' tokens."""
@@ -66,14 +117,73 @@ class QATModule(EvaluationModule):
             self.tokens = torch.cat(tokens).to(self.device)
             self.teacher_image = torch.cat([self.reference.encode_image(b["image"].to(self.device)) for b in batches])
             self.teacher_text = torch.cat([self.reference.encode_text(t.to(self.device)) for t in tokens])
+        rows = sorted(self.data.held_out)
+        self._held_out_rows = torch.tensor(rows, device=self.device)
+        if rows:
+            images = torch.cat([b["image"] for b in batches])
+            self._held_out_images = images[rows].to(self.device)
+        self._watch = GridWatch(self.vlm)
+        if rows and not self.held_out_losses:  # a resumed fit has them from its checkpoint
+            self._measure()
+
+    def on_train_epoch_start(self) -> None:
+        """Put the student in evaluation mode, as Lightning puts it in training mode."""
+        self.vlm.eval()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """After an epoch, measure the loss on the held-out pairs; after the last update, go back to the best state."""
+        is_over = self.global_step >= self._updates
+        if not len(self._held_out_rows) or not (is_over or self.trainer.is_last_batch):
+            return
+        self._measure()
+        self.log(
+            "train/held_out_loss",
+            self.held_out_losses[-1],
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(self._held_out_rows),
+        )
+        if is_over:
+            self.vlm.load_state_dict(self._best)
+            if min(self.held_out_losses) == self.held_out_losses[0]:
+                log.warning(
+                    f"training did not lower the loss on held-out pairs ({self.held_out_losses[0]:.3g} at the start, "
+                    f"{self.held_out_losses[-1]:.3g} at the end): the start is kept; change model.weight_lr or model.step_lr"
+                )
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        """The loss on the held-out pairs, all at once, and the state if it is the best so far."""
+        assert self.reference is not None and self.scheme is not None
+        self.vlm.eval()
+        rows = self._held_out_rows
+        text = self.teacher_text[rows]
+        own = self.vlm.encode_text(self.tokens[rows]) if "text" in self.scheme.towers else text
+        image = self.vlm.encode_image(self._held_out_images)
+        loss = float(self.method.loss(image, own, self.teacher_image[rows], text, self.reference.logit_scale()))
+        if all(loss < before for before in self.held_out_losses):
+            self._best = {name: tensor.detach().clone() for name, tensor in self.vlm.state_dict().items()}
+        self.held_out_losses.append(loss)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the best state so far and the losses on held-out pairs."""
+        checkpoint["held_out"] = {"losses": self.held_out_losses, "best": self._best}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them back."""
+        kept = checkpoint.get("held_out", {"losses": [], "best": {}})
+        self.held_out_losses, self._best = list(kept["losses"]), dict(kept["best"])
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Distil on a batch of ``image`` uint8 ``[b, 3, h, w]`` and ``index`` int64 ``[b]``; returns the scalar loss."""
         assert self.reference is not None and self.scheme is not None
         index = batch["index"].to(self.device)
         teacher_image, teacher_text = self.teacher_image[index], self.teacher_text[index]
-        image = self.vlm.encode_image(batch["image"])
-        text = self.vlm.encode_text(self.tokens[index]) if "text" in self.scheme.towers else teacher_text
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        is_told = bool(self.trainer.loggers) and (self.global_step == 0 or (self.global_step + 1) % every == 0)
+        with self._watch.inputs() if is_told else nullcontext():
+            image = self.vlm.encode_image(batch["image"])
+            text = self.vlm.encode_text(self.tokens[index]) if "text" in self.scheme.towers else teacher_text
         if self.trainer.world_size > 1:
             image, text, teacher_image, teacher_text = map(self._gather, (image, text, teacher_image, teacher_text))
         parts = self.method.loss_parts(image, text, teacher_image, teacher_text, self.reference.logit_scale())
@@ -82,9 +192,10 @@ class QATModule(EvaluationModule):
             raise VLMQError(
                 f"training diverged at step {self.global_step} (loss {float(loss)}); lower model.weight_lr or model.step_lr"
             )
-        decay = self._decay(self.global_step)
         told: dict[str, Any] = {f"train/loss/{name}": part.detach() for name, part in parts.items()}
-        told |= {"train/weight_lr": self.weight_lr * decay, "train/step_lr": self.step_lr * decay}
+        if is_told:
+            self.trajectory.append(self._watch.record(self.global_step))
+            told |= self.trajectory[-1].scalars() | self._rates()
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(index))
         self.log_dict(told, batch_size=len(index))
         return loss
@@ -103,7 +214,17 @@ class QATModule(EvaluationModule):
         scheduler = LambdaLR(optimizer, lambda step: self._decay(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _rates(self) -> dict[str, float]:
+        """The learning rate of each kind of parameter at this update, ``train/lr/<kind>``; the median of its groups."""
+        groups = self.optimizers().param_groups  # type: ignore[union-attr]
+        kinds = dict.fromkeys(group["name"] for group in groups)
+        return {f"train/lr/{kind}": median(g["lr"] for g in groups if g["name"] == kind) for kind in kinds}
+
+    @property
+    def _updates(self) -> int:
+        """Number of updates of the whole fit."""
+        return max(int(self.trainer.estimated_stepping_batches), 1)
+
     def _decay(self, step: int) -> float:
         """Share of the peak rates at an update."""
-        total = max(int(self.trainer.estimated_stepping_batches), 1)
-        return 0.5 * (1 + math.cos(math.pi * min(step / total, 1)))
+        return 0.5 * (1 + math.cos(math.pi * min(step / self._updates, 1)))

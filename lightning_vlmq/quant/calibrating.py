@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.fake_quant import all_finite
+from lightning_vlmq.quant.fake_quant import FakeQuantizer, all_finite
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
 
@@ -57,7 +57,7 @@ class RangeObserver:
 def calibrate(
     vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch], observers: Mapping[str, Observer], what: str = "input"
 ) -> None:
-    """Run the model's encoders over the batches while each observer watches one layer's input.
+    """Run the model's encoders over the batches while each observer watches the input of one layer, or of one quantizer.
 
     Where text is in scope, a text decoder (CoCa's) runs too. Quantizers are switched off meanwhile, so that every layer
     sees full-precision inputs; a layer's ``input_transform`` is applied before its observer looks.
@@ -67,16 +67,15 @@ def calibrate(
         scheme: its scope says whether the text tower runs too.
         batches: ``{"image": uint8 [B, 3, H, W], "tokens": int64 [B, L]}``; ``tokens`` only where text is in scope.
             Those without an image (B = 0) are passed over.
-        observers: by layer name.
+        observers: by the qualified name of a quantized layer, or of a quantizer on its own.
         what: the word for the watched quantity in messages.
 
     Raises:
         VLMQError: no batch, none with an image, or one without its columns; a layer that the encoders never run; inputs
             that are not finite.
     """
-    layers = quantized_layers(vlm)
     device = next(vlm.parameters()).device
-    hooks = [layers[name].register_forward_pre_hook(_watch(name, observers[name])) for name in observers]
+    hooks = [vlm.get_submodule(name).register_forward_pre_hook(_watch(name, observers[name])) for name in observers]
     count = 0
     try:
         with torch.no_grad(), full_precision(vlm):
@@ -119,11 +118,8 @@ def shared_inputs(vlm: VLM, scheme: QuantScheme) -> dict[str, list[str]]:
 
     alike = {n: q for n, q in layers.items() if isinstance(q, nn.Linear) and isinstance(q.input_transform, nn.Identity)}
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in alike.items()]
-    device = next(vlm.parameters()).device
-    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, dtype=torch.uint8, device=device)
     try:
-        with torch.no_grad(), full_precision(vlm):
-            _run_encoders(vlm, image, vlm.tokenize(["a photo"]).to(device) if "text" in scheme.towers else None)
+        run_once(vlm, scheme)
     finally:
         for hook in hooks:
             hook.remove()
@@ -131,6 +127,14 @@ def shared_inputs(vlm: VLM, scheme: QuantScheme) -> dict[str, list[str]]:
     for name in layers:
         sets.setdefault(id(inputs[name]) if name in inputs else name, []).append(name)
     return {members[0]: members for members in sets.values()}
+
+
+def run_once(vlm: VLM, scheme: QuantScheme) -> None:
+    """Run the encoders in scope, in full precision, on a blank image and a short text."""
+    device = next(vlm.parameters()).device
+    image = torch.zeros(1, 3, vlm.image_size, vlm.image_size, dtype=torch.uint8, device=device)
+    with torch.no_grad(), full_precision(vlm):
+        _run_encoders(vlm, image, vlm.tokenize(["a photo"]).to(device) if "text" in scheme.towers else None)
 
 
 def _run_encoders(vlm: VLM, image: Tensor, tokens: Tensor | None) -> None:
@@ -146,9 +150,7 @@ def _run_encoders(vlm: VLM, image: Tensor, tokens: Tensor | None) -> None:
 @contextmanager
 def full_precision(vlm: nn.Module) -> Iterator[None]:
     """Within the block, every quantizer passes its input through and the model is in evaluation mode."""
-    quantizers = [
-        q for layer in quantized_layers(vlm).values() for q in (layer.weight_fake_quant, layer.act_fake_quant)
-    ]
+    quantizers = [module for module in vlm.modules() if isinstance(module, FakeQuantizer)]
     training = vlm.training
     try:
         for quantizer in quantizers:
@@ -163,8 +165,7 @@ def full_precision(vlm: nn.Module) -> Iterator[None]:
 
 def _watch(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(module, QuantizedLayer)
-        x = module.input_transform(args[0])
+        x = module.input_transform(args[0]) if isinstance(module, QuantizedLayer) else args[0]
         if not all_finite(x):
             raise VLMQError(
                 f"layer '{name}' got a non-finite input while calibrating; check the weights and the images"

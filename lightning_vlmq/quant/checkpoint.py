@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.loading import origin
 from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.quant.attention import install_attention
+from lightning_vlmq.quant.calibrating import run_once
 from lightning_vlmq.quant.coverage import CoverageReport
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
 from lightning_vlmq.quant.methods import find_method
@@ -143,6 +146,7 @@ def restore_structure(
         ) from error
     restore_rotation(vlm, rotated)
     swap_layers(vlm, checkpoint.scheme)
+    install_attention(vlm, checkpoint.scheme, partial(run_once, vlm, checkpoint.scheme))
     layers = quantized_layers(vlm)
     if set(layers) != set(states):
         raise VLMQError(

@@ -21,11 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import TOWERS, VLM
+from lightning_vlmq.quant.attention import AttentionProducts
 from lightning_vlmq.quant.clipping import REPORTED, ClippedGrid
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.rotation.folds import StreamExit
 from lightning_vlmq.quant.rotation.rotate import rotation_kinds
-from lightning_vlmq.quant.scheme import SCOPES
+from lightning_vlmq.quant.scheme import SCOPES, QuantScheme
 from lightning_vlmq.quant.transforms import HeadRotation, Rotation
 
 TABLE_NAME = re.compile(
@@ -43,8 +44,8 @@ class CoverageRow:
     Attributes:
         tower: ``vision`` or ``text``.
         layer_type: ``linear``, ``conv2d``, ``depthwise_conv2d``, ``other`` (matrix parameters outside such layers),
-            ``activation_product`` (products of two activations, as in attention; they have no weights) or ``rotation``
-            (fixed rotations at run time, in full precision).
+            ``activation_product`` (products of two activations, as in attention; they have no weights, and are quantized where
+            the scheme's ``attention`` says so) or ``rotation`` (fixed rotations at run time, in full precision).
         weights: matrix weights.
         weights_quantized: of these, in quantized layers.
         macs: multiply-accumulates for one image or one text.
@@ -206,13 +207,27 @@ def assert_covered(report: CoverageReport, scope: str, minimum: float = 0.95) ->
     )
 
 
+def assert_attention(report: CoverageReport, scheme: QuantScheme) -> None:
+    """Raise :class:`VLMQError` where a scheme quantizes the products of attention and some of its scope stay in float."""
+    rows = [row for row in report.rows if row.layer_type == "activation_product" and row.tower in scheme.towers]
+    left = sum(row.macs - row.macs_quantized for row in rows)
+    if scheme.attention != "float" and left:
+        raise VLMQError(
+            f"{left / sum(row.macs for row in rows):.1%} of the products of activations stay in float, as not all attention calls "
+            "scaled_dot_product_attention; set attention to float"
+        )
+
+
 def _count_macs(vlm: VLM) -> tuple[dict[tuple[str, nn.Module], int], dict[str, int]]:
     """Multiply-accumulates of each layer in each tower's run, and of each tower as a whole."""
     per_layer: defaultdict[tuple[str, nn.Module], int] = defaultdict(int)
     totals: dict[str, int] = {}
     running = ""
 
-    def count(module: nn.Module, _: object, output: Tensor) -> None:
+    def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, AttentionProducts):
+            per_layer[running, module] += module.macs(*args[:3])
+            return
         if isinstance(module, RUN_TIME_ROTATIONS):
             per_layer[running, module] += output.numel() * module.macs_per_value
             return
@@ -233,7 +248,7 @@ def _count_macs(vlm: VLM) -> tuple[dict[tuple[str, nn.Module], int], dict[str, i
     if vlm.has_decoder:  # shown an image that is encoded here, out of the count, as the text tower does not pay for it
         with torch.no_grad():
             run_text = partial(vlm.caption_logits, vlm.image_tokens(image))
-    counted = (nn.Linear, nn.Conv2d, *RUN_TIME_ROTATIONS)
+    counted = (nn.Linear, nn.Conv2d, AttentionProducts, *RUN_TIME_ROTATIONS)
     hooks = [m.register_forward_hook(count) for m in vlm.modules() if isinstance(m, counted)]
     try:
         for running, run, dummy in (("vision", vlm.encode_image, image), ("text", run_text, tokens)):
@@ -256,6 +271,8 @@ def _is_table(name: str, parameter: Tensor, owner: nn.Module) -> bool:
 
 
 def _quantizes(module: nn.Module) -> bool:
+    if isinstance(module, AttentionProducts):
+        return module.quantizes
     return isinstance(module, QuantizedLayer) and (module.weight_fake_quant.enabled or module.act_fake_quant.enabled)
 
 
@@ -264,6 +281,8 @@ def _layer_type(module: nn.Module) -> str:
         return "depthwise_conv2d" if module.groups == module.in_channels > 1 else "conv2d"
     if isinstance(module, RUN_TIME_ROTATIONS):
         return "rotation"
+    if isinstance(module, AttentionProducts):
+        return "activation_product"
     return "linear" if isinstance(module, nn.Linear) else "other"
 
 

@@ -98,6 +98,8 @@ def _unit_uniform(shape: Sequence[int], generator: torch.Generator, dtype: torch
 
 def quantized_twin(vlm: VLM, pattern: str, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
     """A copy of the model, quantized; the tokenizer is shared."""
+    if scheme.attention != "float":
+        raise VLMQError("a control changes layers alone, and no products of attention; set attention to float")
     twin = copy.deepcopy(vlm, {id(vlm._tokenize): vlm._tokenize})
     METHODS[pattern].prepare(twin, scheme, calibration)
     return twin

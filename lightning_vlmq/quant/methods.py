@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -16,7 +17,8 @@ from lightning_vlmq.core.calls import call_text, parse_call
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.registry import Registry
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
+from lightning_vlmq.quant.attention import install_attention, static_products
+from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate, run_once
 from lightning_vlmq.quant.clipping import note_clipping
 from lightning_vlmq.quant.fake_quant import block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers, swap_layers, weight_quantized_layers
@@ -127,8 +129,10 @@ class PTQMethod:
             VLMQError: what :func:`swap_layers` and :func:`calibrate` refuse.
         """
         self.install(vlm, scheme)
+        install_attention(vlm, scheme, partial(run_once, vlm, scheme))
         with torch.no_grad():
             self.fit_transforms(vlm, scheme, calibration)
+            fit_attention(vlm, scheme, calibration)
             if static_layers(vlm):
                 self.fit_activations(vlm, scheme, calibration)
                 note_clipping(vlm, scheme, calibration)  # while the weights are full precision's
@@ -159,6 +163,16 @@ class PTQMethod:
         """Fix one layer's weight grid; the smallest and largest value of each block by default."""
         quantizer = layer.weight_fake_quant
         quantizer.set_range(*block_range(to_blocks(layer.weight, quantizer.granularity), quantizer.granularity))
+
+
+def fit_attention(vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+    """Fix the static grids of attention products, where there are any, by the extreme values."""
+    quantizers = static_products(vlm)
+    if quantizers:
+        observers = {name: RangeObserver() for name in quantizers}
+        calibrate(vlm, scheme, calibration, observers)
+        for name, observer in observers.items():
+            quantizers[name].set_range(observer.minimum, observer.maximum)
 
 
 def _checked(name: str, value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:

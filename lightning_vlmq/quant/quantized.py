@@ -13,7 +13,7 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.clipping import measure_clipping, require_usable
-from lightning_vlmq.quant.coverage import CoverageReport, assert_covered, measure_coverage
+from lightning_vlmq.quant.coverage import CoverageReport, assert_attention, assert_covered, measure_coverage
 from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import quantized_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod, find_method
@@ -55,7 +55,8 @@ def quantize(
 
     Raises:
         VLMQError: unknown method, weights or calibration data that are not finite, too little covered, a grid that clips
-            so much that its layer is useless, or a scheme the method does not take.
+            so much that its layer is useless, products of attention that were to be quantized and are not, or a scheme the
+            method does not take.
     """
     chosen = find_method(method) if isinstance(method, str) else method
     batches = cast("list[Batch]", list(calibration) if isinstance(calibration, Iterator) else calibration)
@@ -64,6 +65,7 @@ def quantize(
     report = measure_coverage(vlm, measure_clipping(vlm))
     require_usable(report.clipped)
     assert_covered(report, scheme.scope, minimum_coverage)
+    assert_attention(report, scheme)
     return Quantized(chosen, scheme, report)
 
 

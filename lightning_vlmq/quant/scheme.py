@@ -20,6 +20,7 @@ _CHOICES: dict[str, Iterable[str]] = {
     "scope": SCOPES,
     "first_last": FIRST_LAST,
     "tower": SCOPES["vision_text"],
+    "attention": ("float", "int8"),
 }
 
 
@@ -114,6 +115,8 @@ class QuantScheme:
             :func:`~lightning_vlmq.quant.rules.edge_layers`.
         overrides: what differs for layers picked by name; applied in order after ``first_last``, so that of two rules
             that set the same field the later one counts.
+        attention: ``int8`` quantizes the products of attention too, queries, keys, values and probabilities in 8 bits; ``float``
+            leaves them as they are. See :class:`~lightning_vlmq.quant.attention.AttentionProducts`.
 
     Raises:
         VLMQError: for a value outside these, or for both sides unquantized everywhere.
@@ -130,6 +133,7 @@ class QuantScheme:
     scope: str = "vision"
     first_last: str = "same"
     overrides: Sequence[LayerRule] = ()
+    attention: str = "float"
 
     def __post_init__(self) -> None:
         # lists come from YAML, mappings from JSON; a tuple of rules keeps the scheme hashable

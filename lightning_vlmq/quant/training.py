@@ -18,6 +18,17 @@ from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.methods import PTQMethod, within
 from lightning_vlmq.quant.scheme import QuantScheme
 
+RATES = {4: (1e-2, 1e-3), 8: (1e-3, 1e-3)}
+"""Peak rates of weights and of steps by the most weight bits that they are for; see :func:`default_rates`."""
+
+
+def default_rates(weight_bits: int) -> tuple[float, float]:
+    """Peak learning rates of weights (in steps an update) and of steps (relative, an update), by bits of the weights.
+
+    Found by ``scripts/search_rates.py`` on held-out caption pairs of the embedded models; its table is in docs/methods.md.
+    """
+    return RATES[next((bits for bits in RATES if weight_bits <= bits), 8)]
+
 
 @dataclass(frozen=True)
 class QATMethod(PTQMethod):

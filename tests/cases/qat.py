@@ -29,7 +29,8 @@ def train(method: str, devices: int = 1, steps: int = 1, **settings) -> tuple[QA
     seed_everything(0, verbose=False)
     watcher = Gradients()
     data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=PAIRS, train_batch_size=PAIRS // devices)
-    module = QATModule("vit_clean", quant=Quantization(method=method, scope="vision_text", weight_bits=4), **settings)
+    quantization = Quantization(method=method, scope="vision_text", weight_bits=4)
+    module = QATModule("vit_clean", quant=quantization, held_out=0, **settings)  # all pairs at once
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(
         accelerator="cpu",

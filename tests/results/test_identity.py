@@ -136,6 +136,7 @@ def test_every_field_of_the_quantization():
         "scope": "vision_text",
         "first_last": "skip",
         "overrides": [LayerRule("*fc1*", weight_bits=4)],
+        "attention": "int8",
         "minimum_coverage": 0.5,
     }
     assert set(changed) == {f.name for f in fields(Quantization)}, "a new field: say here what else it could be"
@@ -158,6 +159,7 @@ def test_every_argument_of_training():
             "weight_lr": 1e-4,
             "weight_decay": 0.1,
             "step_lr": 0.1,
+            "held_out": 0.2,
         },
         {
             "cache": ("elsewhere", "where features are kept decides no number"),

@@ -19,7 +19,7 @@ from lightning_vlmq.quant.layers import (
     static_layers,
     weight_quantized_layers,
 )
-from lightning_vlmq.quant.methods import METHODS, PTQMethod, register
+from lightning_vlmq.quant.methods import METHODS, PTQMethod, find_method, register
 from lightning_vlmq.quant.observers import MagnitudeObserver
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.training import QATMethod
@@ -32,13 +32,23 @@ class LearnedSteps(QATMethod):
     Attributes:
         start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name, or ``paper``,
             what the method's paper says.
+        weights: ``gptq`` starts from weights rounded by GPTQ on these grids, ``rtn`` from full precision's, which round to nearest.
+            With few updates training does not find what GPTQ solves for; ``paper`` starts with ``rtn`` alone.
         gradient_scale: ``paper`` multiplies the gradient of a step by ``1 / sqrt(N Qp)`` (LSQ, section 2.2), ``none`` leaves it.
             Adam divides it out again, so that it is in force under plain gradient descent alone; the rates of
             :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups` do what it is for.
     """
 
     start: Literal["mse", "minmax", "paper"] = "mse"
+    weights: Literal["gptq", "rtn"] = "gptq"
     gradient_scale: Literal["paper", "none"] = "paper"
+
+    def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
+        """Fix the weight grids, and the weights that training starts from."""
+        if self.weights == "gptq" and self.start != "paper":
+            find_method("gptq", {"grid": self.start}).fit_weights(vlm, scheme, calibration)
+        else:
+            super().fit_weights(vlm, scheme, calibration)
 
     def install(self, vlm: VLM, scheme: QuantScheme) -> None:
         """As :meth:`PTQMethod.install`; dynamic ranges are refused, as they leave no activation step to learn."""

@@ -1,0 +1,108 @@
+"""Outlier channels planted in a model whose function stays the same: what large models have and small ones lack.
+
+A few channels of the activations of large transformers are tens of times larger than the others (Dettmers et al. 2022, LLM.int8(),
+arXiv 2208.07339, section 4), and per-tensor grids of layer inputs have to span them. They can be had anywhere: a LayerNorm's gain and
+bias times ``f`` in one channel, and the weights of the layers that read this channel divided by ``f``, change no output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models.vlm import VLM
+
+TOLERANCE = 1e-3
+"""Largest change of a feature (unit norm) that rounding explains."""
+
+
+@torch.no_grad()
+def plant_outliers(vlm: VLM, factor: float, channels: int = 2, seed: int = 0) -> dict[str, list[int]]:
+    """Make a few channels of every normalised layer input ``factor`` times as large, in place; no feature changes but by rounding.
+
+    Norms whose output goes to linear layers and convolutions alone are found by running the model on a drawn image and a text.
+
+    Args:
+        vlm: a full-precision model.
+        factor: at least 1; 1 changes nothing.
+        channels: how many of each norm's channels, drawn for each norm.
+        seed: of the drawing.
+
+    Returns:
+        The channels by the norm's name.
+
+    Raises:
+        VLMQError: a factor below 1, no such norm, or features that do change, as the norm's output is used elsewhere too.
+    """
+    if not (factor >= 1 and channels >= 1):
+        raise VLMQError(f"outliers are factors of at least 1 in at least 1 channel; got {factor!r} in {channels!r}")
+    readers = _readers(vlm)
+    if not readers:
+        raise VLMQError(f"'{vlm.name}' has no LayerNorm before a layer, so no outlier channels can be planted")
+    before = _features(vlm)
+    generator = torch.Generator().manual_seed(seed)
+    planted = {}
+    for name, layers in readers.items():
+        norm = vlm.get_submodule(name)
+        chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels]  # type: ignore[operator]
+        norm.weight[chosen] *= factor  # type: ignore[operator, index]
+        if norm.bias is not None:
+            norm.bias[chosen] *= factor  # type: ignore[operator, index]
+        for layer in layers:
+            layer.weight[:, chosen.to(layer.weight.device)] /= factor
+        planted[name] = sorted(chosen.tolist())
+    for old, new in zip(before, _features(vlm)):
+        if not bool(((new - old).abs() <= TOLERANCE).all()):
+            raise VLMQError(
+                f"outlier channels change what '{vlm.name}' computes: a norm's output is used by more than layers"
+            )
+    return planted
+
+
+def _readers(vlm: VLM) -> dict[str, list[nn.Linear | nn.Conv2d]]:
+    """The layers that take each LayerNorm's very output, by the norm's name; norms that no layer reads are left out."""
+    outputs: dict[str, Tensor] = {}
+    readers: dict[str, list[nn.Linear | nn.Conv2d]] = {}
+
+    def produced(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    def consumed(module: nn.Linear | nn.Conv2d, args: Sequence[Any]) -> None:
+        for name, output in outputs.items():
+            if args[0] is output and module not in readers.setdefault(name, []):
+                readers[name].append(module)
+
+    hooks = []
+    for name, module in vlm.named_modules():
+        if isinstance(module, nn.LayerNorm) and module.weight is not None and vlm.tower_of(name) is not None:
+            hooks.append(module.register_forward_hook(partial(produced, name)))
+        elif isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
+            hooks.append(module.register_forward_pre_hook(consumed))
+    try:
+        _features(vlm)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return readers
+
+
+@torch.no_grad()
+def _features(vlm: VLM) -> list[Tensor]:
+    """Features of a drawn image and a text, and a decoder's logits (relative to the largest) where there is one."""
+    device = next(vlm.parameters()).device
+    shape = (2, 3, vlm.image_size, vlm.image_size)
+    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8).to(device)
+    tokens = vlm.tokenize(["a photo", "a drawing of a shoe"]).to(device)
+    training = vlm.training
+    vlm.eval()
+    found = [vlm.encode_image(images), vlm.encode_text(tokens)]
+    if vlm.has_decoder:
+        logits = vlm.caption_logits(vlm.image_tokens(images), tokens)
+        found.append(logits / logits.abs().max())
+    vlm.train(training)
+    return found

@@ -1,0 +1,117 @@
+"""What training is judged by: pairs that it never sees, the best state on them, and what is told on the way."""
+
+import logging
+
+import pytest
+import torch
+from lightning import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_vlmq.callbacks import GridTrajectories
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.modules import QATModule, Quantization
+from lightning_vlmq.quant.training import contrastive_distillation
+
+
+class Seen(Callback):
+    def __init__(self):
+        self.rows, self.modes = set(), set()
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.rows |= set(batch["index"].tolist())
+        self.modes |= {m.training for m in module.vlm.modules() if isinstance(m, _BatchNorm | torch.nn.Dropout)}
+
+
+def fit(
+    method="lsq_contrastive", epochs=2, vlm="vit_clean", pairs=60, logger=False, callbacks=(), resume=None, **settings
+):
+    seed_everything(0, verbose=False)
+    data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=pairs, train_batch_size=16)
+    module = QATModule(vlm, quant=Quantization(method=method, weight_bits=settings.pop("bits", 3)), **settings)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=epochs, limit_val_batches=0, logger=logger, callbacks=list(callbacks), log_every_n_steps=2,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        enable_autolog_hparams=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=resume, weights_only=False)
+    return module, data
+
+
+def held_out_loss(module: QATModule, data: EmbeddedData, rows: list[int]) -> float:
+    batches = data.calibration_batches()
+    images = torch.cat([b["image"] for b in batches])[rows]
+    captions = [caption for b in batches for caption in b["caption"]]
+    reference = module.reference
+    with torch.no_grad():
+        text = reference.encode_text(reference.tokenize([captions[row] for row in rows]))
+        own, full = module.vlm.encode_image(images), reference.encode_image(images)
+        return float(contrastive_distillation(own, text, full, text, reference.logit_scale()))
+
+
+def test_held_out_pairs_are_never_trained_on_and_tell_the_best_state():
+    seen = Seen()
+    module, data = fit(callbacks=[seen], vlm="align_clean")
+    rows = list(range(9, 60, 10))
+    assert data.held_out == set(rows) and not seen.rows & data.held_out
+    assert len(module.held_out_losses) == 3
+    assert held_out_loss(module, data, rows) == pytest.approx(min(module.held_out_losses), rel=1e-4)
+    assert seen.modes == {False}  # normalised by full precision's statistics
+
+
+def test_a_reckless_rate_leaves_the_start_and_says_so(caplog):
+    with caplog.at_level(logging.WARNING):
+        module, data = fit(weight_lr=30.0, step_lr=0.5)
+    assert min(module.held_out_losses[1:]) > module.held_out_losses[0]
+    assert held_out_loss(module, data, sorted(data.held_out)) == pytest.approx(module.held_out_losses[0], rel=1e-4)
+    assert "the start is kept" in caplog.text
+
+
+def test_none_held_out_trains_on_all_pairs():
+    seen = Seen()
+    module, _ = fit(callbacks=[seen], epochs=4, held_out=0)
+    assert seen.rows == set(range(60)) and module.held_out_losses == []
+
+
+@pytest.mark.parametrize("share, pairs, message", [(0.1, 15, "leaves 1 to tell"), (0.7, 60, "0 to 0.5")])
+def test_shares_that_do_not_do_are_refused(share, pairs, message):
+    with pytest.raises(VLMQError, match=message):
+        fit(held_out=share, pairs=pairs)
+
+
+def test_a_resumed_fit_keeps_the_best_of_both_parts(tmp_path):
+    keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    whole, _ = fit(epochs=3, callbacks=[keeper])
+    resumed, _ = fit(epochs=3, resume=str(tmp_path / "epoch=0.ckpt"))
+    assert resumed.held_out_losses == whole.held_out_losses
+    assert all(torch.equal(x, y) for x, y in zip(resumed.vlm.state_dict().values(), whole.vlm.state_dict().values()))
+
+
+def test_what_is_logged(tmp_path):
+    logger = CSVLogger(tmp_path, name="log", version="")
+    module, _ = fit("lsqplus_feature", epochs=2, logger=logger)
+    header = (tmp_path / "log" / "metrics.csv").read_text().splitlines()[0].split(",")
+    kinds = ("weight_steps", "activation_steps", "activation_offsets")
+    wanted = {f"train/change/{kind}/{what}" for kind in kinds for what in ("median", "largest")}
+    wanted |= {f"train/lr/{kind}" for kind in ("weights", "vectors", "matrices", *kinds)}
+    wanted |= {"train/clipped/weights", "train/clipped/inputs", "train/loss/contrastive", "train/loss/feature"}
+    assert wanted | {"train/loss", "train/held_out_loss"} <= set(header)
+    first, *_, last = module.trajectory
+    assert first.step == 0 and set(first.largest.values()) == {0.0} and 0 <= first.clipped["inputs"] < 0.2
+    for kind in kinds:
+        assert 0 < last.medians[kind] <= last.largest[kind] == max(map(abs, last.changes[kind]))
+        # Adam moves by the rate at most: no step moves further than the sum of the rates
+        assert last.medians[kind] <= module.step_lr * last.step
+
+
+def test_the_figure_of_trajectories_reaches_an_image_logger(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    fit("lsqplus_contrastive", logger=logger, callbacks=[GridTrajectories()])
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert "grids/trajectories" in events.Tags()["images"]
+    assert len(events.Images("grids/trajectories")[0].encoded_image_string) > 5000
