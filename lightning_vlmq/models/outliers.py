@@ -25,7 +25,8 @@ TOLERANCE = 1e-3
 def plant_outliers(vlm: VLM, factor: float, channels: int = 2, seed: int = 0) -> dict[str, list[int]]:
     """Make a few channels of every normalised layer input ``factor`` times as large, in place; no feature changes but by rounding.
 
-    Norms whose output goes to linear layers and convolutions alone are found by running the model on a drawn image and a text.
+    Norms whose output goes to linear layers and convolutions alone are found by running the model on drawn images and texts; one
+    whose output is used otherwise too, so that features change, is left as it was.
 
     Args:
         vlm: a full-precision model.
@@ -37,30 +38,31 @@ def plant_outliers(vlm: VLM, factor: float, channels: int = 2, seed: int = 0) ->
         The channels by the norm's name.
 
     Raises:
-        VLMQError: a factor below 1, no such norm, or features that do change, as the norm's output is used elsewhere too.
+        VLMQError: a factor below 1, or no such norm.
     """
     if not (factor >= 1 and channels >= 1):
         raise VLMQError(f"outliers are factors of at least 1 in at least 1 channel; got {factor!r} in {channels!r}")
-    readers = _readers(vlm)
-    if not readers:
-        raise VLMQError(f"'{vlm.name}' has no LayerNorm before a layer, so no outlier channels can be planted")
     before = _features(vlm)
     generator = torch.Generator().manual_seed(seed)
     planted = {}
-    for name, layers in readers.items():
+    for name, layers in _readers(vlm).items():
         norm = vlm.get_submodule(name)
-        chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels]  # type: ignore[operator]
-        norm.weight[chosen] *= factor  # type: ignore[operator, index]
+        assert isinstance(norm, nn.LayerNorm)
+        chosen = torch.randperm(norm.weight.numel(), generator=generator)[:channels].to(norm.weight.device)
+        changed = [p for p in (norm.weight, norm.bias, *(layer.weight for layer in layers)) if p is not None]
+        kept = [p.clone() for p in changed]
+        norm.weight[chosen] *= factor
         if norm.bias is not None:
-            norm.bias[chosen] *= factor  # type: ignore[operator, index]
+            norm.bias[chosen] *= factor
         for layer in layers:
-            layer.weight[:, chosen.to(layer.weight.device)] /= factor
-        planted[name] = sorted(chosen.tolist())
-    for old, new in zip(before, _features(vlm)):
-        if not bool(((new - old).abs() <= TOLERANCE).all()):
-            raise VLMQError(
-                f"outlier channels change what '{vlm.name}' computes: a norm's output is used by more than layers"
-            )
+            layer.weight[:, chosen] /= factor
+        if all(bool(((new - old).abs() <= TOLERANCE).all()) for old, new in zip(before, _features(vlm))):
+            planted[name] = sorted(chosen.tolist())
+        else:
+            for parameter, old in zip(changed, kept):
+                parameter.copy_(old)
+    if not planted:
+        raise VLMQError(f"'{vlm.name}' has no LayerNorm read by layers alone, so no outlier channels can be planted")
     return planted
 
 

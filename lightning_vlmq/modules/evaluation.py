@@ -24,6 +24,7 @@ from lightning_vlmq.evaluation.results import coverage_rows, require_complete, r
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.openclip import Activation
+from lightning_vlmq.models.outliers import plant_outliers
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized, load_quantized, quantize
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
@@ -55,6 +56,9 @@ class EvaluationModule(LightningModule):
         scores: OOD scores to record, with parameters where they are not the published ones: ``mcm(temperature=0.5)``.
         lst: whether to also judge the model with its logit scale fitted on the data module's caption pairs, all else as it is.
         evaluators: what to make of the records; all dimensions by default.
+        outliers: factor by which a few channels of every normalised layer input are made larger, full precision's outputs staying
+            what they are: see :func:`~lightning_vlmq.models.outliers.plant_outliers`. The model is then called
+            ``<name>+outliers<factor>``; 1 leaves it as it is.
         statistics: bins, resamples and seed of every statistic; stored with the run, for whoever compares it with others.
         cache: folder for image features, shared by runs; ``None`` keeps none.
 
@@ -74,6 +78,7 @@ class EvaluationModule(LightningModule):
         cache: str | None = None,
         trained_like: str | None = None,
         activation: Activation | None = None,
+        outliers: float = 1.0,
         statistics: Statistics = AS_PUBLISHED,
     ) -> None:
         super().__init__()
@@ -88,6 +93,10 @@ class EvaluationModule(LightningModule):
         self.cache = FeatureCache(cache)
         self.checkpoint = checkpoint
         self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
+        self.outliers = outliers
+        if outliers != 1:
+            plant_outliers(self.vlm, outliers)
+            self.vlm.name += f"+outliers{outliers:g}"
         self.reference: VLM | None = None
         self.quantized: Quantized | None = None
         self._prepared = False
@@ -119,6 +128,7 @@ class EvaluationModule(LightningModule):
         """What decides this module's numbers: the model and its weights, how it is quantized, scores, evaluators, statistics."""
         return {
             "vlm": self.vlm,
+            "outliers": self.outliers,
             "quant": FULL_PRECISION if self.checkpoint is None and self.scheme is None else self.quant,
             "checkpoint": None if self.checkpoint is None else file_digest(self.checkpoint),
             "scores": list(self.scores),

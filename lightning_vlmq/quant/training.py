@@ -18,7 +18,7 @@ from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.methods import PTQMethod, within
 from lightning_vlmq.quant.scheme import QuantScheme
 
-RATES = {4: (1e-2, 1e-3), 8: (1e-3, 1e-3)}
+RATES = {2: (3e-2, 1e-3), 3: (2e-2, 1e-3), 4: (1e-2, 1e-3), 8: (1e-3, 1e-3)}
 """Peak rates of weights and of steps by the most weight bits that they are for; see :func:`default_rates`."""
 
 
@@ -120,6 +120,10 @@ class QATMethod(PTQMethod):
           of those medians;
         - steps: ``step_lr`` times their median, about the relative change per update;
         - offsets: ``step_lr`` times the median range, so that both move a grid's ends alike.
+
+        So a small tensor of steps moves as fast, relative to its size, as a large one, and no median over the model starves it; within
+        a tensor (the channels of one weight) steps below the median move faster and those above it slower. LSQ's gradient scale
+        is of no effect here, as Adam divides by the gradient's own size.
 
         Where no weight is quantized, steps are those of an 8-bit grid. Call :meth:`keep_steps_positive` after every update.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,8 @@ from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 KINDS = ("fp32", "ptq", "qat")
 """Kinds of runs: full precision, post-training quantization, quantization-aware training. Each has its command."""
 
+NONE_PLANTED = "1"
+
 
 @dataclass(frozen=True)
 class Study:
@@ -31,10 +34,12 @@ class Study:
     Attributes:
         name: the study's folder below ``logs/``.
         root: that folder; results, TensorBoard logs, failures and the report go there.
-        axes: ``vlm``, ``method``, ``bits`` and ``scope``, each a list of names; the grid is their product.
+        axes: ``vlm``, ``method``, ``bits`` and ``scope``, each a list of names, and where planted outlier channels are studied
+            ``outliers``, their factors (1: none); the grid is their product.
         commands: by kind (:data:`KINDS`), the start of the argument list: subcommand and config files.
         arguments: templates of the arguments that decide the result: under ``all`` for every run, under ``pretrained``
-            for VLMs written ``name@weights``, under ``quantized`` for all but full precision, and under ``extra``
+            for VLMs written ``name@weights``, under ``outliers`` where they are planted, under ``quantized`` for all but full
+            precision, and under ``extra``
             whatever the user adds to every run.
         output: templates of the arguments that only say where things go; they do not count for what a run is.
         data: names of data configs, ``data/imagenet`` without the ``data/``, which every run is evaluated on together; none for the
@@ -60,7 +65,8 @@ class Study:
                 raise unknown("entry of the study config", str(name), names)
         if missing := [name for name in names if name not in config and name not in ("data", "data_root")]:
             raise VLMQError(f"the study config lacks {', '.join(missing)}; compare the package's config study/base")
-        tables = {"axes": ("vlm", "method", "bits", "scope"), "commands": KINDS, "arguments": None}
+        planted = [axis for axis in ("outliers",) if axis in (config["axes"] or ())]
+        tables = {"axes": ("vlm", "method", "bits", "scope", *planted), "commands": KINDS, "arguments": None}
         for table, keys in tables.items():
             _check_table(table, config[table], keys)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(config["name"])):
@@ -130,7 +136,8 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
     data = [word for name in study.data for word in ("--config", f"data/{name.removeprefix('data/')}")]
     commands = {kind: _locate_configs([*words, *data], config_folder) for kind, words in study.commands.items()}
     runs = []
-    for vlm in dict.fromkeys(study.axes["vlm"]):
+    factors = dict.fromkeys(study.axes.get("outliers", [NONE_PLANTED]))
+    for vlm, outliers in itertools.product(dict.fromkeys(study.axes["vlm"]), factors):
         cells = [(FULL_PRECISION, "W32A32", "none", 32, 32)]
         cells += [
             (method, bits, scope, *widths[bits])
@@ -143,12 +150,15 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
             name, pretrained = split_name(vlm)
             values: dict[str, Any] = {"vlm": name, "pretrained": pretrained or "", "method": method}
             values |= {"scope": scope, "weight_bits": weight_bits, "act_bits": act_bits, "seed": seed}
-            runs.append(_run(study, commands[kind], kind, bits, vlm, values))
+            values |= {"outliers": outliers}
+            called = vlm if outliers == NONE_PLANTED else f"{vlm}+outliers{outliers}"
+            runs.append(_run(study, commands[kind], kind, bits, called, values))
     return runs
 
 
 def _run(study: Study, command: Sequence[str], kind: str, bits: str, vlm: str, values: dict[str, Any]) -> Run:
     groups = ["all", *(["pretrained"] if values["pretrained"] else []), *(["quantized"] if kind != "fp32" else [])]
+    groups += ["outliers"] if values["outliers"] != NONE_PLANTED else []
     templates = [template for group in [*groups, "extra"] for template in study.arguments.get(group, ())]
     decisive = [*command, *(_fill(template, values) for template in templates)]
     parts = [vlm, values["method"], *([bits, values["scope"]] if kind != "fp32" else []), f"s{values['seed']}"]
