@@ -29,7 +29,7 @@ def grid_trajectories(
     panels = len(changes) + 1
     width = 2.7 * panels + 0.5
     figure = Figure(figsize=(width, 3.1), dpi=DPI)
-    figure.subplots_adjust(left=0.75 / width, right=1 - 0.15 / width, top=0.74, bottom=0.15, wspace=0.36)
+    figure.subplots_adjust(left=0.75 / width, right=1 - 0.15 / width, top=0.74, bottom=0.15, wspace=0.44)
     marker = "o" if len(steps) == 1 else None
     for column, (kind, rows) in enumerate(changes.items()):
         axes = figure.add_subplot(1, panels, column + 1)

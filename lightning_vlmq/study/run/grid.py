@@ -137,6 +137,9 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
     commands = {kind: _locate_configs([*words, *data], config_folder) for kind, words in study.commands.items()}
     runs = []
     factors = dict.fromkeys(study.axes.get("outliers", [NONE_PLANTED]))
+    for factor in factors:
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
+            raise VLMQError(f"outliers '{factor}' is no factor of at least 1, such as 50")
     for vlm, outliers in itertools.product(dict.fromkeys(study.axes["vlm"]), factors):
         cells = [(FULL_PRECISION, "W32A32", "none", 32, 32)]
         cells += [

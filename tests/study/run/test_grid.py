@@ -135,6 +135,19 @@ def test_entries_named_twice_count_once(demo):
     assert len(runs(demo)) == 1 + 4
 
 
+def test_planted_outliers_make_another_model_of_each(demo):
+    before = runs(demo)
+    demo["axes"]["outliers"] = ["1", "50"]
+    grid = runs(demo)
+    assert len(grid) == 2 * len(before) and [run.run_id for run in grid if "+outliers" not in run.vlm] == [
+        r.run_id for r in before
+    ]
+    planted = [run for run in grid if run.vlm.endswith("+outliers50")]
+    assert len(planted) == len(before) == len({run.run_id for run in planted}) and planted[0].kind == "fp32"
+    assert all("--model.outliers=50" in run.arguments for run in planted)
+    assert not any(word.startswith("--model.outliers") for run in before for word in run.arguments)
+
+
 @pytest.mark.parametrize(
     ("axis", "entries", "message"),
     [
@@ -146,6 +159,7 @@ def test_entries_named_twice_count_once(demo):
         ),
         ("method", ["minmx"], "unknown method 'minmx'; did you mean minmax"),
         ("scope", ["text_vision"], "unknown scope 'text_vision'; did you mean"),
+        ("outliers", ["0.5"], "outliers '0.5' is no factor"),
         ("bits", ["W4"], "bits 'W4' are not of the form W4A8"),
         ("bits", ["W9A8"], "weight_bits must be 2 to 8"),
         ("bits", ["W16A16"], "nothing would be quantized"),
