@@ -23,7 +23,7 @@ def test_several_processes_have_the_loss_and_gradients_of_one(tmp_path, processe
     script = Path(__file__).parents[1] / "cases" / "qat.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(script), "lsqplus_feature", str(tmp_path / "several.pt"), str(processes)],
+        [sys.executable, str(script), "lsqplus_feature(weights='rtn')", str(tmp_path / "several.pt"), str(processes)],
         env=environment,
         capture_output=True,
         text=True,
@@ -31,7 +31,7 @@ def test_several_processes_have_the_loss_and_gradients_of_one(tmp_path, processe
     )
     assert done.returncode == 0, done.stderr
     several = torch.load(tmp_path / "several.pt", weights_only=True)
-    module, one = train("lsqplus_feature")
+    module, one = train("lsqplus_feature(weights='rtn')")
     assert several["loss"] == pytest.approx(one.losses[0], rel=1e-9)
     assert several["gradients"].keys() == one.gradients.keys()
     assert len(one.gradients) == sum(p.requires_grad for p in module.vlm.parameters())
