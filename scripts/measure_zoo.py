@@ -216,6 +216,10 @@ def main() -> None:
             found = _rounded(measure(load_vlm(name), data))
             file = zoo.folder_of(name) / f"{name}.json"
             description = json.loads(file.read_text())
+            description["accuracy"] = {  # of the last weights; training validates every few epochs
+                f"val/{name}/top1": found["accuracy"][name]
+                for name in ("backgrounds_common", "backgrounds_counter", "concepts", "unseen")
+            } | {"val/concepts/top5": found["top5"]}
             file.write_text(json.dumps(description | {"measured": found}, indent=1) + "\n")
             print(name, json.dumps(_cells(found)))
         if options.page:
