@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -16,6 +15,7 @@ from torch import distributed as dist
 
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
 
@@ -58,7 +58,7 @@ class SingularValueSpectrum(Callback):
         self.layer_scalars = layer_scalars
         self._layers: list[LayerSpectrum] = []
         self._layer_scalars: dict[str, dict[str, float]] = {}
-        self._reference_digest = b""
+        self._reference_digest = ""
         self._reference: dict[str, Spectrum] = {}
         self._fit_start: dict[str, Spectrum] | None = None
         self._written_step: int | None = None
@@ -180,7 +180,7 @@ class SingularValueSpectrum(Callback):
         if model is None:
             return self._fit_start or {}, "start of fit"
         weights = matrix_weights(model)
-        if (digest := _digest(weights)) != self._reference_digest:  # decomposed once, then only hashed
+        if (digest := tensors_digest(weights)) != self._reference_digest:  # decomposed once, then only hashed
             self._reference, self._reference_digest = shared_weight_spectra(weights), digest
         return self._reference, "FP32"
 
@@ -239,11 +239,3 @@ def _vlm(pl_module: LightningModule) -> Any:
     if not isinstance(vlm := getattr(pl_module, "vlm", None), torch.nn.Module):
         raise VLMQError(f"{type(pl_module).__name__} has no 'vlm' to watch; remove SingularValueSpectrum or set it")
     return vlm
-
-
-def _digest(weights: Mapping[str, Tensor]) -> bytes:
-    state = hashlib.blake2b(digest_size=16)
-    for name, weight in weights.items():
-        state.update(f"{name} {weight.dtype} {tuple(weight.shape)};".encode())
-        state.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
-    return state.digest()

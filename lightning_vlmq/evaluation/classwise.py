@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from lightning_vlmq.evaluation.evaluators import Estimates
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.quantities import Estimate, average
+from lightning_vlmq.evaluation.quantities import Estimate, average, stream_of
 from lightning_vlmq.evaluation.records import EvaluationSet
 from lightning_vlmq.metrics.functional import bias_doubt, debiased_error
 from lightning_vlmq.statistics import Statistics
@@ -49,8 +48,7 @@ def classwise_estimates(
 
 def _of_set(s: EvaluationSet, runs: Sequence[Gaps | None], settings: Statistics) -> dict[str, Estimate]:
     n_groups, n_resamples = settings.n_groups, settings.n_resamples_ranking
-    stream = int.from_bytes(hashlib.sha256(f"groups of {s.group or s.dataset}".encode()).digest()[:4], "big")
-    rng = np.random.default_rng([settings.seed, stream])
+    rng = np.random.default_rng([settings.seed, stream_of(f"groups of {s.group or s.dataset}")])
     drawn = rng.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=n_resamples)
     weights = torch.from_numpy(np.vstack([np.ones(n_groups), drawn]))  # the first is the sample as it is
     values = {

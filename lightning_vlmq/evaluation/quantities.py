@@ -278,9 +278,13 @@ def drawn_counts(name: str, n: int, n_resamples: int, seed: int) -> Counts:
     return (_kept_counts if n * n_resamples <= _KEPT else _counts)(name, n, n_resamples, seed)
 
 
+def stream_of(text: str) -> int:
+    """The random stream of what is called so, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
 def _counts(name: str, n: int, n_resamples: int, seed: int) -> Counts:
-    stream = int.from_bytes(hashlib.sha256(f"{name} {n}".encode()).digest()[:4], "big")
-    return resample_counts(n, n_resamples, seed, stream)
+    return resample_counts(n, n_resamples, seed, stream_of(f"{name} {n}"))
 
 
 _kept_counts = lru_cache(maxsize=16)(_counts)

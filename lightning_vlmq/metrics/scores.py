@@ -5,7 +5,6 @@ A score is one registered function that says what it needs; a new one needs noth
 
 from __future__ import annotations
 
-import ast
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_vlmq.core.calls import parse_call
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.registry import Registry
 
@@ -168,31 +168,19 @@ def ood_score(text: str) -> OODScore:
     Raises:
         VLMQError: unknown score or parameter, or not of this form.
     """
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-        call = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        parameters = {keyword.arg or "": ast.literal_eval(keyword.value) for keyword in call.keywords}
-    except (SyntaxError, ValueError):
-        raise _malformed(text) from None
-    is_number = all(isinstance(value, int | float) and not isinstance(value, bool) for value in parameters.values())
-    if not isinstance(call.func, ast.Name) or call.args or not is_number:
-        raise _malformed(text)
-    known = list(inspect.signature(OOD_SCORES[call.func.id].function).parameters)[1:]
-    for name in parameters:
-        if name not in known:
-            raise unknown(f"parameter of the OOD score '{call.func.id}'", name, known)
-    return OODScore(call.func.id, parameters)
+    name, parameters = parse_call(text, "OOD score")
+    known = list(inspect.signature(OOD_SCORES[name].function).parameters)[1:]
+    for parameter, value in parameters.items():
+        if parameter not in known:
+            raise unknown(f"parameter of the OOD score '{name}'", parameter, known)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise VLMQError(f"cannot read the OOD score '{text}': {parameter} is a number, e.g. mcm(temperature=0.5)")
+    return OODScore(name, parameters)
 
 
 def score_name(text: str) -> str:
     """The registry's name in a score that :func:`ood_score` takes."""
     return text.partition("(")[0].strip()
-
-
-def _malformed(text: str) -> VLMQError:
-    return VLMQError(
-        f"cannot read the OOD score '{text}': write a name, or name(parameter=number), e.g. mcm(temperature=0.5)"
-    )
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

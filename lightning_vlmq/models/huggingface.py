@@ -17,9 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.core.identity import digest
+from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Interpolation, Preprocessing
-from lightning_vlmq.models.provenance import Provenance, content_hash
+from lightning_vlmq.models.provenance import Provenance
 from lightning_vlmq.models.vlm import VLM
 
 log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
 
     seen = _preprocessing(model.config, processor, folder)
     vlm = VLM(TransformersModel(model), tokenize, name, folder.name if not revision else name, seen)
-    vlm.provenance = Provenance(vlm.pretrained, content_hash(vlm.state_dict()), digest(config), revision)
+    vlm.provenance = Provenance(vlm.pretrained, tensors_digest(vlm.state_dict(), 64), digest(config), revision)
     return vlm
 
 

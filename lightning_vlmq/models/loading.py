@@ -11,11 +11,11 @@ import open_clip
 import torch
 
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.core.identity import digest
+from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
 from lightning_vlmq.models import huggingface, openclip, zoo
 from lightning_vlmq.models.openclip import Activation
-from lightning_vlmq.models.provenance import RANDOM, Provenance, content_hash
+from lightning_vlmq.models.provenance import RANDOM, Provenance
 from lightning_vlmq.models.vlm import VLM, require_finite
 
 SCHEMAS = openclip.SCHEMAS
@@ -148,7 +148,7 @@ def _load_embedded(name: str, pretrained: str | None) -> VLM:
         if pretrained is not None:
             vlm.pretrained = pretrained
     source = "embedded" if pretrained is None else pretrained
-    vlm.provenance = Provenance(source, content_hash(vlm.state_dict()), digest(repr(vlm.model)))
+    vlm.provenance = Provenance(source, tensors_digest(vlm.state_dict(), 64), digest(repr(vlm.model)))
     return vlm
 
 

@@ -14,9 +14,9 @@ import open_clip
 from torch import nn
 
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.core.identity import digest
+from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
-from lightning_vlmq.models.provenance import RANDOM, Provenance, content_hash
+from lightning_vlmq.models.provenance import RANDOM, Provenance
 from lightning_vlmq.models.vlm import VLM, draw_missing_weights
 from lightning_vlmq.models.weights import fit, is_script
 
@@ -147,7 +147,7 @@ def _finish(
     revision: str = "",
 ) -> VLM:
     vlm = VLM(model, tokenize, name, source, preprocessing(model, preprocess, name))
-    vlm.provenance = Provenance(source, content_hash(vlm.state_dict()), digest(config), revision)
+    vlm.provenance = Provenance(source, tensors_digest(vlm.state_dict(), 64), digest(config), revision)
     return vlm
 
 
