@@ -1,22 +1,5 @@
 """Reliability metrics: pure functions, torchmetrics classes over them, OOD scores, per-sample records."""
 
-from lightning_vlmq.metrics.bounded import (
-    BinnedAdaptiveCalibrationError,
-    BinnedDetection,
-    BinnedSelectivePrediction,
-)
-from lightning_vlmq.metrics.calibration import (
-    AURC,
-    AdaptiveCalibrationError,
-    BrierScore,
-    CalibrationError,
-    ClasswiseCalibrationError,
-    CoverageAtRisk,
-    MaximumCalibrationError,
-    NegativeLogLikelihood,
-)
-from lightning_vlmq.metrics.classwise import ClasswiseGaps
-from lightning_vlmq.metrics.flips import Agreement
 from lightning_vlmq.metrics.functional import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERRORS,
@@ -51,8 +34,6 @@ from lightning_vlmq.metrics.functional import (
     temperature_scaled_ece,
     trajectory_bins,
 )
-from lightning_vlmq.metrics.ood import FPR95
-from lightning_vlmq.metrics.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
 from lightning_vlmq.metrics.scores import (
     OOD_SCORES,
     OODScore,
@@ -60,7 +41,24 @@ from lightning_vlmq.metrics.scores import (
     ood_score,
     score_name,
 )
-from lightning_vlmq.metrics.spurious import AddedVulnerability, RelativeSpuriousGap
+from lightning_vlmq.metrics.stateful.bounded import (
+    BinnedAdaptiveCalibrationError,
+    BinnedDetection,
+    BinnedSelectivePrediction,
+)
+from lightning_vlmq.metrics.stateful.calibration import (
+    AURC,
+    AdaptiveCalibrationError,
+    BrierScore,
+    CalibrationError,
+    ClasswiseCalibrationError,
+    CoverageAtRisk,
+    MaximumCalibrationError,
+    NegativeLogLikelihood,
+)
+from lightning_vlmq.metrics.stateful.classwise import ClasswiseGaps
+from lightning_vlmq.metrics.stateful.ood import FPR95
+from lightning_vlmq.metrics.stateful.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
 
 __all__ = [
     "ALEXNET_CLEAN_ERROR",
@@ -70,8 +68,6 @@ __all__ = [
     "OOD_SCORES",
     "RECORD_COLUMNS",
     "AdaptiveCalibrationError",
-    "AddedVulnerability",
-    "Agreement",
     "BinSums",
     "BinnedAdaptiveCalibrationError",
     "BinnedDetection",
@@ -88,7 +84,6 @@ __all__ = [
     "MaximumCalibrationError",
     "NegativeLogLikelihood",
     "OODScore",
-    "RelativeSpuriousGap",
     "ReliabilityBins",
     "SampleRecords",
     "ScoreInputs",

@@ -46,11 +46,6 @@ def _numpy_coverage(confidence: np.ndarray, correct: np.ndarray, risk: float) ->
     return float(coverage)
 
 
-def _numpy_added_vulnerability(f: np.ndarray, q: np.ndarray, common: np.ndarray) -> float:
-    lost = [(f[group].mean() - q[group].mean()) / f[group].mean() for group in (~common, common)]
-    return float(lost[0] - lost[1])
-
-
 def make_cases() -> list[Case]:
     generator = torch.Generator().manual_seed(7)
     logits = 2 * torch.randn(N, C, generator=generator)
@@ -66,16 +61,12 @@ def make_cases() -> list[Case]:
     mixed[::3] = -1
     keep = mixed.numpy() >= 0
 
-    other = logits + torch.randn(N, C, generator=generator)
     score = torch.randn(N, generator=generator).mul(3).round() / 3  # with ties
     is_id = torch.rand(N, generator=generator) < 0.6
     fpr_id, tpr_id, _ = roc_curve(is_id.numpy(), score.numpy(), drop_intermediate=False)
     fpr_ood, tpr_ood, _ = roc_curve(~is_id.numpy(), -score.numpy(), drop_intermediate=False)
-    common = torch.rand(N, generator=generator) < 0.5
-    acc_n, acc_c = correct[common.numpy()].mean(), correct[~common.numpy()].mean()
     tm_error = partial(multiclass_calibration_error, probs.float(), target, num_classes=C)
     scaled = {t: (logits.double() / t).softmax(-1).float() for t in (0.4, 2.5)}
-    correct_q = other.argmax(-1) == target
 
     index = torch.randperm(N, generator=generator)
 
@@ -150,36 +141,12 @@ def make_cases() -> list[Case]:
             {"logits": logits, "target": likely_mixed},
             _numpy_coverage(confidence[keep], right[keep], 0.23),
         ),
-        Case(
-            "agreement_predictions",
-            m.Agreement,
-            {"preds_f": logits.argmax(-1), "preds_q": other.argmax(-1)},
-            float((logits.argmax(-1) == other.argmax(-1)).double().mean()),
-        ),
-        Case(
-            "agreement_logits",
-            m.Agreement,
-            {"preds_f": logits, "preds_q": other},
-            float((logits.argmax(-1) == other.argmax(-1)).double().mean()),
-        ),
         Case("fpr95_id", m.FPR95, {"score": score, "is_id": is_id}, fpr_id[np.argmax(tpr_id >= 0.95)]),
         Case(
             "fpr95_ood",
             partial(m.FPR95, positive="ood"),
             {"score": score, "is_id": is_id},
             fpr_ood[np.argmax(tpr_ood >= 0.95)],
-        ),
-        Case(
-            "rsg",
-            m.RelativeSpuriousGap,
-            {"correct": torch.from_numpy(correct), "is_common": common},
-            (acc_n - acc_c) / acc_n,
-        ),
-        Case(
-            "added_vulnerability",
-            m.AddedVulnerability,
-            {"correct_f": torch.from_numpy(correct), "correct_q": correct_q, "is_common": common},
-            _numpy_added_vulnerability(correct, correct_q.numpy(), common.numpy()),
         ),
         Case(
             "binned_detection",

@@ -101,41 +101,6 @@ def test_coverage_at_risk_is_none_when_the_surest_are_wrong():
 
 
 @pytest.mark.parametrize(
-    ("f", "q", "is_common"),
-    [([1, 1, 1], [1, 0, 1], [1, 1, 1]), ([1, 1, 1], [1, 0, 1], [0, 0, 0]), ([1, 0, 1], [1, 1, 1], [1, 0, 1])],
-    ids=["no counter", "no common", "nothing right on counter"],
-)
-def test_added_vulnerability_without_reference_is_nan(f, q, is_common):
-    metric = m.AddedVulnerability()
-    metric.update(*(torch.tensor(x).bool() for x in (f, q, is_common)))
-    assert metric.compute().isnan()
-
-
-def test_added_vulnerability_by_hand():
-    def columns(*rows):
-        return [torch.tensor(row).bool() for row in rows]
-
-    metric = m.AddedVulnerability()
-    metric.update(*columns([1, 1, 1, 1], [1, 1, 0, 1], [0, 0, 0, 1]))
-    metric.update(*columns([1, 1], [0, 0], [0, 1]))
-    assert metric.compute() == 0  # counter: from 4 right to 2; common: from 2 to 1
-    metric.update(*columns([1, 1], [1, 1], [1, 1]))
-    assert metric.compute() == 0.5 - 0.25
-
-
-def test_broken_predictions_agree_with_nothing():
-    logits = torch.eye(4)
-    broken = logits.clone()
-    broken[0, 0], broken[1, 1], broken[2] = torch.nan, torch.inf, -torch.inf
-    metric = m.Agreement()
-    metric.update(broken, broken)
-    assert metric.compute() == 0.25
-    metric.reset()
-    metric.update(torch.tensor([-1, 2]), torch.tensor([-1, 2]))
-    assert metric.compute() == 0.5
-
-
-@pytest.mark.parametrize(
     ("act", "message"),
     [
         (lambda: m.FPR95(positive="in"), "unknown positive class 'in'"),
@@ -145,16 +110,10 @@ def test_broken_predictions_agree_with_nothing():
         (lambda: m.MaximumCalibrationError(temperature=-1.0), "temperature must be positive"),
         (lambda: m.CoverageAtRisk(risk=1.5), r"risk is an error rate in \[0, 1\], got 1.5"),
         (lambda: m.CoverageAtRisk(risk=float("nan")), "risk is an error rate"),
-        (
-            lambda: m.AddedVulnerability().update(torch.ones(2).bool(), torch.ones(2).bool(), torch.ones(3).bool()),
-            "same samples",
-        ),
         (lambda: m.AdaptiveCalibrationError(n_bins=-1), "n_bins must be at least 1"),
         (lambda: m.AdaptiveCalibrationError(norm="x"), "unknown norm"),
         (lambda: m.ClasswiseCalibrationError(num_classes=0), "at least 1"),
         (lambda: m.ClasswiseCalibrationError(num_classes=3).update(torch.zeros(2, 4), torch.zeros(2)), r"\[n, 3\]"),
-        (lambda: m.Agreement().update(torch.zeros(2, 4), torch.zeros(3).long()), "same samples"),
-        (lambda: m.RelativeSpuriousGap().update(torch.ones(2).bool(), torch.ones(3).bool()), "must be"),
         (lambda: m.FPR95().update(torch.zeros(2), torch.ones(3).bool()), "same n"),
         (lambda: m.BrierScore().update(torch.zeros(2, 3), torch.tensor([0, 3])), r"targets must lie in \[-1, 3\)"),
     ],

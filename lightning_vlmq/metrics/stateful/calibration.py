@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.metrics.functional import (
@@ -26,7 +25,8 @@ from lightning_vlmq.metrics.functional import (
 from lightning_vlmq.metrics.functional.calibration import Norm
 from lightning_vlmq.metrics.functional.selective import checked_risk
 from lightning_vlmq.metrics.functional.temperature import checked_temperature, divided
-from lightning_vlmq.metrics.records import ColumnMetric
+from lightning_vlmq.metrics.stateful.base import StreamedMetric
+from lightning_vlmq.metrics.stateful.records import ColumnMetric
 
 
 def _labelled(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,12 +34,10 @@ def _labelled(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return confidence[target >= 0], correct[target >= 0]
 
 
-class _MeanOfRecord(Metric):
+class _MeanOfRecord(StreamedMetric):
     """Mean of one per-sample column over the labelled samples. float64 scalar, NaN without samples."""
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
     _record: str
     sum: Tensor
@@ -68,10 +66,6 @@ class _MeanOfRecord(Metric):
         """The mean over all labelled samples so far; NaN if one of them had undefined logits."""
         return self.sum / self.total
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)
-
 
 class BrierScore(_MeanOfRecord):
     """Mean multi-class Brier score, sum form sum_c (p_c - 1[c = target])^2, in [0, 2] (Brier 1950)."""
@@ -86,10 +80,8 @@ class NegativeLogLikelihood(_MeanOfRecord):
     _record = "nll"
 
 
-class _BinnedCalibrationError(Metric):
-    is_differentiable = False
+class _BinnedCalibrationError(StreamedMetric):
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     bin_count: Tensor
@@ -107,10 +99,6 @@ class _BinnedCalibrationError(Metric):
 
     def _sums(self) -> BinSums:
         return BinSums(self.bin_count, self.bin_confidence, self.bin_correct)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)
 
 
 class CalibrationError(_BinnedCalibrationError):
@@ -229,10 +217,6 @@ class ConfidenceMetric(ColumnMetric):
         """Add a batch: logits float ``[n, C]``, target int64 ``[n]`` (-1: no class). Raises as ``per_sample``."""
         confidence, correct = _labelled(logits, target)
         self.append(confidence=confidence, correct=correct)
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)
 
 
 class AdaptiveCalibrationError(ConfidenceMetric):

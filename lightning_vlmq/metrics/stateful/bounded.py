@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics.functional import BinSums, confidence_and_correct
@@ -21,9 +20,10 @@ from lightning_vlmq.metrics.functional.binned import (
     score_bins,
 )
 from lightning_vlmq.metrics.functional.selective import checked_risk
+from lightning_vlmq.metrics.stateful.base import StreamedMetric
 
 
-class BinnedDetection(Metric):
+class BinnedDetection(StreamedMetric):
     """AUROC, AUPR-in, AUPR-out and FPR95 (both conventions) from two histograms of scores.
 
     ``compute`` returns float64 scalars under the keys ``auroc``, ``aupr_in``, ``aupr_out``, ``fpr95``,
@@ -41,8 +41,6 @@ class BinnedDetection(Metric):
         VLMQError: ``high`` is not above ``low``, or ``n_bins`` is below 1.
     """
 
-    is_differentiable = False
-    full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     id_counts: Tensor
@@ -86,12 +84,8 @@ class BinnedDetection(Metric):
             values[name], values[f"{name}_error_bound"] = bounded.value, bounded.error_bound
         return {name: torch.where(self.undefined > 0, torch.nan, value) for name, value in values.items()}
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)
 
-
-class BinnedAdaptiveCalibrationError(Metric):
+class BinnedAdaptiveCalibrationError(StreamedMetric):
     """Adaptive ECE (equal-mass bins) from sums over a fine grid of confidences.
 
     ``compute`` returns float64 scalars ``adaptive_ece`` and ``adaptive_ece_error_bound`` (see
@@ -107,9 +101,7 @@ class BinnedAdaptiveCalibrationError(Metric):
         VLMQError: ``n_bins`` or ``cells`` is below 1.
     """
 
-    is_differentiable = False
     higher_is_better = False
-    full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     cell_count: Tensor
@@ -140,12 +132,8 @@ class BinnedAdaptiveCalibrationError(Metric):
         bounded = adaptive_ece_from_cells(cells, self.n_bins)
         return {"adaptive_ece": bounded.value, "adaptive_ece_error_bound": bounded.error_bound}
 
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)
 
-
-class BinnedSelectivePrediction(Metric):
+class BinnedSelectivePrediction(StreamedMetric):
     """AURC and coverage at risk from counts over a fine grid of confidences.
 
     ``compute`` returns float64 scalars ``aurc``, ``coverage_at_risk``, and for each ``<key>_error_bound``: the value of
@@ -166,8 +154,6 @@ class BinnedSelectivePrediction(Metric):
         VLMQError: ``risk`` is outside [0, 1], or ``cells`` is below 1.
     """
 
-    is_differentiable = False
-    full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
     cell_count: Tensor
@@ -199,7 +185,3 @@ class BinnedSelectivePrediction(Metric):
         for name, bounded in (("aurc", counts.aurc()), ("coverage_at_risk", counts.coverage_at_risk(self.risk))):
             values[name], values[f"{name}_error_bound"] = bounded.value, bounded.error_bound
         return {name: torch.where(self.undefined > 0, torch.nan, value) for name, value in values.items()}
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_vlmq.core.errors import unknown
 from lightning_vlmq.metrics.functional import fpr95, fpr95_openood
-from lightning_vlmq.metrics.records import ColumnMetric
+from lightning_vlmq.metrics.stateful.records import ColumnMetric
 
 _BY_POSITIVE = {"id": fpr95, "ood": fpr95_openood}
 
@@ -54,7 +54,3 @@ class FPR95(ColumnMetric):
         """The rate over all samples so far."""
         score, is_id = self.column("score"), self.column("is_id")
         return _BY_POSITIVE[self.positive](score[is_id], score[~is_id])
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see torchmetrics' ``Metric.plot``. Returns figure and axis."""
-        return self._plot(val, ax)

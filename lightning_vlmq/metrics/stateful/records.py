@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.metrics.stateful.base import StreamedMetric
 
 RECORD_COLUMNS: Mapping[str, torch.dtype] = {
     "target": torch.int64,
@@ -27,7 +27,7 @@ RECORD_COLUMNS: Mapping[str, torch.dtype] = {
 """The columns every evaluated data set records, beside ``index``."""
 
 
-class ColumnMetric(Metric):
+class ColumnMetric(StreamedMetric):
     """Base of metrics that keep typed columns of shape ``[n]`` until they compute.
 
     torchmetrics gathers an empty list state as an empty tensor of the metric's float dtype. Under DDP, a process
@@ -38,9 +38,6 @@ class ColumnMetric(Metric):
         columns: dtype of each column by name (a Python identifier).
         kwargs: torchmetrics' own arguments.
     """
-
-    is_differentiable = False
-    full_state_update = False
 
     def __init__(self, columns: Mapping[str, torch.dtype], **kwargs: Any) -> None:
         super().__init__(**kwargs)
