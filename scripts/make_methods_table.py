@@ -20,12 +20,14 @@ from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.results.store import ResultsStore
 
 ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))
-METRICS = ("top1", "ece", "agreement", "coverage_weights")
+METRICS = ("top1", "ece", "agreement", "coverage_weights", "coverage_macs", "held_out_loss_start", "held_out_loss")
+LOSSES = METRICS[-2:]
 HEAD = """# The sixteen methods
 
 Each of them on one model of every tower family, both towers quantized, judged on the in-distribution set. Top-1 accuracy,
-expected calibration error (ECE, 15 bins), agreement with full precision and coverage (share of both towers' matrix weights
-that is quantized) are in percent; ± is a standard error over the {n:,} images, the same for all methods of a table.
+expected calibration error (ECE, 15 bins), agreement with full precision and coverage (shares of both towers' matrix weights and
+of their multiply-accumulates, MACs, that are quantized) are in percent; ± is a standard error over the {n:,} images, the same for
+all methods of a table. Loss is that on caption pairs which are not trained on, in thousandths: before training and after.
 Seconds are those to quantize (for the trained methods: and to train) on a machine of {cores} CPU cores, one thread.
 
 ```console
@@ -94,23 +96,27 @@ def model_section(model: str, runs: pd.DataFrame) -> str:
     """The table of one model: a line a method, four columns a bit-width."""
     full = runs[runs["method"] == FULL_PRECISION]
     bits = sorted({(w, a) for w, a in zip(runs["weight_bits"], runs["act_bits"]) if (w, a) != (32, 32)}, reverse=True)
-    named = [f"{label} W{w}A{a}" for w, a in bits for label in ("top-1", "ECE", "agreement", "seconds")]
+    named = [f"{label} W{w}A{a}" for w, a in bits for label in ("top-1", "ECE", "agreement", "loss", "seconds")]
     lines = [f"\n## {model}\n\n"]
     for run in full.itertuples():
         lines.append(
             f"Full precision: top-1 {run.top1:.1f} ± {run.top1_stderr:.1f}, ECE {run.ece:.1f} ± {run.ece_stderr:.1f}.\n\n"
         )
-    lines.append(f"| method | {' | '.join(named)} | coverage |\n|---|{'---:|' * (len(named) + 1)}\n")
+    lines.append(f"| method | {' | '.join(named)} | weights | MACs |\n|---|{'---:|' * (len(named) + 2)}\n")
     for method in (m for m in ORDER if m in set(runs["method"])):
         own = runs[runs["method"] == method].set_index(["weight_bits", "act_bits"])
         cells = []
         for key in bits:
             if key not in own.index:
-                cells += ["–"] * 4
+                cells += ["–"] * 5
                 continue
             run = own.loc[key]
-            cells += [f"{run['top1']:.1f}", f"{run['ece']:.1f}", f"{run['agreement']:.1f}", f"{run['seconds']:.1f}"]
-        lines.append(f"| `{method}` | {' | '.join(cells)} | {own['coverage_weights'].min():.1f} |\n")
+            cells += [f"{run['top1']:.1f}", f"{run['ece']:.1f}", f"{run['agreement']:.1f}"]
+            before, after = (10 * run[loss] for loss in LOSSES)  # stored as a number, held here in percent
+            cells += ["–" if pd.isna(after) else f"{before:.2f} → {after:.2f}", f"{run['seconds']:.1f}"]
+        lines.append(
+            f"| `{method}` | {' | '.join(cells)} | {own['coverage_weights'].min():.1f} | {own['coverage_macs'].min():.1f} |\n"
+        )
     return "".join(lines)
 
 

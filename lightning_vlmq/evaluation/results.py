@@ -40,9 +40,7 @@ def rows_by_variant(
         where, {name: [v.gaps[name] for v in variants] for name in variants[0].gaps}, settings
     )
     facts = [{"logit_scale": v.scale.scale, "logit_bias": v.scale.bias, "pairs_nll": v.pairs_nll} for v in variants]
-    return [
-        rows_of(estimates, run, is_compared=run > 0) + _model_rows(sets, facts[run]) for run in range(len(variants))
-    ]
+    return [rows_of(estimates, run, is_compared=run > 0) + model_rows(sets, facts[run]) for run in range(len(variants))]
 
 
 def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None) -> list[Row]:
@@ -50,7 +48,7 @@ def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, sche
     if coverage is None or scheme is None:
         return []
     weights, macs = coverage.weight_share(scheme.towers), coverage.mac_share(scheme.towers)
-    return _model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs})
+    return model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs})
 
 
 def require_complete(sets: Sequence[EvalSet], records: Records) -> None:
@@ -73,7 +71,7 @@ def require_complete(sets: Sequence[EvalSet], records: Records) -> None:
         log.warning("%d of %d images of '%s' cannot be read and are left out", missing, len(s.images), s.name)
 
 
-def _model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> list[Row]:
+def model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> list[Row]:
     """Numbers about the model alone, filed with the in-distribution set."""
     inside = next(s for s in sets if s.role == "id")
     return [Row(inside.name, "id", name, value, 0.0, 0) for name, value in values.items() if value is not None]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.evaluation.results import model_rows
 from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.quant import METHODS, QATMethod
 from lightning_vlmq.quant.training import default_rates
@@ -164,6 +165,13 @@ class QATModule(EvaluationModule):
         if all(loss < before for before in self.held_out_losses):
             self._best = {name: tensor.detach().clone() for name, tensor in self.vlm.state_dict().items()}
         self.held_out_losses.append(loss)
+
+    def on_validation_epoch_end(self) -> None:
+        """As :meth:`EvaluationModule.on_validation_epoch_end`, and rows of the held-out loss: at the start, and the least."""
+        super().on_validation_epoch_end()
+        if self.held_out_losses and not self.trainer.sanity_checking:
+            kept = {"held_out_loss_start": self.held_out_losses[0], "held_out_loss": min(self.held_out_losses)}
+            self.rows += model_rows(self.eval_sets, kept)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the best state so far and the losses on held-out pairs."""

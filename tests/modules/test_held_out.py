@@ -26,13 +26,22 @@ class Seen(Callback):
 
 
 def fit(
-    method="lsq_contrastive", epochs=2, vlm="vit_clean", pairs=60, logger=False, callbacks=(), resume=None, **settings
+    method="lsq_contrastive",
+    epochs=2,
+    vlm="vit_clean",
+    pairs=60,
+    logger=False,
+    callbacks=(),
+    resume=None,
+    limit_val_batches=0,
+    **settings,
 ):
     seed_everything(0, verbose=False)
     data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=pairs, train_batch_size=16)
     module = QATModule(vlm, quant=Quantization(method=method, weight_bits=settings.pop("bits", 3)), **settings)
     trainer = Trainer(
-        accelerator="cpu", max_epochs=epochs, limit_val_batches=0, logger=logger, callbacks=list(callbacks), log_every_n_steps=2,
+        accelerator="cpu", max_epochs=epochs, limit_val_batches=limit_val_batches, num_sanity_val_steps=0,
+        logger=logger, callbacks=list(callbacks), log_every_n_steps=2,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
         enable_autolog_hparams=False,
         enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
@@ -60,6 +69,15 @@ def test_held_out_pairs_are_never_trained_on_and_tell_the_best_state():
     assert len(module.held_out_losses) == 3
     assert held_out_loss(module, data, rows) == pytest.approx(min(module.held_out_losses), rel=1e-4)
     assert seen.modes == {False}  # normalised by full precision's statistics
+
+
+def test_the_losses_are_among_the_rows_of_the_validation_that_ends_the_fit():
+    module, _ = fit(epochs=1, limit_val_batches=1.0)
+    rows = {row.metric: row.value for row in module.rows}
+    assert (rows["held_out_loss_start"], rows["held_out_loss"]) == (
+        module.held_out_losses[0],
+        min(module.held_out_losses),
+    )
 
 
 def test_a_reckless_rate_leaves_the_start_and_says_so(caplog):

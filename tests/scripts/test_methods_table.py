@@ -32,12 +32,17 @@ def test_page_shows_the_stored_numbers(tmp_path):
         store, "b", replace(KEY, method="gptq"), 3.27, top1=0.9401, ece=0.0345, agreement=0.987, coverage_weights=0.999
     )
     eight = replace(KEY, method="gptq", weight_bits=8)
-    write(store, "c", eight, 2.61, top1=0.9499, ece=0.0241, agreement=0.9951, coverage_weights=1.0)
+    write(store, "c", eight, 2.61, top1=0.9499, ece=0.0241, agreement=0.9951, coverage_weights=1.0, coverage_macs=0.964)
+    trained = replace(KEY, method="lsq_feature")
+    write(
+        store, "d", trained, 9.0, top1=0.95, ece=0.02, agreement=0.99, held_out_loss_start=0.0024, held_out_loss=0.00175
+    )
     write(store, "c.lst", eight.tuned, 2.61, top1=0.1, ece=0.2)
     text = script.page(script.read_results(tmp_path))
     assert "Full precision: top-1 95.1 ± " in text
-    assert "| method | top-1 W8A8 | ECE W8A8 |" in text
-    assert "| `gptq` | 95.0 | 2.4 | 99.5 | 2.6 | 94.0 | 3.5 | 98.7 | 3.3 | 99.9 |" in text
+    assert "| method | top-1 W8A8 | ECE W8A8 | agreement W8A8 | loss W8A8 |" in text
+    assert "| `gptq` | 95.0 | 2.4 | 99.5 | – | 2.6 | 94.0 | 3.5 | 98.7 | – | 3.3 | 99.9 | 96.4 |" in text
+    assert "| 95.0 | 2.0 | 99.0 | 2.40 → 1.75 | 9.0 |" in text
     assert "`lsq_feature` | yes |" in text and "10.0" not in text
 
 
