@@ -44,7 +44,8 @@ class QATModule(EvaluationModule):
             for these bits, :func:`~lightning_vlmq.quant.training.default_rates`.
         weight_decay: decoupled, on matrix weights only.
         step_lr: peak learning rate of quantization steps and offsets, relative to each step's size. None as for weights.
-        held_out: share of the caption pairs that is not trained on, evenly spread; 0 trains on all and keeps the last state.
+        held_out: share of the caption pairs that is not trained on, evenly spread; 0 trains on all and keeps the last state, as does,
+            with a warning, a share that comes to fewer than two pairs.
         kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
 
     Attributes:
@@ -102,11 +103,12 @@ class QATModule(EvaluationModule):
         pairs = len(self.data.require_disjoint_pairs())
         spacing = round(1 / self.held_out) if self.held_out else pairs + 1
         rows = range(spacing - 1, pairs, spacing)
-        if self.held_out and len(rows) < 2:
-            raise VLMQError(
-                f"held_out {self.held_out} of {pairs} caption pairs leaves {len(rows)} to tell training by, which takes 2; give "
-                "more pairs, or held_out 0"
+        if self.held_out and len(rows) < 2:  # one pair has no other to be told from
+            log.warning(
+                f"held_out {self.held_out} of {pairs} caption pairs leaves {len(rows)} to tell training by, which takes 2: it is "
+                "trained on all of them, and the last state is kept"
             )
+            rows = range(0)
         self.data.held_out = frozenset(rows)
 
     def on_fit_start(self) -> None:

@@ -94,10 +94,14 @@ def test_none_held_out_trains_on_all_pairs():
     assert seen.rows == set(range(60)) and module.held_out_losses == []
 
 
-@pytest.mark.parametrize("share, pairs, message", [(0.1, 15, "leaves 1 to tell"), (0.7, 60, "0 to 0.5")])
-def test_shares_that_do_not_do_are_refused(share, pairs, message):
-    with pytest.raises(VLMQError, match=message):
-        fit(held_out=share, pairs=pairs)
+def test_too_few_pairs_to_hold_out_are_all_trained_on_with_a_word(caplog):
+    seen = Seen()
+    with caplog.at_level(logging.WARNING):
+        module, data = fit(callbacks=[seen], epochs=1, pairs=15)
+    assert "leaves 1 to tell training by" in caplog.text
+    assert seen.rows == set(range(15)) and module.held_out_losses == [] and not data.held_out
+    with pytest.raises(VLMQError, match=r"0 to 0\.5"):
+        fit(held_out=0.7)
 
 
 def test_a_resumed_fit_keeps_the_best_of_both_parts(tmp_path):
