@@ -9,7 +9,8 @@ from itertools import groupby
 
 import lightning_vlmq
 from lightning_vlmq.commands import COMMANDS, GROUPS
-from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, in_one_line, unknown
+from lightning_vlmq.core.stopping import stoppable
 
 _USAGE = """usage: vlmq COMMAND [--config NAME]... [options]
 
@@ -81,14 +82,15 @@ def main(args: list[str] | None = None) -> None:
 
 
 def entry_point() -> None:
-    """The console script: bad input ends with one line on standard error and exit code 2."""
-    try:
-        main()
-    except VLMQError as error:
-        print(f"vlmq: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """The console script: bad input and full disks end with one line on standard error and exit code 2, signals with theirs."""
+    with stoppable("vlmq", "what was not filed yet starts afresh with the same command"):
+        try:
+            main()
+        except (VLMQError, OSError) as error:
+            if (said := in_one_line(error)) is None:
+                raise
+            print(f"vlmq: error: {said}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _own_error(error: BaseException | None) -> VLMQError | None:

@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import torch
 import yaml
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_vlmq import callbacks, data, modules
 from lightning_vlmq.callbacks import ResultsWriter
+from lightning_vlmq.callbacks.loggers import forgive
+from lightning_vlmq.callbacks.whole import require_place
+from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.configs import config_folder, config_names, config_summary, find_config
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant.methods import METHODS
@@ -61,6 +67,18 @@ def plain(text: str) -> str:
     """
     text = re.sub(r":\w+:`~[^`]*?([^`.]+)`", r"\1", text)
     return re.sub(r"``([^`]*)``", r"'\1'", re.sub(r":\w+:`([^`]+)`", r"\1", text))
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Training checkpoints that are there whole or not at all, on disk, with the mode that the umask gives."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint to a local path; what lies elsewhere is Lightning's. Raises ``OSError`` with the path."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        with replacing(Path(path)) as partial:
+            torch.save(checkpoint, partial)
 
 
 class VLMQCLI(LightningCLI):
@@ -118,6 +136,27 @@ class VLMQCLI(LightningCLI):
         if self._has_commands:
             parser.set_defaults({f"{name}.verbose": False for name in ("validate", "test")})
         super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        """Find out before any work whether results can be written, where some will be."""
+        command = self.config.get("subcommand")
+        config = self.config[command] if command else self.config
+        parts = ("fast_dev_run", "overfit_batches", "limit_train_batches", "limit_val_batches", "limit_test_batches")
+        is_partial = any((config.get("trainer") or {}).get(part) for part in parts)
+        if (
+            getattr(rank_zero_only, "rank", 0) in (None, 0)
+            and command in ("fit", "validate", "test")
+            and not is_partial
+        ):
+            require_place(Path(config["results"]["root"]), "results")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with loggers that end no run, and checkpoints that are whole."""
+        trainer = super().instantiate_trainer(**kwargs)
+        forgive(trainer)
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = WholeCheckpoints()
+        return trainer
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``--results.*``, the writer of results that every command has."""

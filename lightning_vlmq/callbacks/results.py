@@ -15,13 +15,13 @@ from torch import Tensor
 
 from lightning_vlmq.callbacks.activations import ActivationSpectrum
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
-from lightning_vlmq.core.atomic import remove_leftovers, require_writable
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.callbacks.whole import partial_reason, require_place
+from lightning_vlmq.core.atomic import remove_leftovers
 from lightning_vlmq.core.identity import describe, digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.quant import save_quantized
-from lightning_vlmq.results.identity import run_identity, why_partial
-from lightning_vlmq.results.store import PARTS, ResultsStore, code_version
+from lightning_vlmq.results.identity import run_identity
+from lightning_vlmq.results.store import ResultsStore, code_version
 
 log = logging.getLogger(__name__)
 
@@ -61,33 +61,22 @@ class ResultsWriter(Callback):
         """Name the run and give the module a place for its features, before anything is computed."""
         self._start = self._made = time.perf_counter()
         self._judged_at = None
-        self.partial = why_partial(trainer) or ""
+        self.partial = ""
         if not hasattr(pl_module, "run_key"):
             return
         if getattr(pl_module.cache, "folder", None) is None:
             pl_module.cache.folder = self.root / "cache"
         if trainer.state.fn == "predict":
             return
+        self.partial = partial_reason(trainer, f"nothing is filed in '{self.root}'")
         if self.partial:
-            if trainer.is_global_zero:
-                log.warning("nothing is filed in '%s': the run does not see all data (%s)", self.root, self.partial)
             return
         self._identity = describe(run_identity(trainer, pl_module))
         self.run_id = self.given_id or digest(self._identity, 12)
         if trainer.is_global_zero:
-            self._require_place()
-
-    def _require_place(self) -> None:
-        assert self.run_id is not None
-        try:
-            require_writable(self.root)
-        except OSError as error:
-            raise VLMQError(
-                f"results cannot be written to '{self.root}' ({error.strerror}); give another --results.root"
-            ) from error
-        for part in (*PARTS, "models"):
-            remove_leftovers(self.root / part)
-        self.store.require_same(self.run_id, self._identity)
+            require_place(self.root, "results")
+            remove_leftovers(self.root, below=True)
+            self.store.require_same(self.run_id, self._identity)
 
     def on_validation_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Take the time: the model to be judged is there."""
@@ -148,7 +137,9 @@ class ResultsWriter(Callback):
                     rows += [
                         {"score": group, "metric": metric, "value": value, **where} for metric, value in values.items()
                     ]
+        companions = []
         if module.tuned_records is not None:  # first: a run counts as done once its own part is there
+            companions.append(f"{self.run_id}.lst")
             tuned = {**module.run_key.tuned.columns(), "code_version": code_version(), "run_id": f"{self.run_id}.lst"}
             tuned_rows = pd.DataFrame([{**asdict(row), **tuned} for row in module.tuned_rows])
             samples = _sample_table(module.eval_sets, module.tuned_records)
@@ -166,6 +157,7 @@ class ResultsWriter(Callback):
                     module.run_key, variant=", ".join(filter(None, (module.run_key.variant, f"surgery={name}")))
                 )
                 run_id = f"{self.run_id}.{name.replace(' ', '_').replace('+', '_up')}"
+                companions.append(run_id)
                 columns = {**key.columns(), "code_version": code_version(), "run_id": run_id}
                 table = pd.DataFrame([{**asdict(row), **columns} for row in own_rows])
                 samples = _sample_table(module.eval_sets, records)
@@ -180,7 +172,7 @@ class ResultsWriter(Callback):
             self._made - self._start,
             module.statistics,
             self._identity,
-            [f"{self.run_id}.lst"] if module.tuned_records is not None else [],
+            companions,
         )
 
 

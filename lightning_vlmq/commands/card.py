@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +34,11 @@ class Saved:
     @classmethod
     def read(cls, folder: Path) -> Saved:
         """Read a folder's description; raises :class:`VLMQError` where it is none."""
-        from lightning_vlmq.quant import CoverageReport
         from lightning_vlmq.quant.checkpoint import DESCRIPTION, FORMAT, read_description
+        from lightning_vlmq.quant.description import described
 
-        content = read_description(folder / DESCRIPTION, FORMAT)
-        coverage = CoverageReport.from_dict(content["coverage"])
-        model, pretrained, method = (content[name] for name in ("model", "pretrained", "method"))
-        return cls(model, pretrained, method, content.get("options", {}), content["scheme"], coverage)
+        found = described(read_description(folder / DESCRIPTION, FORMAT), folder / DESCRIPTION)
+        return cls(found.model, found.pretrained, found.method, found.options, asdict(found.scheme), found.coverage)
 
     @property
     def bits(self) -> str:
@@ -67,10 +65,9 @@ def run(args: list[str]) -> None:
     given = parser.parse_args(args)
     path = Path(given.checkpoint) / "README.md"
     text = card(Path(given.checkpoint), given.full, given.run, given.root, given.license)
-    from lightning_vlmq.core.atomic import replacing
+    from lightning_vlmq.core.atomic import write_text
 
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+    write_text(path, text)
     print(path)
 
 

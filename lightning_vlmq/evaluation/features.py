@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_vlmq.core.atomic import remove_leftovers, replacing
+from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import FEATURES, code_digest, digest, library_versions, tensors_digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM
@@ -73,7 +74,6 @@ class FeatureCache:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = None if folder is None else Path(folder)
         self._warned = False
-        self._cleaned = False
 
     def get(self, tower: str, dataset: str, n: int | None = None) -> Tensor | None:
         """Features ``[n, ...]`` in sample order, or ``None`` where nothing (or nothing sound) is kept.
@@ -108,13 +108,9 @@ class FeatureCache:
             return
         kept = {"features": features.detach().cpu().contiguous()}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._cleaned:
-                self._cleaned = True
-                remove_leftovers(path.parent)
             with replacing(path) as partial:
                 save_file(kept, partial, {"digest": tensors_digest(kept)})
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             self._warn(path, error)
 
     def of(self, tower: str, dataset: str, compute: Callable[[], Tensor], n: int | None = None) -> Tensor:
@@ -122,6 +118,7 @@ class FeatureCache:
         known = self.get(tower, dataset, n)
         if known is None:
             known = compute()
+            require_unit(known, "texts or images that belong to all sets")
             self.put(tower, dataset, known)
         return known
 
@@ -141,6 +138,28 @@ def _problem(features: Tensor, found: str | None, n: int | None) -> str:
     if features.ndim < 2 or (n is not None and len(features) != n):
         return f"of shape {tuple(features.shape)} where {n} samples are asked for"
     return "" if torch.isfinite(features).all() else "not finite"
+
+
+def require_unit(features: Tensor, what: str) -> None:
+    """Refuse features ``[n, ..., dim]`` that are no directions: not finite, or zero, which is what overflowing activations become.
+
+    Metrics of them would be those of a constant prediction, and look like a result.
+
+    Raises:
+        VLMQError: there are such.
+    """
+    length = (
+        features.detach().float().norm(dim=-1).flatten(1)
+        if features.ndim > 2
+        else features.detach().float().norm(dim=-1)[:, None]
+    )
+    bad = int((~(length > 0.5)).any(1).sum())  # NaN compares false; infinite features have infinite or undefined length
+    bad = max(bad, int(length.isinf().any(1).sum()))
+    if bad:
+        raise VLMQError(
+            f"the model has no features for {bad} of {len(features)} {what}: they are not finite or zero, so activations overflow; "
+            "its weights have exploded, or are too large for this precision: give other weights, or --trainer.precision 32-true"
+        )
 
 
 class SetFeatures:
@@ -164,6 +183,7 @@ class SetFeatures:
         if self._known is not None:
             return self._known[index.cpu()].to(index.device)
         features = encode()
+        require_unit(features, f"images of '{self.set.name}'")
         if self.cache.folder is not None:
             self._fresh.append(features.cpu())
         return features

@@ -26,7 +26,7 @@ from lightning_vlmq.metrics import (
     ScoreInputs,
     per_sample,
 )
-from lightning_vlmq.models import VLM
+from lightning_vlmq.models import VLM, require_finite
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.statistics import Statistics
 
@@ -103,7 +103,7 @@ class Judged:
         tuned: with the tuned one, or ``None``.
 
     Raises:
-        VLMQError: pairs are needed, and there are none.
+        VLMQError: pairs are needed, and there are none; a weight is not finite or has exploded.
     """
 
     def __init__(
@@ -116,6 +116,7 @@ class Judged:
         settings: Statistics,
         tunes: bool = False,
     ) -> None:
+        require_finite(vlm)
         self.vlm, self._scores = vlm.eval(), dict(scores)
         needs = frozenset().union(*(score.needs for score in scores.values()))
         with torch.no_grad():

@@ -19,17 +19,20 @@ from torchao.prototype.safetensors.safetensors_support import flatten_tensor_sta
 from torchao.quantization.granularity import PerAxis, PerTensor, PerToken
 from torchao.utils import is_MI300, is_MI350, is_sm_at_least_89
 
-from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.atomic import write_text
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.identity import tensors_digest
+from lightning_vlmq.core.names import one_line
 from lightning_vlmq.lowbit.layers import TensorLinear, low_bit_layer, pack, unpack
 from lightning_vlmq.models import VLM, load_origin
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
 from lightning_vlmq.quant.checkpoint import WEIGHTS, read_description, restore_structure, write_tensors
+from lightning_vlmq.quant.description import described
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.scheme import UNQUANTIZED_BITS, QuantScheme
 
-FORMAT = 1
+FORMAT = 2
 DESCRIPTION = "convert.json"
 Activations = Literal["keep", "dynamic", "static", "none"]
 Kernels = Literal["torchao", "own"]
@@ -166,36 +169,37 @@ def save_converted(
         The folder.
     """
     folder = Path(path_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, metadata = flat_state(vlm)
     for key, layer in _sub_byte(vlm).items():
         tensors[key] = pack(tensors[key], layer.bits)
     write_tensors(folder / WEIGHTS, tensors, metadata)
-    write_description(folder, conversion, vlm, quantized, **more)
-    return folder
-
-
-def write_description(folder: Path, conversion: Conversion, vlm: VLM, quantized: dict[str, Any], **more: Any) -> None:
-    """Write a converted model's ``convert.json`` alone, atomically; arguments as of :func:`save_converted`."""
     description = {
         "format": FORMAT,
         "conversion": asdict(conversion),
         **more,
+        "tensors": tensors_digest(tensors, 32),
         "quantized": quantized,
     }
-    with replacing(folder / DESCRIPTION) as partial:
-        partial.write_text(json.dumps(description, indent=1))
+    write_text(folder / DESCRIPTION, json.dumps(description, indent=1))
+    return folder
 
 
-def load_converted(path_dir: str | Path, device: str | torch.device = "cpu") -> VLM:
+def amend_description(folder: Path, **more: Any) -> None:
+    """Add to (or change in) a converted model's ``convert.json`` entries of JSON types, atomically."""
+    description = read_description(folder / DESCRIPTION, FORMAT)
+    write_text(folder / DESCRIPTION, json.dumps({**description, **more}, indent=1))
+
+
+def load_converted(path_dir: str | Path, device: str | torch.device = "cpu", model: str | None = None) -> VLM:
     """Rebuild a converted model, ready for inference; its outputs are those of the saved model to the last bit.
 
-    Nothing but the folder is needed: no pre-trained weights are fetched (but for ``hf-hub:`` models, whose architecture
-    lies with their weights).
+    Nothing but the folder is needed and nothing is fetched, but for ``hf-hub:`` models, whose architecture lies with their weights:
+    where these are not on this machine, ``model`` has to name the repository.
 
     Args:
         path_dir: a folder that :func:`save_converted` or ``vlmq convert`` wrote.
         device: where the model goes; float8 needs one that has it.
+        model: the model's name, which allows to fetch what belongs to it.
 
     Raises:
         VLMQError: a file is missing, damaged or of another format.
@@ -205,14 +209,18 @@ def load_converted(path_dir: str | Path, device: str | torch.device = "cpu") -> 
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     try:
         conversion = Conversion(**description["conversion"])
-        quantized = description["quantized"]
-        built = quantized["origin"]
-    except (KeyError, TypeError) as error:
+        quantized = described(description["quantized"], folder / DESCRIPTION)
+        kept = str(description["tensors"])
+    except (KeyError, TypeError, AttributeError) as error:
         raise VLMQError(
             f"'{folder / DESCRIPTION}' is not a converted model's description ({error}); convert again"
         ) from error
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced
-        vlm = load_origin(built, with_weights=False)
+        vlm = load_origin(asdict(quantized.origin), with_weights=False, typed=model)
+    if tensors_digest(tensors, 32) != kept:
+        raise VLMQError(
+            f"'{folder / WEIGHTS}' is damaged, or not the file that was written with {DESCRIPTION}; convert the model again"
+        )
     vlm.eval().requires_grad_(False).to(device)
     if conversion.float8:
         require_float8(vlm.mean.device)
@@ -228,7 +236,7 @@ def load_converted(path_dir: str | Path, device: str | torch.device = "cpu") -> 
             tensors[key] = unpack(tensors[key], layer.bits, layer.weight.shape)
         state, _ = unflatten_tensor_state_dict(tensors, metadata)
         vlm.load_state_dict({key: tensor.to(device) for key, tensor in state.items()}, assign=True)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise VLMQError(
             f"'{folder}' does not hold the model that its {DESCRIPTION} tells of: {reason}; convert again"
@@ -245,8 +253,18 @@ def _sub_byte(vlm: VLM) -> dict[str, TensorLinear]:
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(str(path), "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118 - no mapping
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+            return tensors, file.metadata() or {}
     except FileNotFoundError as error:
         raise VLMQError(f"cannot read '{path}' (no such file); give a folder that 'vlmq convert' wrote") from error
-    except (OSError, SafetensorError) as error:
-        raise VLMQError(f"'{path}' is damaged ({str(error).splitlines()[0]}); convert the model again") from error
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        MemoryError,
+    ) as error:  # absurd headers
+        reason = one_line(str(error))[:200] or type(error).__name__
+        raise VLMQError(f"'{path}' is damaged ({reason}); convert the model again") from error

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import VLM
 
@@ -77,7 +76,9 @@ def export_encoder(
         for key in TRACES:
             node.meta.pop(key, None)
     path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:  # the file's name is written inside it
-        torch.export.save(program, Path(scratch) / path.name)
-        os.replace(Path(scratch) / path.name, path)
+    with (
+        replacing(path) as partial,
+        open(partial, "wb") as file,
+    ):  # a file: of a path the name would be written inside it
+        torch.export.save(program, file)
     return program

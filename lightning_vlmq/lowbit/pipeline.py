@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
+from lightning_vlmq.core.atomic import require_writable, scratch
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
@@ -26,10 +26,10 @@ from lightning_vlmq.lowbit.convert import (
     Activations,
     Conversion,
     Kernels,
+    amend_description,
     convert_layers,
     flat_state,
     save_converted,
-    write_description,
 )
 from lightning_vlmq.lowbit.export import PROGRAMS, export_encoder
 from lightning_vlmq.models import RANDOM, VLM, load_origin
@@ -41,6 +41,7 @@ from lightning_vlmq.quant.checkpoint import (
     read_description,
     write_tensors,
 )
+from lightning_vlmq.quant.description import described
 from lightning_vlmq.results.store import code_version
 
 WARM_UP = 3
@@ -79,6 +80,7 @@ def convert(
     batch: int = 32,
     rounds: int = 20,
     compile: bool = False,
+    model: str | None = None,
 ) -> dict[str, Any]:
     """Turn a saved fake-quantized model into one that holds and multiplies integers.
 
@@ -100,6 +102,8 @@ def convert(
         batch: images (or texts) a call when measuring latency.
         rounds: timed calls a model; both models take turns.
         compile: measure both models compiled by torch.compile too.
+        model: the model's name as the checkpoint has it, where its full-precision weights are not on this machine: only what is named
+            here is fetched, whatever the checkpoint says.
 
     Returns:
         What ``convert.json`` tells: ``layers``, ``agreement``, ``bytes``, ``latency_ms`` and ``setting``.
@@ -112,7 +116,8 @@ def convert(
     folder, conversion = Path(checkpoint), Conversion(activations, kernels, float8)
     target = _target(Path(out))
     description = read_description(folder / DESCRIPTION, FORMAT)
-    full = load_origin(description.get("origin") or {}).requires_grad_(False).to(_device(device))
+    made_from = asdict(described(description, folder / DESCRIPTION).origin)
+    full = load_origin(made_from, typed=model).requires_grad_(False).to(_device(device))
     quantized = copy.deepcopy(full)
     saved = load_quantized(quantized, folder)
     data.follow(full.preprocessing.framing)
@@ -143,7 +148,7 @@ def convert(
         for tower, program in PROGRAMS.items():
             export_encoder(converted, tower, target / program, pixels)
     report["bytes"] = _sizes(full, converted, target)
-    write_description(target, conversion, converted, description, **report)
+    amend_description(target, bytes=report["bytes"])
     rich_print(_table(report, target))
     return report
 
@@ -184,9 +189,11 @@ def _target(out: Path) -> Path:
     if (out / DESCRIPTION).exists():
         raise VLMQError(f"'{out}' holds a fake-quantized model, which this would overwrite; give out another folder")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        require_writable(out)
     except OSError as error:
-        raise VLMQError(f"cannot make folder '{out}' ({error.strerror}); give out another one") from error
+        raise VLMQError(
+            f"cannot make folder '{out}' or write to it ({error.strerror}); give out another one"
+        ) from error
     return out
 
 
@@ -247,9 +254,9 @@ def _take_turns(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds:
 def _sizes(full: VLM, converted: VLM, folder: Path) -> dict[str, dict[str, int]]:
     """Bytes of both models' files and of their tensors in memory, and of the programs."""
     state = full.state_dict()
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        write_tensors(Path(scratch) / WEIGHTS, state)
-        fp32 = (Path(scratch) / WEIGHTS).stat().st_size
+    with scratch(folder / WEIGHTS) as partial:
+        write_tensors(partial, state)
+        fp32 = partial.stat().st_size
     programs = {
         program: (folder / program).stat().st_size for program in PROGRAMS.values() if (folder / program).exists()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -69,13 +70,16 @@ def origin(vlm: VLM) -> dict[str, Any]:
     }
 
 
-def load_origin(described: Mapping[str, Any], with_weights: bool = True) -> VLM:
+def load_origin(described: Mapping[str, Any], with_weights: bool = True, typed: str | None = None) -> VLM:
     """Build a VLM again from what :func:`origin` said of it.
+
+    A file says what; only its user says what may be fetched: without ``typed`` what is not on this machine is refused.
 
     Args:
         described: that.
-        with_weights: whether to load its weights; without, they are drawn, and nothing is fetched but for folders and
+        with_weights: whether to load its weights; without, they are drawn, and nothing is needed but for folders and
             repositories, whose architecture lies with their weights.
+        typed: the model's name, given by the user beside the description.
 
     Raises:
         VLMQError: as :func:`load_vlm`; the weights are not those of then; the description lacks something.
@@ -95,7 +99,16 @@ def load_origin(described: Mapping[str, Any], with_weights: bool = True) -> VLM:
         source, activation = None, None
     elif source is not None and Path(source).is_file():
         like = openclip.ARCHITECTURE
-    vlm = load_vlm(name, source, like, activation)
+    if typed is not None and typed != name:
+        raise VLMQError(f"the model was made from '{name[:100]}', not from '{typed}'; give that name to fetch it")
+    try:
+        with nullcontext() if typed is not None else openclip.nothing_fetched():
+            vlm = load_vlm(name, source, like, activation)
+    except openclip.NotHere as error:
+        raise VLMQError(
+            f"'{name[:100]}', which the model was made from, is not on this machine, and a file's word fetches nothing; if you trust "
+            f"it, name it too: model={name[:100]}"
+        ) from error
     assert vlm.provenance is not None
     if with_weights and provenance.source != RANDOM and vlm.provenance.weights != provenance.weights:
         raise VLMQError(

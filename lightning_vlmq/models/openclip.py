@@ -247,9 +247,45 @@ def tokenizer_of(name: str) -> Any:
         return open_clip.get_tokenizer(name)
 
 
+class NotHere(VLMQError):
+    """What is asked for would have to be fetched, and may not be."""
+
+
+@contextmanager
+def nothing_fetched() -> Iterator[None]:
+    """While it lasts, models, weights and tokenizers are taken from this machine or are :class:`NotHere`."""
+    from huggingface_hub import constants
+
+    kept = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    except VLMQError as error:
+        causes = [error.__cause__, getattr(error.__cause__, "__cause__", None)]
+        if kept or not any(_is_offline(cause) for cause in causes):
+            raise
+        raise NotHere(str(error)) from error
+    finally:
+        constants.HF_HUB_OFFLINE = kept
+
+
+def _is_offline(error: BaseException | None) -> bool:
+    said = f"{type(error).__name__} {error}".lower()
+    return error is not None and any(
+        word in said for word in ("offline", "localentrynotfound", "cached files", "not on this machine")
+    )
+
+
 def _download(name: str, tag: str) -> Path:
+    from huggingface_hub import is_offline_mode
+
+    config = open_clip.get_pretrained_cfg(name, tag)
+    if is_offline_mode() and config.get("url") and not config.get("hf_hub"):
+        path = Path("~/.cache/clip").expanduser() / Path(config["url"]).name  # where open_clip puts what it fetches
+        if not path.is_file():
+            raise NotHere(f"the weights '{tag}' of '{name}' are not on this machine; fetch them first")
     with _one_line_errors(f"cannot fetch the weights '{tag}' of '{name}'"):
-        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(name, tag)))
+        return Path(open_clip.download_pretrained(config))
 
 
 @contextmanager

@@ -195,12 +195,21 @@ class VLM(nn.Module):
         return qualified_name.startswith("model.text_decoder.")
 
 
+LARGEST_WEIGHT = 1e10
+"""Beyond this a weight is damage: sums of squares of activations overflow float32, and normalisation turns them into constants."""
+
+
 def require_finite(vlm: nn.Module) -> None:
-    """Raise :class:`VLMQError` naming the first parameter that holds a NaN or an infinity."""
+    """Raise :class:`VLMQError` naming the first parameter that holds a NaN, an infinity, or a number beyond :data:`LARGEST_WEIGHT`."""
     for name, parameter in vlm.named_parameters():
         if not torch.isfinite(parameter).all():
             raise VLMQError(
                 f"weight '{name}' holds non-finite values; the checkpoint is damaged or training diverged, use another"
+            )
+        if parameter.numel() and (largest := float(parameter.detach().abs().max())) > LARGEST_WEIGHT:
+            raise VLMQError(
+                f"weight '{name}' holds values up to {largest:.0e}, with which activations overflow; the checkpoint is damaged or "
+                "training diverged, use another"
             )
 
 

@@ -15,21 +15,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lightning_vlmq.core.atomic import replacing
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.atomic import replacing, write_text
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.identity import tensors_digest
+from lightning_vlmq.core.names import one_line
 from lightning_vlmq.models.loading import origin
-from lightning_vlmq.models.vlm import VLM
+from lightning_vlmq.models.vlm import TOWERS, VLM
 from lightning_vlmq.quant.attention import install_attention
 from lightning_vlmq.quant.calibrating import run_once
-from lightning_vlmq.quant.coverage import CoverageReport
+from lightning_vlmq.quant.description import Description, LayerState, described, sealed
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
 from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.quant.quantized import Quantized
 from lightning_vlmq.quant.rotation.rotate import restore_rotation, rotated_towers
-from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.transforms import TRANSFORMS
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, DESCRIPTION = "model.safetensors", "quant.json"
 
 
@@ -68,7 +69,6 @@ def save_quantized(vlm: VLM, path_dir: str | Path, quantized: Quantized, extra: 
             f"the weights of '{quantized.method}' are not integers alone and cannot be saved as such; make the model anew"
         )
     folder = Path(path_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     description = {
         "format": FORMAT,
         "model": vlm.name,
@@ -78,14 +78,14 @@ def save_quantized(vlm: VLM, path_dir: str | Path, quantized: Quantized, extra: 
         "options": asdict(quantized.method),  # all of them: a name's defaults may change
         "scheme": asdict(quantized.scheme),
         "rotated_streams": rotated_towers(vlm),
-        "layers": {name: _layer_state(layer) for name, layer in quantized_layers(vlm).items()},
+        "layers": {name: asdict(_layer_state(layer)) for name, layer in quantized_layers(vlm).items()},
         "coverage": quantized.coverage.to_dict(),
+        "tensors": tensors_digest(vlm.state_dict(), 32),
         "extra": extra or {},
     }
-    text = json.dumps(description, indent=1)
+    text = json.dumps(sealed(description), indent=1)
     write_tensors(folder / WEIGHTS, vlm.state_dict())
-    with replacing(folder / DESCRIPTION) as partial:
-        partial.write_text(text)
+    write_text(folder / DESCRIPTION, text)
     return folder
 
 
@@ -102,8 +102,12 @@ def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
         VLMQError: a file is missing, damaged or of another format, or the model is of another architecture.
     """
     folder = Path(path_dir)
-    description = read_description(folder / DESCRIPTION, FORMAT)
+    description = described(read_description(folder / DESCRIPTION, FORMAT), folder / DESCRIPTION)
     tensors = read_tensors(folder / WEIGHTS)
+    if tensors_digest(tensors, 32) != description.tensors:
+        raise VLMQError(
+            f"'{folder / WEIGHTS}' is damaged, or not the file that was saved with {DESCRIPTION}; save the quantized model again"
+        )
     checkpoint = restore_structure(vlm, description, tensors, folder)
     try:
         vlm.load_state_dict(tensors)
@@ -116,7 +120,7 @@ def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
 
 
 def restore_structure(
-    vlm: VLM, description: dict[str, Any], tensors: dict[str, torch.Tensor], folder: Path
+    vlm: VLM, description: Description, tensors: dict[str, torch.Tensor], folder: Path
 ) -> QuantizedCheckpoint:
     """Give a full-precision model the modules of a saved quantized one, in place; their values are still to be loaded.
 
@@ -127,75 +131,92 @@ def restore_structure(
         folder: where both come from, for messages.
 
     Raises:
-        VLMQError: the description lacks something, or the model is of another architecture.
+        VLMQError: the description names something unknown, or the model is of another architecture.
     """
+    checkpoint = QuantizedCheckpoint(
+        find_method(description.method, description.options),
+        description.scheme,
+        description.coverage,
+        description.model,
+        description.pretrained,
+        description.extra,
+    )
+    transforms = {state.input_transform for state in description.layers.values() if state.input_transform is not None}
+    if strangers := transforms - set(TRANSFORMS):
+        raise unknown("input transform", min(strangers), TRANSFORMS)
+    if strangers := set(description.rotated_streams) - set(TOWERS):
+        raise unknown("tower", min(strangers), TOWERS)
     try:
-        checkpoint = QuantizedCheckpoint(
-            find_method(description["method"], description["options"]),
-            QuantScheme(**description["scheme"]),
-            CoverageReport.from_dict(description["coverage"]),
-            description["model"],
-            description["pretrained"],
-            description["extra"],
-        )
-        rotated = [str(tower) for tower in description["rotated_streams"]]
-        states: dict[str, dict[str, Any]] = dict(description["layers"])
-    except (KeyError, TypeError, ValueError) as error:
+        return _restored(vlm, checkpoint, description, tensors, folder)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # the tensors do not make these layers
+        if isinstance(error, VLMQError):
+            raise
         raise VLMQError(
-            f"'{folder / DESCRIPTION}' is not a quantized model's description ({error}); save it again"
+            f"'{folder}' does not hold the layers that its description tells of ({one_line(str(error))[:200]}); save it again"
         ) from error
-    restore_rotation(vlm, rotated)
+
+
+def _restored(
+    vlm: VLM, checkpoint: QuantizedCheckpoint, description: Description, tensors: dict[str, torch.Tensor], folder: Path
+) -> QuantizedCheckpoint:
+    restore_rotation(vlm, description.rotated_streams)
     swap_layers(vlm, checkpoint.scheme)
     install_attention(vlm, checkpoint.scheme, partial(run_once, vlm, checkpoint.scheme))
     layers = quantized_layers(vlm)
-    if set(layers) != set(states):
+    if set(layers) != set(description.layers):
         raise VLMQError(
             f"checkpoint '{folder}' is of model '{checkpoint.model}', whose layers are not those of '{vlm.name}'"
         )
     owners = Counter(id(layer.weight) for layer in layers.values())
     for name, layer in layers.items():
-        _restore_layer_state(name, layer, states[name], tensors)
+        _restore_layer_state(name, layer, description.layers[name], tensors)
         if owners[id(layer.weight)] > 1:  # a method may have given tied layers weights of their own
             layer.set_weight(layer.weight)
     return checkpoint
 
 
-def _layer_state(layer: QuantizedLayer) -> dict[str, Any]:
-    """What a layer has beyond what its scheme says."""
+def _layer_state(layer: QuantizedLayer) -> LayerState:
     kinds = {TRANSFORMS[name]: name for name in TRANSFORMS}
     transform = type(layer.input_transform)
-    return {
-        "input_transform": None if transform is nn.Identity else kinds[transform],
-        "weight_dynamic": layer.weight_fake_quant.dynamic,
-        "weight_offset": layer.weight_fake_quant.offset is not None,
-        "act_offset": layer.act_fake_quant.offset is not None,
-    }
+    return LayerState(
+        None if transform is nn.Identity else kinds[transform],
+        layer.weight_fake_quant.dynamic,
+        layer.weight_fake_quant.offset is not None,
+        layer.act_fake_quant.offset is not None,
+    )
 
 
-def _restore_layer_state(
-    name: str, layer: QuantizedLayer, state: dict[str, Any], tensors: dict[str, torch.Tensor]
-) -> None:
+def _restore_layer_state(name: str, layer: QuantizedLayer, state: LayerState, tensors: dict[str, torch.Tensor]) -> None:
     """Give a fresh layer the parts that its tensors are about to fill."""
-    layer.weight_fake_quant.dynamic = state["weight_dynamic"]
-    for side, quantizer in (("weight", layer.weight_fake_quant), ("act", layer.act_fake_quant)):
-        if state[f"{side}_offset"]:
+    layer.weight_fake_quant.dynamic = state.weight_dynamic
+    for has_offset, quantizer in (
+        (state.weight_offset, layer.weight_fake_quant),
+        (state.act_offset, layer.act_fake_quant),
+    ):
+        if has_offset:
             quantizer.set_offset(torch.zeros_like(quantizer.scale))
-    if state["input_transform"] is not None:
+    if state.input_transform is not None:
         prefix = f"{name}.input_transform."
         own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        layer.input_transform = TRANSFORMS[state["input_transform"]](**own).to(layer.weight.device)
+        layer.input_transform = TRANSFORMS[state.input_transform](**own).to(layer.weight.device)
 
 
 def read_description(path: Path, form: int) -> dict[str, Any]:
     """The content of a saved model's JSON description, whose ``format`` must be ``form``; a bad one is a ``VLMQError``."""
     try:
-        description = json.loads(path.read_text())
+        description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise VLMQError(
             f"cannot read '{path}' ({error.strerror}); give a folder that a quantized model was saved in"
         ) from error
-    except ValueError as error:
-        raise VLMQError(f"'{path}' is damaged ({error}); save the quantized model again") from error
+    except (ValueError, RecursionError) as error:
+        raise VLMQError(f"'{path}' is damaged ({one_line(str(error))}); save the quantized model again") from error
     if not isinstance(description, dict) or description.get("format") != form:
         raise VLMQError(f"'{path}' is not of checkpoint format {form}; save the quantized model again")
     return description
@@ -216,7 +237,15 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise VLMQError(
             f"cannot read '{path}' (no such file); give a folder that a quantized model was saved in"
         ) from error
-    except (OSError, SafetensorError) as error:
+    except (
+        OSError,
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        AttributeError,
+        MemoryError,
+    ) as error:  # absurd headers
         raise VLMQError(
-            f"'{path}' is damaged ({str(error).splitlines()[0]}); save the quantized model again"
+            f"'{path}' is damaged ({one_line(str(error))[:200] or type(error).__name__}); save the quantized model again"
         ) from error

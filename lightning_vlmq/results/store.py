@@ -14,7 +14,6 @@ runs share a file.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import os
@@ -26,22 +25,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 import lightning_vlmq
-from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import describe, first_difference
+from lightning_vlmq.core.names import one_line
 from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.results.parts import DIGEST, PARTS, as_table, read_part, write_part
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
 from lightning_vlmq.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-_MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
 _WRITTEN = b"lightning_vlmq.written"
 _STATISTICS = b"lightning_vlmq.statistics"
 AS_PUBLISHED = Statistics()
@@ -49,11 +46,7 @@ _SECONDS = b"lightning_vlmq.seconds"
 _IDENTITY = b"lightning_vlmq.identity"
 _COMPANIONS = b"lightning_vlmq.companions"
 _SIBLINGS = b"lightning_vlmq.siblings"
-_DIGEST = b"lightning_vlmq.digest"
-_PREFIX = b"lightning_vlmq."
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}")
-PARTS = ("results", "samples", "curves")
-"""Folders below the root; each run has a file in each."""
 _CORES = b"lightning_vlmq.cpu_count"
 
 
@@ -117,10 +110,10 @@ class ResultsStore:
         """
         if rows.empty:
             raise VLMQError(f"run '{run_id}' has no results rows; a run without results is not stored")
-        row_table = _as_table(rows, ROW_SCHEMA, "results")
+        row_table = as_table(rows, ROW_SCHEMA, "results")
         scores = [pa.field(str(name), pa.float32()) for name in samples.columns if name not in SAMPLE_SCHEMA.names]
-        sample_table = _as_table(samples, pa.schema([*SAMPLE_SCHEMA, *scores]), "samples")
-        curve_table = _as_table(curves, CURVE_SCHEMA, "curves")
+        sample_table = as_table(samples, pa.schema([*SAMPLE_SCHEMA, *scores]), "samples")
+        curve_table = as_table(curves, CURVE_SCHEMA, "curves")
         _check_rows(run_id, rows)
         sample_roles = set(samples["role"].unique()) if len(samples) else set()
         for role in sorted((set(rows["role"].unique()) - {""}) | sample_roles):
@@ -133,14 +126,14 @@ class ResultsStore:
             _COMPANIONS: json.dumps(list(companions)).encode(),
             _SIBLINGS: json.dumps(
                 {
-                    "samples": self._write_part("samples", run_id, sample_table, {}),
-                    "curves": self._write_part("curves", run_id, curve_table, {}),
+                    "samples": write_part(self._path("samples", run_id), sample_table, {}),
+                    "curves": write_part(self._path("curves", run_id), curve_table, {}),
                 }
             ).encode(),
         }
         if seconds is not None:
             metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
-        self._write_part("results", run_id, row_table, metadata)
+        write_part(self._path("results", run_id), row_table, metadata)
 
     def has(self, run_id: str) -> bool:
         """Whether the run is done: every part of it is there and holds what was written, also those of its companions.
@@ -148,44 +141,59 @@ class ResultsStore:
         A part that does not (a full disk, a broken copy, a flipped bit) makes the run count as not done, so that running the
         study again replaces it and nothing else.
         """
-        return not self.problem(run_id)
+        return not self.problems(run_id)
 
-    def problem(self, run_id: str) -> str:
-        """Why a run does not count, in one line with the file's path, or ``""``."""
+    def problems(self, run_id: str) -> list[str]:
+        """Why a run does not count: one line for each part of it that is bad, with the file's path. Empty for a sound run."""
+        found: list[str] = []
+        tables: dict[str, pa.Table] = {}
+        for kind in PARTS:
+            try:
+                tables[kind] = self._read(kind, run_id)
+            except VLMQError as error:
+                if (
+                    self._path(kind, run_id).exists() or not found
+                ):  # what is missing beside a file that is no run's says nothing more
+                    found.append(str(error))
+        if "results" not in tables:
+            return found
+        path = self._path("results", run_id)
         try:
-            results = self._read("results", run_id)
-            siblings = json.loads(results.schema.metadata[_SIBLINGS])
-            for kind in ("samples", "curves"):
-                if self._read(kind, run_id).schema.metadata[_DIGEST].decode() != siblings[kind]:
-                    return f"{self._path(kind, run_id)} is not of the same run as {self._path('results', run_id)}"
-            names = set(results["run_id"].to_pylist())
-            if names != {run_id}:
-                return (
-                    f"{self._path('results', run_id)} holds {f'run {min(names)}' if names else 'no rows'}, it is a copy"
-                )
-            datetime.fromisoformat(results.schema.metadata[_WRITTEN].decode())
-            companions = json.loads(results.schema.metadata[_COMPANIONS])
-        except VLMQError as error:
-            return str(error)
+            metadata = tables["results"].schema.metadata
+            siblings, companions = json.loads(metadata[_SIBLINGS]), json.loads(metadata[_COMPANIONS])
+            datetime.fromisoformat(metadata[_WRITTEN].decode())
+            for kind in tables.keys() - {"results"}:
+                if tables[kind].schema.metadata[DIGEST].decode() != siblings[kind]:
+                    found.append(f"{self._path(kind, run_id)} is not of the same run as {path}; run '{run_id}' again")
         except (KeyError, ValueError, TypeError) as error:
-            return f"{self._path('results', run_id)} was not written by this version's results store ({error})"
-        return next((why for name in companions if (why := self.problem(name))), "")
+            return [*found, f"{path} was not written by this version's results store ({type(error).__name__}: {error})"]
+        names = set(tables["results"]["run_id"].to_pylist())
+        if names != {run_id}:
+            found.append(f"{path} holds {f'run {min(names)}' if names else 'no rows'}: it is a copy; delete it")
+        return found + [why for name in companions for why in self.problems(name)]
 
     def sound(self) -> tuple[list[str], list[str]]:
-        """Run ids that count, sorted, and one line for each other file that lies among the results."""
-        runs, problems = [], []
-        for path in sorted((self.root / "results").glob("[!.]*")):
-            if path.suffix != ".parquet" or not _NAME.fullmatch(path.stem):
-                problems.append(f"{path} is no part of a results store; move it away")
-            elif why := self.problem(path.stem):
-                problems.append(why)
+        """Run ids that count, sorted, and one line for each bad part of the others and for each foreign file."""
+        runs, bad = [], []
+        ids = set()
+        for kind in PARTS:
+            for path in sorted((self.root / kind).glob("[!.]*")):
+                if path.suffix != ".parquet" or not _NAME.fullmatch(path.stem):
+                    bad.append(f"{one_line(str(path))} is no part of a results store; move it away")
+                elif kind == "results":
+                    ids.add(path.stem)
+                elif path.stem not in ids:
+                    bad.append(f"{path} belongs to no run that was filed; run '{path.stem}' again, or delete it")
+        for run_id in sorted(ids):
+            if why := self.problems(run_id):
+                bad += why
             else:
-                runs.append(path.stem)
-        return sorted(runs), problems
+                runs.append(run_id)
+        return runs, list(dict.fromkeys(bad))
 
     def identity(self, run_id: str) -> dict[str, Any]:
         """What decided a run's numbers, as it was filed. Raises :class:`VLMQError` like :meth:`rows`."""
-        stored: dict[str, Any] = json.loads((self._read("results", run_id).schema.metadata or {}).get(_IDENTITY, b"{}"))
+        stored: dict[str, Any] = json.loads(self._metadata(run_id).get(_IDENTITY, b"{}"))
         return stored
 
     def require_same(self, run_id: str, identity: Any) -> None:
@@ -211,8 +219,8 @@ class ResultsStore:
         return sorted(path.stem for path in (self.root / "results").glob("[!.]*.parquet"))
 
     def written(self, run_id: str) -> datetime:
-        """When the run was filed (UTC). Raises :class:`VLMQError` like :meth:`rows`."""
-        metadata = self._read("results", run_id).schema.metadata or {}
+        """When the run was filed (UTC), by the clock of the machine that filed it. Raises :class:`VLMQError` like :meth:`rows`."""
+        metadata = self._metadata(run_id)
         if _WRITTEN not in metadata:
             raise VLMQError(f"{self._path('results', run_id)} was not written by a results store; delete it")
         return datetime.fromisoformat(metadata[_WRITTEN].decode())
@@ -223,7 +231,7 @@ class ResultsStore:
         Raises:
             VLMQError: like :meth:`rows`, or the run was stored without them or with unknown ones.
         """
-        metadata = self._read("results", run_id).schema.metadata or {}
+        metadata = self._metadata(run_id)
         try:
             return Statistics(**json.loads(metadata[_STATISTICS]))
         except (KeyError, TypeError, json.JSONDecodeError):
@@ -237,7 +245,7 @@ class ResultsStore:
         Raises:
             VLMQError: like :meth:`rows`, or nothing was measured.
         """
-        metadata = self._read("results", run_id).schema.metadata or {}
+        metadata = self._metadata(run_id)
         if _SECONDS not in metadata:
             raise VLMQError(
                 f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again"
@@ -276,81 +284,10 @@ class ResultsStore:
         path = self._path(kind, run_id)
         if not path.exists():
             raise VLMQError(f"the store has no {kind} of run '{run_id}': {path} is missing; run it (again)")
-        try:
-            # ParquetFile, not read_table: a folder name like "seed=1" above must not become a column.
-            table = pq.ParquetFile(path, page_checksum_verification=True).read()
-            kept = (table.schema.metadata or {}).get(_DIGEST)
-            if kept is None or kept.decode("ascii", "replace") != _content_digest(table):
-                raise OSError("its content is not what a results store wrote")
-        except (pa.ArrowException, OSError, ValueError, MemoryError, TypeError, OverflowError, LookupError) as error:
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            advice = f"delete {self._path('results', run_id)} and run the study again"
-            raise VLMQError(f"{path} cannot be read ({reason}); {advice}") from error
-        schema = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA}[kind]
-        missing = [name for name in schema.names if name not in table.column_names]
-        if missing:
-            raise VLMQError(f"{path} lacks the columns {', '.join(missing)}; delete it and run the study again")
-        return table
+        return read_part(path, kind, f"delete {self._path('results', run_id)} and run the study again")
 
-    def _write_part(self, kind: str, run_id: str, table: pa.Table, metadata: dict[bytes, bytes]) -> str:
-        """Write a part with checksums of its pages and a digest of its content, which is returned."""
-        path = self._path(kind, run_id)
-        table = table.replace_schema_metadata(metadata)
-        found = _content_digest(table)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                pq.write_table(
-                    table.replace_schema_metadata({**metadata, _DIGEST: found.encode()}),
-                    partial,
-                    compression="zstd",
-                    write_page_checksum=True,
-                )
-        except OSError as error:
-            raise VLMQError(f"'{path}' cannot be written ({error.strerror or error}); nothing of it is kept") from error
-        return found
-
-
-def _content_digest(table: pa.Table) -> str:
-    """Hash of a table's columns and of what is said about it, whatever pieces it is stored in."""
-    state = hashlib.sha256()
-    for key, value in sorted((table.schema.metadata or {}).items()):
-        if key.startswith(_PREFIX) and key != _DIGEST:
-            state.update(key + b"\0" + value + b"\n")
-    for field, column in zip(table.schema, table.columns):
-        state.update(f"{field.name}\0{field.type}\0{len(column)}\n".encode())
-        missing = column.is_null().to_numpy()
-        state.update(np.packbits(missing).tobytes())
-        if pa.types.is_string(field.type):
-            whole = pa.chunked_array([column.combine_chunks()], field.type).dictionary_encode().combine_chunks()
-            whole = whole.chunk(0) if isinstance(whole, pa.ChunkedArray) else whole
-            state.update(whole.indices.fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
-            state.update("\0".join(whole.dictionary.to_pylist()).encode("utf-8", "surrogatepass"))
-        else:
-            empty = False if pa.types.is_boolean(field.type) else 0
-            state.update(column.fill_null(empty).to_numpy().tobytes())
-    return state.hexdigest()[:32]
-
-
-def _as_table(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
-    """Convert to the schema's columns, order and types; an empty frame needs no columns."""
-    if frame.empty:
-        return schema.empty_table()
-    missing = [name for name in schema.names if name not in frame.columns]
-    if missing:
-        raise VLMQError(f"the {what} lack the columns {', '.join(missing)}")
-    extra = [str(name) for name in frame.columns if name not in schema.names]
-    if extra:
-        raise VLMQError(f"the {what} have unknown columns {', '.join(extra)}; known: {', '.join(schema.names)}")
-    try:
-        table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise VLMQError(f"the {what} do not fit their columns' types: {str(error).splitlines()[0]}") from error
-    for name in schema.names:
-        optional = name in _MAY_BE_UNDEFINED or (what == "samples" and name not in SAMPLE_SCHEMA.names)
-        if table[name].null_count and not optional:
-            raise VLMQError(f"column {name} of the {what} has {table[name].null_count} empty cells; fill them")
-    return table
+    def _metadata(self, run_id: str) -> dict[bytes, bytes]:
+        return self._read("results", run_id).schema.metadata or {}
 
 
 def _check_rows(run_id: str, rows: pd.DataFrame) -> None:

@@ -15,16 +15,16 @@ from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.page import write_report
 
 
-@pytest.mark.parametrize("kind", ["results", "samples"])
+@pytest.mark.parametrize("kind", ["results", "samples", "curves"])
 def test_of_a_thousand_flipped_bits_none_is_read_as_another_value(tmp_path, kind):
     store = ResultsStore(tmp_path)
     store.write("a", make_rows("a", tuple(f"m{i}" for i in range(20))), make_samples(), make_curves())
     path = tmp_path / kind / "a.parquet"
-    good, before = path.read_bytes(), getattr(store, "rows" if kind == "results" else "samples")
+    good, before = path.read_bytes(), getattr(store, "rows" if kind == "results" else kind)
     argument = ["a"] if kind == "results" else "a"
     whole = before(argument)
     rng, refused = np.random.default_rng(0), 0
-    for bit in rng.integers(0, 8 * len(good), 500):
+    for bit in rng.integers(0, 8 * len(good), 1_000):
         bad = bytearray(good)
         bad[bit // 8] ^= 1 << (bit % 8)
         path.write_bytes(bad)
@@ -34,7 +34,7 @@ def test_of_a_thousand_flipped_bits_none_is_read_as_another_value(tmp_path, kind
             refused += 1
             continue
         pd.testing.assert_frame_equal(read, whole)
-    assert refused > 300
+    assert refused > 600
     path.write_bytes(good)
     assert store.has("a")
 
@@ -47,7 +47,7 @@ def test_a_run_without_one_of_its_parts_is_run_again(tmp_path, kind):
     assert store.has("a") and store.sound() == (["a", "a.lst"], [])
     (tmp_path / kind / "a.lst.parquet").unlink()
     assert not store.has("a") and not store.has("a.lst")
-    assert store.sound()[0] == [] and "a.lst" in store.problem("a")
+    assert store.sound()[0] == [] and "a.lst" in store.problems("a")[0]
 
 
 def test_parts_of_two_writings_do_not_make_a_run(tmp_path):
@@ -56,7 +56,7 @@ def test_parts_of_two_writings_do_not_make_a_run(tmp_path):
     samples = (tmp_path / "samples" / "a.parquet").read_bytes()
     store.write("a", make_rows("a"), make_samples(60), make_curves())
     (tmp_path / "samples" / "a.parquet").write_bytes(samples)
-    assert not store.has("a") and "not of the same run" in store.problem("a")
+    assert not store.has("a") and "not of the same run" in store.problems("a")[0]
 
 
 def test_foreign_files_are_one_line_each_and_block_nothing(tmp_path):
@@ -89,3 +89,58 @@ def test_names_that_leave_the_root_are_refused_before_any_work(run_id, tmp_path)
 
     with pytest.raises(VLMQError, match="cannot be a run id"):
         ResultsWriter(str(tmp_path), run_id)
+
+
+def test_every_bad_part_is_named_and_the_next_run_makes_it_anew(tmp_path):
+    store = ResultsStore(tmp_path)
+    for run_id in ("a", "b", "c"):
+        store.write(run_id, make_rows(run_id), make_samples(), make_curves())
+    good = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    for part in ("results/a", "samples/a", "curves/b"):
+        path = tmp_path / f"{part}.parquet"
+        path.write_bytes(path.read_bytes()[:-9])
+    (tmp_path / "samples" / "b.parquet").unlink()
+    (tmp_path / "samples" / "lone.parquet").write_bytes(good[tmp_path / "samples" / "c.parquet"])
+    runs, problems = store.sound()
+    assert runs == ["c"] and len(problems) == 5
+    for part in ("results/a", "samples/a", "samples/b", "curves/b", "samples/lone"):
+        assert sum(f"{part}.parquet" in line for line in problems) == 1 + (part == "results/a"), part
+    for run_id in ("a", "b"):
+        assert not store.has(run_id)
+        store.write(run_id, make_rows(run_id), make_samples(), make_curves())
+    assert store.sound()[0] == ["a", "b", "c"]
+
+
+def test_zeroed_bytes_are_not_read(tmp_path):
+    store = ResultsStore(tmp_path)
+    store.write("a", make_rows("a"), make_samples(2_000), make_curves())
+    for path in tmp_path.rglob("*.parquet"):
+        good = path.read_bytes()
+        for start in range(4, len(good) - 64, max(len(good) // 12, 1)):
+            path.write_bytes(good[:start] + bytes(64) + good[start + 64 :])
+            assert not store.has("a") or good[start : start + 64] == bytes(64)
+        path.write_bytes(good)
+    assert store.has("a")
+
+
+def test_a_date_in_the_future_is_said_and_does_not_win(tmp_path, monkeypatch):
+    from datetime import UTC, datetime, timedelta
+
+    from lightning_vlmq.results import store as module
+
+    keys = grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"])
+    store = write_study(tmp_path, keys, size=0.02)
+    (right,) = (run for run in store.run_ids() if "minmax" in run)
+
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + timedelta(days=900)
+
+    monkeypatch.setattr(module, "datetime", Ahead)
+    store.write("ahead", make_rows("ahead", key=keys[1]), make_samples(), make_curves())
+    monkeypatch.undo()
+    assert store.written("ahead") > datetime.now(UTC)
+    loaded = StudyResults.load(tmp_path)
+    assert right in {run.run_id for run in loaded.runs} and "ahead" not in {run.run_id for run in loaded.runs}
+    assert len(loaded.notes) == 1 and "'ahead'" in loaded.notes[0] and "\n" not in loaded.notes[0]

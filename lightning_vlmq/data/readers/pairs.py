@@ -182,9 +182,12 @@ def _pairs(shard: Path, caption: str, alone: list[str]) -> Iterator[_Pair]:
     try:
         with tarfile.open(shard, "r:") as tar:  # uncompressed, so that members can be read in place
             for member in tar:
-                if not member.isfile() or any(map(is_litter, member.name.split("/"))):
+                if member.isdir() or any(map(is_litter, member.name.split("/"))):
                     continue
                 place = f"{shard}:{member.name}"
+                if not member.isreg() or member.issparse():  # its bytes are not in the file as they are
+                    alone.append(f"{place} ({'a link' if member.issym() or member.islnk() else 'no plain file'})")
+                    continue
                 stem, suffix = os.path.splitext(member.name)
                 is_caption = member.name.lower().endswith(f".{caption.lower()}")
                 if not is_caption and suffix.lower() not in IMG_EXTENSIONS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
 
+CLOCK_TOLERANCE = timedelta(days=1)
+"""How far ahead of this machine's clock another's may be."""
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
 
 
@@ -127,6 +130,7 @@ class StudyResults:
         rows: the results rows of these runs.
         superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
         problems: one line for each part of the store that is damaged, incomplete or foreign, and left out.
+        notes: one line for each run whose date lies in the future; it stays.
     """
 
     root: Path
@@ -134,6 +138,7 @@ class StudyResults:
     rows: pd.DataFrame
     superseded: int
     problems: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, root: str | Path) -> StudyResults:
@@ -151,7 +156,15 @@ class StudyResults:
         names = [field.name for field in fields(RunKey)]
         newest: dict[RunKey, StoredRun] = {}
         firsts = rows.drop_duplicates("run_id").set_index("run_id")[names]
-        for run_id in sorted(run_ids, key=store.written):
+        written = {run_id: store.written(run_id) for run_id in run_ids}
+        latest = datetime.now(UTC) + CLOCK_TOLERANCE
+        ahead = {run_id for run_id in run_ids if written[run_id].astimezone(UTC) > latest}
+        notes = [
+            f"Run '{run_id}' is dated {written[run_id]:%Y-%m-%d %H:%M}, which is yet to come; another of the same setting would count in "
+            "its place. Set the clock right and run it again."
+            for run_id in sorted(ahead)
+        ]
+        for run_id in sorted(run_ids, key=lambda run_id: (run_id not in ahead, written[run_id].astimezone(UTC))):
             key = RunKey(**{name: firsts.loc[run_id, name] for name in names})
             newest[key] = StoredRun(key, run_id, store)
         runs = sorted(
@@ -160,7 +173,7 @@ class StudyResults:
         replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "is_tuned"]}
         replaced -= {run.run_id for run in runs}
         kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
-        return cls(Path(root), tuple(runs), kept, len(replaced), tuple(problems))
+        return cls(Path(root), tuple(runs), kept, len(replaced), tuple(problems), tuple(notes))
 
     @cached_property
     def statistics(self) -> Statistics:

@@ -9,9 +9,9 @@ import signal
 import sys
 import time
 import traceback
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +21,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.atomic import write_text
+from lightning_vlmq.core.errors import VLMQError, in_one_line
 from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.study.run.claims import Claims
 from lightning_vlmq.study.run.grid import Run
 
+POLL_SECONDS = 1.0
+"""How often runs that another runner computes are looked for."""
 STAGES = {"fp32": "full precision", "ptq": "post-training quantization", "qat": "quantization-aware training"}
 
 
@@ -33,7 +37,7 @@ class Outcome:
     """What became of a grid.
 
     Attributes:
-        skipped: runs that the store already had.
+        skipped: runs that the store already had, or that another runner filed meanwhile.
         done: runs that finished now.
         failures: runs that did not, with the reason in one line and the file that holds the traceback.
         seconds: duration of each finished run, by stage.
@@ -46,7 +50,7 @@ class Outcome:
 
 
 def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]], None], console: Console) -> Outcome:
-    """Run what the store lacks, in order.
+    """Run what the store lacks, in order; what another runner computes comes last, and is waited for.
 
     Whatever a run prints goes to ``<store>/output/<run_id>.log``; the traceback of one that fails goes to
     ``<store>/failures/<run_id>.txt`` and the next run starts.
@@ -59,6 +63,7 @@ def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]]
 
     Raises:
         KeyboardInterrupt: somebody stopped a run (Ctrl-C, SIGTERM); what is stored stays, the run starts afresh next time.
+        VLMQError: the store's folder cannot be written.
     """
     pending = [run for run in runs if not store.has(run.run_id)]
     outcome = Outcome(skipped=len(runs) - len(pending))
@@ -74,11 +79,32 @@ def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]]
     # Without redirection of its own: it would catch what belongs into the run's log.
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
         task = progress.add_task("starting", total=len(runs), completed=outcome.skipped, left="")
-        for position, run in enumerate(pending):
-            progress.update(task, description=escape(run.label), left=_time_left(pending[position:], outcome.seconds))
-            line = _execute_one(run, store, main, outcome)
+        queue, claims, busy = deque(pending), Claims(store.root), dict[str, str]()
+        while queue:
+            run = queue.popleft()
+            with claims.claim(run.run_id) as holder:
+                if holder is not None:
+                    if run.run_id not in busy:
+                        progress.console.print(
+                            f"[dim]elsewhere[/]  {escape(f'{run.label}: {holder}')}", highlight=False
+                        )
+                    busy[run.run_id] = str(holder)
+                    queue.append(run)
+                    if all(left.run_id in busy for left in queue):
+                        progress.update(task, description=f"waiting for {escape(str(holder))}", left="")
+                        time.sleep(POLL_SECONDS)
+                    continue
+                progress.update(task, description=escape(run.label), left=_time_left([run, *queue], outcome.seconds))
+                if store.has(run.run_id):
+                    outcome.skipped += 1
+                    line = (
+                        f"[green]✓[/] {escape(run.label)} [dim]by {escape(busy.get(run.run_id, 'another runner'))}[/]"
+                    )
+                else:
+                    line = _execute_one(run, store, main, outcome)
             progress.advance(task)
-            progress.console.print(f"[dim]{outcome.skipped + position + 1:>4}/{len(runs)}[/]  {line}", highlight=False)
+            number = len(runs) - len(queue)
+            progress.console.print(f"[dim]{number:>4}/{len(runs)}[/]  {line}", highlight=False)
     return outcome
 
 
@@ -95,8 +121,10 @@ def _execute_one(run: Run, store: ResultsStore, main: Callable[[list[str]], None
             signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning ignores Ctrl-C from the first one on
             raise KeyboardInterrupt from error
         reason = _reason(error)
-        failure.parent.mkdir(parents=True, exist_ok=True)
-        failure.write_text(f"vlmq {shlex.join(run.arguments)}\n\n{traceback.format_exc()}", encoding="utf-8")
+        try:
+            write_text(failure, f"vlmq {shlex.join(run.arguments)}\n\n{traceback.format_exc()}")
+        except OSError as full:
+            reason += f" (and its traceback cannot be kept: {full.strerror})"
         outcome.failures.append((run, reason, failure))
         return f"[red]✗[/] {escape(f'{run.label}: {reason}')}"
     finally:
@@ -118,7 +146,9 @@ def _reason(error: BaseException) -> str:
         return f"the command ended with exit code {error.code}"
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
-    return first if isinstance(error, VLMQError) else f"{type(error).__name__}: {first}".rstrip(": ")
+    if (said := in_one_line(error)) is not None:
+        return said
+    return f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 def _time_left(pending: Sequence[Run], seconds: dict[str, list[float]]) -> str:
@@ -163,5 +193,6 @@ def _output_to(path: Path) -> Iterator[None]:
 
 
 def _flush() -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # the run's log, on a full disk
+            stream.flush()

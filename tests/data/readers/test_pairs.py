@@ -1,6 +1,7 @@
 """Image-caption pairs from folders, tables and shards."""
 
 import json
+import tarfile
 
 import numpy as np
 import pandas as pd
@@ -145,6 +146,19 @@ class TestShards:
         write_tar(tmp_path / "cc3m" / "0.tar", members)
         assert captions(ShardPairs("cc3m").read(reading(tmp_path), 1, None)) == ["pair"]
         refused(lambda: ShardPairs("cc3m").read(reading(tmp_path), 2, None), "holds 1")
+
+    @pytest.mark.parametrize(
+        "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]
+    )
+    def test_members_that_are_no_plain_files_are_no_parts_of_pairs(self, tmp_path, rng, kind):
+        path = tmp_path / "cc3m" / "0.tar"
+        write_tar(path, [("a.jpg", encode(random_pixels(rng))), ("a.txt", b"pair"), ("b.txt", b"lonely")])
+        with tarfile.open(path, "a") as tar:
+            info = tarfile.TarInfo("b.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            tar.addfile(info)
+        assert captions(ShardPairs("cc3m").read(reading(tmp_path), 1, None)) == ["pair"]
+        refused(lambda: ShardPairs("cc3m").read(reading(tmp_path), 2, None), "holds 1", "0.tar")
 
     def test_gone_wrong(self, tmp_path, rng):
         (tmp_path / "cc3m").mkdir()
