@@ -11,14 +11,16 @@ from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogFormatter
 from numpy.typing import NDArray
 
-from lightning_vlmq.plotting.base import BLACK, DPI, GREY, draw_legend
+from lightning_vlmq.plotting.base import BLACK, DPI, GREY, draw_legend, plain_text
 from lightning_vlmq.spectral import RankTable
 
 COLUMNS = 64
 
 
+@plain_text
 def rank_curves(tables: Mapping[str, RankTable], title: str) -> Figure:
     """SQNR and gain over rank, a line per site, first to last from dark to light, the output black.
 
@@ -50,6 +52,8 @@ def rank_curves(tables: Mapping[str, RankTable], title: str) -> Figure:
     panels[1].set_ylim(min(low, 1) - margin, max(high, 1) + margin)
     for axes, label in zip(panels, ("SQNR, dB", "gain (1: not damped)")):
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(LogFormatter())
         axes.set_ylabel(label, fontsize=8.5)
         axes.set_xlabel("rank on full precision's basis", fontsize=8.5)
         axes.tick_params(labelsize=7.5)
@@ -69,6 +73,7 @@ def _edges(n: int) -> NDArray[np.intp]:
     return np.concatenate([[0], edges[edges < n], [n]])
 
 
+@plain_text
 def rank_maps(tables: Mapping[str, RankTable], title: str) -> Figure:
     """Site by relative rank: SQNR and gain as colours, each with its own bar.
 

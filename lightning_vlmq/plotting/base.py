@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
@@ -17,6 +18,10 @@ DASHED = (0, (3, 2))
 
 
 DPI = 90
+
+
+plain_text = matplotlib.rc_context({"text.parse_math": False})
+"""Decorator of what draws a figure: names may hold dollar signs, which are no formulas."""
 
 
 PANELS_PER_ROW = 4

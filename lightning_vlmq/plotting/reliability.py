@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_vlmq.metrics import ReliabilityBins, TrajectoryBins
-from lightning_vlmq.plotting.base import BLUE, DPI, FIFTHS, GREY, VERMILION, draw_legend
+from lightning_vlmq.plotting.base import BLUE, DPI, FIFTHS, GREY, VERMILION, draw_legend, plain_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +28,7 @@ class ReliabilityPanel:
     ece: float
 
 
+@plain_text
 def reliability_diagram(panels: Sequence[ReliabilityPanel], title: str) -> Figure:
     """Accuracy over confidence above a histogram of confidence, one column per model (Guo et al. 2017, figure 1).
 
@@ -77,6 +78,7 @@ def reliability_diagram(panels: Sequence[ReliabilityPanel], title: str) -> Figur
     return figure
 
 
+@plain_text
 def trajectory_diagram(bins: TrajectoryBins, labels: Sequence[str], title: str) -> Figure:
     """Where the images of each confidence bin of the first model lie under the others: accuracy over confidence, a path a bin.
 

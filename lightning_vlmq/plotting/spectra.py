@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from lightning_vlmq.plotting.base import DASHED, DPI, GREY, PANELS_PER_ROW, draw_legend
+from lightning_vlmq.plotting.base import DASHED, DPI, GREY, PANELS_PER_ROW, draw_legend, plain_text
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
 HEATMAP_COLUMNS = 64
@@ -39,6 +39,7 @@ def _role(name: str) -> str:
     return ".".join(part for part in short_layer_name(name).split(".") if not part.isdigit())
 
 
+@plain_text
 def singular_value_curves(layers: Sequence[LayerSpectrum], title: str, label: str, reference_label: str) -> Figure:
     """Singular values over rank: one panel per layer role, one line per layer, the reference dashed.
 
@@ -135,6 +136,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
+@plain_text
 def log_ratio_heatmap(layers: Sequence[LayerSpectrum], title: str, label: str, reference_label: str) -> Figure:
     """Layer by rank: how many octaves each singular value grew (red) or shrank (blue) against its reference.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import pandas as pd
+
 
 def signed(value: float, digits: int, is_significant: bool = False) -> str:
     """A number with its sign, a real minus, and no sign where all digits shown are zero. NaN is a dash.
@@ -33,3 +35,17 @@ def percent_interval(estimate: float, low: float, high: float) -> tuple[str, str
     while low * high > 0 and estimate and float(f"{100 * estimate:.{digits}f}") == 0 and digits < 6:
         digits += 1
     return signed(100 * estimate, digits), f"[{signed(100 * low, digits)}, {signed(100 * high, digits)}]"
+
+
+def csv_text(table: pd.DataFrame) -> str:
+    r"""A table as CSV that spreadsheets open as it is: a text that they would take for a formula gets an apostrophe before it.
+
+    Example:
+        >>> csv_text(pd.DataFrame({"model": ["=1+1"], "change": [-0.5]}))
+        "model,change\n'=1+1,-0.5\n"
+    """
+    return table.map(_inert).rename(columns=_inert).to_csv(index=False)
+
+
+def _inert(cell: object) -> object:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else cell

@@ -13,11 +13,12 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.atomic import write_text
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report import figures
+from lightning_vlmq.study.report.notation import csv_text
 from lightning_vlmq.study.report.sections import LINKS, sections
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -53,15 +54,10 @@ def save_overview(analysis: StudyAnalysis, path: Path) -> None:
 def write_report(analysis: StudyAnalysis) -> Path:
     """Write ``report.html`` and ``comparisons.csv`` into the study's folder; returns the page's path."""
     root = analysis.results.root
-    _replace(root / "comparisons.csv", analysis.table().to_csv(index=False))
+    write_text(root / "comparisons.csv", csv_text(analysis.table()))
     page = root / "report.html"
-    _replace(page, _page(analysis))
+    write_text(page, _page(analysis))
     return page
-
-
-def _replace(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
 
 
 def _page(analysis: StudyAnalysis) -> str:
@@ -92,6 +88,7 @@ def _facts(analysis: StudyAnalysis) -> str:
 
 def _warnings(analysis: StudyAnalysis) -> str:
     notes = [f"Left out: {escape(problem)}" for problem in analysis.results.problems]
+    notes += map(escape, analysis.results.notes)
     if analysis.unreferenced:
         names = ", ".join(escape(vlm) for vlm in analysis.unreferenced)
         notes.append(f"No full-precision run of {names}: nothing of theirs is compared.")

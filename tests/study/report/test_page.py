@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from cases.page import Page
 from cases.study import grid, make_run, write_study
 from PIL import Image
 
@@ -28,30 +28,6 @@ from lightning_vlmq.study.report.page import build_report, main, write_report
 from lightning_vlmq.study.report.tables import stars
 
 KEYS = grid(methods=["minmax", "lsq_contrastive"], bits=[(8, 8), (4, 8)], scopes=["vision_text"])
-VOID = {"meta", "img", "br", "link", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """What a test asks a page: its tags with attributes, and whether they are balanced."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.text, self.source = "", text
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag, f"</{tag}> closes another tag"
-
-    def handle_data(self, data):
-        self.text += data
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FormatStrFormatter
 from numpy.typing import NDArray
 
 from lightning_vlmq.plotting.spectra import short_layer_name
@@ -120,6 +121,7 @@ def singular_value_ratios(spectra: Spectra) -> Figure | None:
             upper.plot(RANKS, np.mean(own, axis=0), color=BLACK, linestyle=DASHES[2])
             upper.set_title(group, fontsize=9)
             upper.set_yscale("log")
+            upper.yaxis.set_major_formatter(FormatStrFormatter("%g"))
             upper.minorticks_off()
             lower.set_xticks([0, 0.5, 1], ["0", "½", "1"])
             lower.set_xlabel("relative rank")

@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter
 
+from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.plotting.base import BLACK, BLUE, GREEN, GREY, LIGHT, PURPLE, VERMILION
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.study.analysis.runs import Setting
@@ -53,6 +54,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 8.5,
     "text.color": BLACK,
     "svg.fonttype": "path",
+    "text.parse_math": False,  # names may hold dollar signs
     "svg.hashsalt": "lightning_vlmq",
 }
 
@@ -133,9 +135,8 @@ def as_svg(figure: Figure) -> str:
 
 def as_png(figure: Figure, path: Path, dpi: int = 110) -> None:
     """Write the figure as PNG on white ground."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with styled():
-        figure.savefig(path, format="png", dpi=dpi, facecolor="white")
+    with styled(), replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=dpi, facecolor="white")
 
 
 def vlm_styles(vlms: Sequence[str]) -> dict[str, tuple[str, str]]:

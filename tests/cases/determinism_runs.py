@@ -1,0 +1,68 @@
+"""The same evaluation computed in different ways, each filed under a name of its own; run as a script: ``python … <root>``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+SETTINGS = {
+    "first": {},
+    "again": {},
+    "batches of 7": {"batch_size": 7},
+    "batches of 64": {"batch_size": 64},
+    "2 threads": {"threads": 2},
+    "2 workers": {"num_workers": 2},
+    "2 processes": {"devices": 2},
+    "3 processes": {"devices": 3},
+}
+DATA = {
+    "datasets": ["garments", "held_out"],
+    "per_class": 4,
+    "calibration_pairs": 32,
+    "train_batch_size": 16,
+    "batch_size": 16,
+}
+
+
+def evaluate(root: Path, run_id: str, quantized: bool, **setting) -> None:
+    """One run."""
+    import torch
+    from lightning import Trainer, seed_everything
+
+    from lightning_vlmq.callbacks import ResultsWriter
+    from lightning_vlmq.data import EmbeddedData
+    from lightning_vlmq.modules import EvaluationModule, Quantization
+    from lightning_vlmq.statistics import Statistics
+
+    torch.set_num_threads(setting.pop("threads", 1))
+    devices = setting.pop("devices", 1)
+    seed_everything(0, verbose=False)
+    quant = Quantization(method="minmax", weight_bits=4, scope="vision_text") if quantized else Quantization()
+    few = Statistics(n_resamples=50, n_resamples_ranking=20)
+    module = EvaluationModule(
+        "vit_clean", quant=quant, scores=["mcm"], lst=True, statistics=few, cache=str(root / run_id)
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=devices,
+        strategy="ddp_fork" if devices > 1 else "auto",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[ResultsWriter(str(root), run_id)],
+    )
+    trainer.validate(module, EmbeddedData(**{**DATA, **setting}), verbose=False)
+
+
+def main(root: Path) -> None:
+    """All of them, those of several processes first: a process that has computed with threads cannot fork safely."""
+    for name, setting in sorted(SETTINGS.items(), key=lambda item: -item[1].get("devices", 1)):
+        for quantized in (False, True):
+            evaluate(root, f"{name.replace(' ', '_')}{'-w4a8' if quantized else ''}", quantized, **setting)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main(Path(sys.argv[1]))

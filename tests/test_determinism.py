@@ -1,0 +1,60 @@
+"""The table of docs/reliability.md: the same bits, or the largest difference that it states."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cases import determinism_runs
+
+from lightning_vlmq.results.store import ResultsStore
+
+PAGE = Path(__file__).parents[1] / "docs" / "reliability.md"
+ROW = re.compile(r"^\| (?P<name>[^|]+) \| (?P<sample>same bits|[\d.e-]+) \| (?P<metric>same bits|[\d.e-]+) \|$", re.M)
+
+
+def stated() -> dict[str, tuple[float, float]]:
+    """Bounds by setting: of a sample's confidence, and of a metric."""
+    rows = [match.groups() for match in ROW.finditer(PAGE.read_text(encoding="utf-8"))]
+    return {name: (bound(sample), bound(metric)) for name, sample, metric in rows}
+
+
+def bound(text: str) -> float:
+    return 0.0 if text == "same bits" else float(text)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("determinism")
+    done = subprocess.run(
+        [sys.executable, determinism_runs.__file__, str(root)], capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    return ResultsStore(root)
+
+
+def test_the_table_has_every_setting():
+    assert list(stated()) == [name for name in determinism_runs.SETTINGS if name != "first"]
+
+
+@pytest.mark.parametrize("model", ["", "-w4a8"])
+@pytest.mark.parametrize("name", [name for name in determinism_runs.SETTINGS if name != "first"])
+def test_differences_are_as_stated(store, name, model):
+    sample_bound, metric_bound = stated()[name]
+    first, other = f"first{model}", f"{name.replace(' ', '_')}{model}"
+    order = ["dataset", "index"]
+    samples = [store.samples(run).astype({"dataset": str}).sort_values(order) for run in (first, other)]
+    worst = 0.0
+    for column in ("confidence", "nll", "brier", "mcm"):
+        one, two = (frame[column].to_numpy(np.float64) for frame in samples)
+        worst = max(worst, float(np.nanmax(np.abs(one - two))))
+    keys = ["dataset", "role", "score", "metric"]
+    rows = [store.rows([run]).set_index(keys)["value"] for run in (first, other)]
+    assert set(rows[0].index) == set(rows[1].index)
+    change = (rows[0] - rows[1].reindex(rows[0].index)).abs().max()
+    print(f"{name}{model}: samples {worst:.1e}, metrics {change:.1e}")
+    assert worst <= sample_bound and change <= metric_bound
