@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.sets import EvalSet
-from lightning_vlmq.evaluation.evaluators import Row
 from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.rows import Row
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
 from lightning_vlmq.quant.scheme import QuantScheme

@@ -11,9 +11,9 @@ from lightning import Callback, Trainer
 from torch.nn import functional as F
 
 from lightning_vlmq.callbacks.activations import as_bands
-from lightning_vlmq.evaluation.evaluators import Row
 from lightning_vlmq.evaluation.judged import Records
 from lightning_vlmq.evaluation.results import rows_by_variant
+from lightning_vlmq.evaluation.rows import Row
 from lightning_vlmq.spectral import PUBLISHED_BANDS, SecondMoments, Surgery
 
 log = logging.getLogger(__name__)

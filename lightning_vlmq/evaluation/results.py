@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classwise import classwise_estimates
-from lightning_vlmq.evaluation.evaluators import Evaluator, Row, estimate_all, rows_of
+from lightning_vlmq.evaluation.evaluators import Evaluator, estimate_all
 from lightning_vlmq.evaluation.judged import Records, Variant
 from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
+from lightning_vlmq.evaluation.rows import Row, rows_of
 from lightning_vlmq.quant import CoverageReport
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.statistics import Statistics

@@ -17,10 +17,11 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
-from lightning_vlmq.evaluation.evaluators import Evaluator, Row, default_evaluators, headline
+from lightning_vlmq.evaluation.evaluators import Evaluator, default_evaluators
 from lightning_vlmq.evaluation.features import Computation, FeatureCache, tower_digest
 from lightning_vlmq.evaluation.judged import Judged, Records
 from lightning_vlmq.evaluation.results import coverage_rows, require_complete, rows_by_variant
+from lightning_vlmq.evaluation.rows import Row, headline
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.openclip import Activation

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from lightning_vlmq.data import EvalSet
-from lightning_vlmq.evaluation.evaluators import Evaluator, Row, estimate_all, rows_of
+from lightning_vlmq.evaluation.evaluators import Evaluator, estimate_all
 from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
+from lightning_vlmq.evaluation.rows import Row, rows_of
 from lightning_vlmq.statistics import Statistics
 
 PUBLISHED = Statistics()

@@ -14,16 +14,11 @@ from lightning_vlmq import metrics, statistics
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EvalSet, TensorImages
 from lightning_vlmq.evaluation.classwise import classwise_estimates
-from lightning_vlmq.evaluation.evaluators import (
-    ClassificationEvaluator,
-    OODEvaluator,
-    SpuriousEvaluator,
-    estimate_all,
-    headline,
-)
+from lightning_vlmq.evaluation.evaluators import ClassificationEvaluator, OODEvaluator, SpuriousEvaluator, estimate_all
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
+from lightning_vlmq.evaluation.rows import headline
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs, per_sample
 from lightning_vlmq.statistics import Statistics
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lightning_vlmq.evaluation.evaluators import change as change_of
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.evaluation.quantities import Array, Estimate, deviation
+from lightning_vlmq.evaluation.rows import change as change_of
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.statistics import Interval
 from lightning_vlmq.study.analysis.runs import Setting

@@ -7,9 +7,9 @@ import torch
 from lightning_vlmq import metrics as m
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.evaluation.classwise import MIN_SAMPLES_PER_CLASS, classwise_estimates
-from lightning_vlmq.evaluation.evaluators import rows_of
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.evaluation.records import EvaluationSet
+from lightning_vlmq.evaluation.rows import rows_of
 from lightning_vlmq.metrics.functional import gap_variances
 from lightning_vlmq.statistics import Statistics
 
