@@ -25,6 +25,11 @@ from lightning_vlmq.statistics import Statistics
 CLASSES = 7
 
 
+@pytest.fixture(autouse=True)
+def same_samples():
+    torch.manual_seed(1)
+
+
 def make_set(name, role, n, **kwargs):
     return EvalSet(name, role, TensorImages(torch.zeros(n, 3, 1, 1, dtype=torch.uint8)), **kwargs)
 
