@@ -143,7 +143,7 @@ def test_inputs_whose_squares_overflow(method: str, channels: str):
         vlm.model.visual.ln_post.weight[slice(None) if channels == "all" else 3] *= 1e20
     for bits in ((4, 8), (4, 16)):
         quantized = twin(vlm)
-        if method in BY_INPUTS:
+        if method in BY_INPUTS and not method.startswith("rot"):  # a rotation folds the gains into the weights
             with pytest.raises(VLMQError, match=r"layer 'model\.visual\.proj': the squares .* too large") as error:
                 quantize(quantized, method, QuantScheme(*bits), make_batches(vlm))
             assert "\n" not in str(error.value)
