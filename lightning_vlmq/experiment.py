@@ -285,7 +285,8 @@ def _config_with_option(message: str, args: list[str]) -> str | None:
 def _options(name: str, part: str) -> set[str]:
     """The options of the class that a shipped config gives for the model or the data."""
     content: Any = yaml.safe_load((config_folder() / f"{name}.yaml").read_text(encoding="utf-8"))
-    path = (content.get(part) or {}).get("class_path") if isinstance(content, dict) else None
+    own = content.get(part) if isinstance(content, dict) else None
+    path = own.get("class_path") if isinstance(own, dict) else None  # a study's data are names of configs
     if not path:
         return set()
     module, _, kind = path.rpartition(".")

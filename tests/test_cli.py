@@ -48,7 +48,7 @@ def test_help_says_the_model_first_and_the_trainer_last(vlmq):
         done.stdout.index(word) for word in ("gptq", "--model.vlm", "--data.", "--results.root", "--trainer.devices")
     ]
     assert places == sorted(places)
-    assert not re.search(r":\w+:`|``", done.stdout) and len(done.stdout.splitlines()) < 280
+    assert not re.search(r":\w+:`|``", done.stdout) and len(done.stdout.splitlines()) < 310
     fit = vlmq("fit", "--help").stdout
     assert "--model.weight_lr" in fit
     for method in METHODS:  # by name, with its options

@@ -26,10 +26,19 @@ BODIES = {
 }
 
 
+def as_in_front() -> None:
+    """Listen to Ctrl-C as a program in a terminal does: tests that a shell started with ``&`` would hand down that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def start(body: str) -> subprocess.Popen:
     script = SCRIPT.format(body=body)
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=as_in_front,
     )
     assert process.stdout.readline() == "ready\n"
     return process

@@ -63,6 +63,7 @@ def test_every_dependency_counts_or_has_a_reason():
         "matplotlib",
         "pandas",
         "pyarrow",
+        "pydantic",
         "rich",
         "safetensors",
         "tensorboard",

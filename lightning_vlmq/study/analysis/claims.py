@@ -298,7 +298,8 @@ def _share(analysis: StudyAnalysis, holds: Callable[[dict[str, float]], bool], t
             gains.setdefault((vlm, setting), {})[name] = measure.info.gain(c.reference, c.value)
     found: dict[str, list[Cell]] = {}
     for (vlm, setting), own in gains.items():
-        if len(own) == len(measures) and not (trained and not METHODS[setting.method].needs_training):
+        is_trained = setting.method in METHODS and METHODS[setting.method].needs_training
+        if len(own) == len(measures) and (is_trained or not trained):
             own["auroc"] = (own["near_ood"] + own["far_ood"]) / 2
             found.setdefault(vlm, []).append(Cell(float(holds(own))))
     return found

@@ -91,7 +91,7 @@ def test_activation_ranges_are_those_of_the_scaled_inputs(vlm: VLM, method: str)
         torch.testing.assert_close(quantizer.zero_point, zero_point, rtol=0, atol=1)
 
 
-@pytest.mark.parametrize("method", ["smoothquant", "awq", "quarot", "rot_lsq_contrastive"])
+@pytest.mark.parametrize("method", ["smoothquant", "awq", "quarot", "rot_lsq_contrastive(weights='rtn')"])
 def test_transforms_keep_the_full_precision_function(vlm: VLM, method: str):
     batches = make_batches(vlm)
     with torch.no_grad():
