@@ -149,3 +149,14 @@ def test_a_date_in_the_future_is_said_and_does_not_win(tmp_path, monkeypatch):
     loaded = StudyResults.load(tmp_path)
     assert right in {run.run_id for run in loaded.runs} and "ahead" not in {run.run_id for run in loaded.runs}
     assert len(loaded.notes) == 1 and "'ahead'" in loaded.notes[0] and "\n" not in loaded.notes[0]
+
+
+def test_what_is_left_of_a_damaged_run_does_not_count(tmp_path):
+    """A run's tuned self was filed with it; without the run it stands for nothing."""
+    write_study(tmp_path, grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"], tuned=True), size=0.02)
+    next(path for path in (tmp_path / "samples").glob("*minmax*") if ".lst" not in path.name).unlink()
+    results = StudyResults.load(tmp_path)
+    assert sorted((run.key.method, run.key.is_tuned) for run in results.runs) == [("fp32", False), ("fp32", True)]
+    next(path for path in (tmp_path / "samples").glob("*fp32*") if ".lst" not in path.name).unlink()
+    with pytest.raises(VLMQError, match="no whole run is left"):
+        StudyResults.load(tmp_path)

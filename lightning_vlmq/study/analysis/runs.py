@@ -167,6 +167,13 @@ class StudyResults:
         for run_id in sorted(run_ids, key=lambda run_id: (run_id not in ahead, written[run_id].astimezone(UTC))):
             key = RunKey(**{name: firsts.loc[run_id, name] for name in names})
             newest[key] = StoredRun(key, run_id, store)
+        alone = [key for key in newest if key.is_tuned and replace(key, is_tuned=False) not in newest]
+        for key in alone:  # what is left of a run that is damaged
+            del newest[key]
+        if not newest:
+            raise VLMQError(
+                f"no whole run is left in '{root}' ({problems[0] if problems else 'tuned ones alone'}); run the study again"
+            )
         runs = sorted(
             newest.values(), key=lambda run: (not run.key.is_full_precision, run.setting.sort_key, run.key.seed)
         )

@@ -70,7 +70,10 @@ def report(study: Study, outcome: Outcome, console: Console) -> None:
     analysis = analyse(StudyResults.load(Path(study.root)))
     page = write_report(analysis)
     outcome.seconds["report"].append(time.perf_counter() - start)
-    console.print(summary_table(analysis))
+    for problem in analysis.results.problems:
+        console.print(f"[yellow]left out[/] {escape(problem)}", soft_wrap=True, highlight=False)
+    if analysis.comparisons:
+        console.print(summary_table(analysis))
     console.print(timing_table(outcome.seconds))
     console.print(f"report       {escape(str(page))}", soft_wrap=True, highlight=False)
     console.print(

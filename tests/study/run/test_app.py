@@ -97,6 +97,9 @@ def test_report_only(vlmq_study, tmp_path):
         "tensorboard",
     ):
         assert word in output
+    (tmp_path / "logs" / "results" / "notes.txt").write_text("mine")
+    code, output, _ = vlmq_study("report_only=true")
+    assert code == 0 and "left out" in output and "notes.txt is no part of a results store" in output
 
 
 def test_help_shows_studies_and_config(vlmq_study):
