@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm
 from scipy.stats import t as student
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.statistics.significance import Z95
 
 
 class ClusteredMean(NamedTuple):
@@ -64,7 +64,7 @@ def clustered_mean(points: NDArray[np.float64], replicates: NDArray[np.float64] 
         cov = np.atleast_2d(np.cov(finite, rowvar=False)) if len(finite) > 1 else np.full((k, k), math.nan)
     if k == 1:
         stderr = math.nan if cov is None else math.sqrt(cov[0, 0])
-        half = float(norm.ppf(0.975)) * stderr
+        half = Z95 * stderr
     else:
         common = 0.0 if cov is None else float((cov.sum() - np.trace(cov)) / (k * (k - 1)))
         stderr = math.sqrt(points.var(ddof=1) / k + max(common, 0.0)) if not math.isnan(common) else math.nan

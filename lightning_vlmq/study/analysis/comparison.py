@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any
@@ -89,6 +90,28 @@ class StudyAnalysis:
             and not np.isnan(comparison.effect.estimate)
             and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
         ]
+
+    def joint_gains(self) -> dict[tuple[str, Setting], dict[str, float]]:
+        """By how much ``top1``, ``ece`` and ``auroc`` (the mean of near- and far-OOD's) got better, together, each in its own unit.
+
+        Of every VLM and quantized setting, its logit scale as it came, that has all of these numbers.
+        """
+        parts = {"top1": [Measure("top1", "id")], "ece": [Measure("ece", "id")]}
+        parts["auroc"] = [Measure("auroc", role, "", self.score) for role in ("near_ood", "far_ood")]
+        found: dict[tuple[str, Setting], dict[str, float]] = {}
+        for vlm, setting in itertools.product(self.vlms, self.settings):
+            gains = {
+                name: [m.info.gain(c.reference, c.value) for m in own if (c := self._changed(vlm, setting, m))]
+                for name, own in parts.items()
+            }
+            if all(len(gains[name]) == len(own) for name, own in parts.items()):
+                found[vlm, setting] = {name: float(np.mean(own)) for name, own in gains.items()}
+        return found
+
+    def _changed(self, vlm: str, setting: Setting, measure: Measure) -> Comparison | None:
+        """A comparison that has an effect, or ``None``."""
+        c = self.comparisons.get((vlm, setting, measure))
+        return None if c is None or c.effect is None or np.isnan(c.effect.estimate) else c
 
     def table(self) -> pd.DataFrame:
         """Every comparison as one row of plain numbers."""

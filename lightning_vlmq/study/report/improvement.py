@@ -63,15 +63,7 @@ def joint_table(analysis: StudyAnalysis) -> str:
 
     AUROC is the mean of near- and far-OOD's. Pairs that lack a number are left out.
     """
-    measures = {"top1": [Measure("top1", "id")], "ece": [ECE]}
-    measures["auroc"] = [Measure("auroc", role, "", analysis.score) for role in ("near_ood", "far_ood")]
-    gains: list[dict[str, float]] = []
-    for vlm in analysis.vlms:
-        for setting in analysis.settings:
-            found = {name: [analysis.comparisons.get((vlm, setting, m)) for m in own] for name, own in measures.items()}
-            if all(c is not None and c.change is not None for own in found.values() for c in own):
-                pairs = {name: [(m, c) for m, c in zip(measures[name], own) if c] for name, own in found.items()}
-                gains.append({name: float(np.mean([gain(m, c) for m, c in own])) for name, own in pairs.items()})
+    gains = list(analysis.joint_gains().values())
     if not gains:
         return ""
     signs = [(g["ece"] > 0, g["auroc"] > 0) for g in gains]

@@ -8,9 +8,9 @@ from html import escape
 from matplotlib.figure import Figure
 
 from lightning_vlmq.evaluation.measures import METRICS
-from lightning_vlmq.study.analysis.claims import held_against
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
+from lightning_vlmq.study.analysis.published import held_against
 from lightning_vlmq.study.report import figures, improvement, tables
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
 from lightning_vlmq.study.report.figures.spectra import read_spectra

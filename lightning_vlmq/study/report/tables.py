@@ -12,8 +12,8 @@ import torch
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison
-from lightning_vlmq.study.analysis.claims import Claim
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
+from lightning_vlmq.study.analysis.published import Claim
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.notation import percent_interval, signed
 

@@ -18,8 +18,8 @@ from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.change import FULL
-from lightning_vlmq.study.analysis.claims import ECE, held_against
 from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.published import ECE, held_against
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults
 from lightning_vlmq.study.report import figures, improvement
 from lightning_vlmq.study.report.figures.spectra import RANKS, read_spectra

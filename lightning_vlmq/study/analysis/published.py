@@ -23,7 +23,6 @@ from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
 
 ECE = Measure("ece", "id")
-TOP1 = Measure("top1", "id")
 SIGN = Measure("signed_calibration_error", "id")
 CORRUPTION = Measure("top1", "corruption")
 SHIFT = Measure("top1", "shift")
@@ -191,10 +190,18 @@ for _title, _method, _bits, _gap, _vulnerability, _expects in _GAPS:
 def _compared(analysis: StudyAnalysis, measure: Measure) -> Iterator[tuple[str, Setting, Comparison]]:
     """Every comparison of a measure that is known, controls left out."""
     for (vlm, setting, what), comparison in analysis.comparisons.items():
-        control = setting.method in METHODS and METHODS[setting.method].is_control
-        if what != measure or control or comparison.effect is None or math.isnan(comparison.effect.estimate):
+        if (
+            what != measure
+            or _is_control(setting)
+            or comparison.effect is None
+            or math.isnan(comparison.effect.estimate)
+        ):
             continue
         yield vlm, setting, comparison
+
+
+def _is_control(setting: Setting) -> bool:
+    return setting.method in METHODS and METHODS[setting.method].is_control
 
 
 def _by_vlm(cells: Mapping[str, Sequence[Cell]]) -> ClusteredMean:
@@ -290,18 +297,11 @@ def _architectures(analysis: StudyAnalysis) -> Claim | None:
 
 def _share(analysis: StudyAnalysis, holds: Callable[[dict[str, float]], bool], trained: bool) -> dict[str, list[Cell]]:
     """1 where it holds of a setting's gains in accuracy, ECE and AUROC, else 0; by VLM."""
-    gains: dict[tuple[str, Setting], dict[str, float]] = {}
-    measures = {"top1": TOP1, "ece": ECE}
-    measures |= {role: Measure("auroc", role, "", analysis.score) for role in ("near_ood", "far_ood")}
-    for name, measure in measures.items():
-        for vlm, setting, c in _compared(analysis, measure):
-            gains.setdefault((vlm, setting), {})[name] = measure.info.gain(c.reference, c.value)
     found: dict[str, list[Cell]] = {}
-    for (vlm, setting), own in gains.items():
+    for (vlm, setting), gains in analysis.joint_gains().items():
         is_trained = setting.method in METHODS and METHODS[setting.method].needs_training
-        if len(own) == len(measures) and (is_trained or not trained):
-            own["auroc"] = (own["near_ood"] + own["far_ood"]) / 2
-            found.setdefault(vlm, []).append(Cell(float(holds(own))))
+        if not _is_control(setting) and (is_trained or not trained):
+            found.setdefault(vlm, []).append(Cell(float(holds(gains))))
     return found
 
 

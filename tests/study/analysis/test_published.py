@@ -9,8 +9,8 @@ from scipy import stats
 
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.statistics import ClusteredMean
-from lightning_vlmq.study.analysis.claims import NEGLIGIBLE, Claim, Query, held_against
 from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.published import NEGLIGIBLE, Claim, Query, held_against
 from lightning_vlmq.study.analysis.runs import StudyResults
 
 METHODS = ["minmax", "lsq_contrastive", "matched_noise"]
