@@ -1,4 +1,4 @@
-"""Time and memory of the streaming metrics beside torchmetrics' and scikit-learn's way on the same data. Run by hand.
+"""Time and memory of what validation does, to record and then to compute, beside torchmetrics' and scikit-learn's way. Run by hand.
 
     python benchmarks/metrics.py                                  # 1,000,000 samples x 1,000 classes
     python benchmarks/metrics.py --samples 20000 --classes 100    # seconds
@@ -56,24 +56,53 @@ class Stream:
             yield logits, target, score, is_id
 
 
-def _on_logits(metric: Callable[[], object], pick: str | None = None) -> Callable[[Stream], float]:
+def _recorded(column: str, fn: Callable[..., Tensor] = torch.mean) -> Callable[[Stream], float]:
+    """As validation: per-sample columns of every batch in ``SampleRecords``, then a function of them."""
+
     def run(stream: Stream) -> float:
-        m = metric()
+        from lightning_vlmq import metrics as m
+
+        names = ("confidence", "correct") if column == "confidence" else (column,)
+        records, start = m.SampleRecords({name: m.RECORD_COLUMNS[name] for name in names}), 0
         for logits, target, _, _ in stream:
-            m.update(logits, target)
-        value = m.compute()
-        return float(value[pick] if pick else value)
+            records.update(torch.arange(start, start + len(target)), **m.per_sample(logits, target, names))
+            start += len(target)
+        columns = records.compute()
+        return float(fn(*(columns[name] for name in names)))
 
     return run
 
 
-def _on_scores(metric: Callable[[], object], pick: str | None = None) -> Callable[[Stream], float]:
+def _classwise(classes: int) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        from lightning_vlmq import metrics as m
+
+        gaps, start = m.ClasswiseGaps(classes), 0
+        for logits, target, _, _ in stream:
+            gaps.update(torch.arange(start, start + len(target)), logits, target)
+            start += len(target)
+        sums = gaps.compute()
+        return float(sums["gap"].sum(0).abs().sum(-1).mean() / sums["count"].sum())
+
+    return run
+
+
+def _on_logits(metric: Callable[[], object]) -> Callable[[Stream], float]:
+    def run(stream: Stream) -> float:
+        m = metric()
+        for logits, target, _, _ in stream:
+            m.update(logits, target)
+        return float(m.compute())
+
+    return run
+
+
+def _on_scores(metric: Callable[[], object]) -> Callable[[Stream], float]:
     def run(stream: Stream) -> float:
         m = metric()
         for _, _, score, is_id in stream:
             m.update(score, is_id)
-        value = m.compute()
-        return float(value[pick] if pick else value)
+        return float(m.compute())
 
     return run
 
@@ -158,50 +187,42 @@ def contenders(classes: int) -> dict[str, dict[str, Callable[[Stream], float]]]:
         def update(self, logits: Tensor, target: Tensor) -> None:
             super().update(torch.nn.functional.cross_entropy(logits, target, reduction="none"))
 
-    def binned() -> object:
-        return m.BinnedDetection(low=-6, high=6)
-
     return {
         "ece": {
-            "ours": _on_logits(m.CalibrationError),
+            "ours": _recorded("confidence", m.calibration_error),
             "torchmetrics": _on_logits(lambda: ProbabilityECE(num_classes=classes, validate_args=False)),
             "scikit-learn": _held_confidences("uniform"),
         },
         "adaptive_ece": {
-            "ours": _on_logits(m.AdaptiveCalibrationError),
-            "ours, binned": _on_logits(m.BinnedAdaptiveCalibrationError, "adaptive_ece"),
+            "ours": _recorded("confidence", partial(m.calibration_error, binning="mass")),
             "scikit-learn": _held_confidences("quantile"),
         },
         "nll": {
-            "ours": _on_logits(m.NegativeLogLikelihood),
+            "ours": _recorded("nll"),
             "torchmetrics": _on_logits(MeanCrossEntropy),
             "scikit-learn": _held_probabilities(log_loss),
         },
         "brier": {
-            "ours": _on_logits(m.BrierScore),
+            "ours": _recorded("brier"),
             "scikit-learn": _held_probabilities(partial(brier_score_loss, scale_by_half=False)),
         },
-        "classwise_ece": {"ours": _on_logits(lambda: m.ClasswiseCalibrationError(classes))},
+        "classwise_ece": {"ours": _classwise(classes)},
         "aurc": {
-            "ours": _on_logits(m.AURC),
-            "ours, binned": _on_logits(m.BinnedSelectivePrediction, "aurc"),
+            "ours": _recorded("confidence", m.aurc),
             "numpy": _held_aurc,
         },
         "auroc": {
             "ours": _held_score_columns(m.auroc),
-            "ours, binned": _on_scores(binned, "auroc"),
             "torchmetrics": _on_scores(lambda: tm.BinaryAUROC(validate_args=False)),
             "scikit-learn": _held_scores(roc_auc_score),
         },
         "aupr_in": {
             "ours": _held_score_columns(m.aupr_in),
-            "ours, binned": _on_scores(binned, "aupr_in"),
             "torchmetrics": _on_scores(lambda: tm.BinaryAveragePrecision(validate_args=False)),
             "scikit-learn": _held_scores(average_precision_score),
         },
         "fpr95": {
-            "ours": _on_scores(m.FPR95),
-            "ours, binned": _on_scores(binned, "fpr95"),
+            "ours": _held_score_columns(m.fpr95),
             "torchmetrics": _on_scores(lambda: TorchmetricsFPR95(validate_args=False)),
             "scikit-learn": _held_scores(sklearn_fpr95),
         },

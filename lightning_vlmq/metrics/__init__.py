@@ -1,14 +1,11 @@
-"""Reliability metrics: pure functions, torchmetrics classes over them, OOD scores, per-sample records."""
+"""Reliability metrics: pure functions, OOD scores, and the torchmetrics classes that validation records with."""
 
 from lightning_vlmq.metrics.functional import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERRORS,
     BinSums,
-    Bounded,
-    DetectionCounts,
     LogitScale,
     ReliabilityBins,
-    SelectiveCounts,
     TrajectoryBins,
     added_vulnerability,
     agreement,
@@ -41,53 +38,21 @@ from lightning_vlmq.metrics.scores import (
     ood_score,
     score_name,
 )
-from lightning_vlmq.metrics.stateful.bounded import (
-    BinnedAdaptiveCalibrationError,
-    BinnedDetection,
-    BinnedSelectivePrediction,
-)
-from lightning_vlmq.metrics.stateful.calibration import (
-    AURC,
-    AdaptiveCalibrationError,
-    BrierScore,
-    CalibrationError,
-    ClasswiseCalibrationError,
-    CoverageAtRisk,
-    MaximumCalibrationError,
-    NegativeLogLikelihood,
-)
 from lightning_vlmq.metrics.stateful.classwise import ClasswiseGaps
-from lightning_vlmq.metrics.stateful.ood import FPR95
-from lightning_vlmq.metrics.stateful.records import RECORD_COLUMNS, ColumnMetric, SampleRecords
+from lightning_vlmq.metrics.stateful.records import RECORD_COLUMNS, SampleRecords
 
 __all__ = [
     "ALEXNET_CLEAN_ERROR",
     "ALEXNET_ERRORS",
-    "AURC",
-    "FPR95",
     "OOD_SCORES",
     "RECORD_COLUMNS",
-    "AdaptiveCalibrationError",
     "BinSums",
-    "BinnedAdaptiveCalibrationError",
-    "BinnedDetection",
-    "BinnedSelectivePrediction",
-    "Bounded",
-    "BrierScore",
-    "CalibrationError",
-    "ClasswiseCalibrationError",
     "ClasswiseGaps",
-    "ColumnMetric",
-    "CoverageAtRisk",
-    "DetectionCounts",
     "LogitScale",
-    "MaximumCalibrationError",
-    "NegativeLogLikelihood",
     "OODScore",
     "ReliabilityBins",
     "SampleRecords",
     "ScoreInputs",
-    "SelectiveCounts",
     "TrajectoryBins",
     "added_vulnerability",
     "agreement",

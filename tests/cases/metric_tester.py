@@ -1,7 +1,6 @@
-"""One tester for every stateful metric: reference value, batch-split invariance, life cycle, plot, two processes.
+"""One tester for every stateful metric: reference value, batch-split invariance, life cycle, two processes.
 
-A case holds whole columns; the tester cuts them into batches. All cases run under DDP in one pair of processes, which
-is why the cases live in an importable module and not in a test.
+A case holds whole columns; the tester cuts them into batches. All cases run under DDP in one pair of processes.
 """
 
 from __future__ import annotations
@@ -85,21 +84,6 @@ def check_metric(case: Case) -> None:
     for batch in batches(case.columns, [25, 35]):
         metric(**batch)  # forward: accumulates and returns the batch's own value
     assert_equal(metric.compute(), case.expected, case.atol)
-
-
-def check_plot(metric: Metric, columns: dict[str, Tensor]) -> None:
-    import matplotlib.pyplot as plt  # not at the top: the spawned processes need no figures
-
-    plt.switch_backend("Agg")
-    metric.update(**columns)
-    figure, axis = metric.plot()
-    value = metric.compute()
-    drawn = torch.tensor([float(y) for line in axis.lines for y in line.get_ydata()])
-    for expected in value.values() if isinstance(value, dict) else [value]:
-        assert (drawn - expected).abs().min() < 1e-6
-    figure_of_two, _ = metric.plot([value, value])
-    for fig in (figure, figure_of_two):
-        plt.close(fig)
 
 
 def _run_rank(rank: int, cases: list[Case], directory: str) -> None:

@@ -13,11 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 from lightning_vlmq import metrics, statistics
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EvalSet, TensorImages
-from lightning_vlmq.evaluation.classwise import classwise_estimates
-from lightning_vlmq.evaluation.evaluators import ClassificationEvaluator, OODEvaluator, SpuriousEvaluator, estimate_all
-from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.quantities import AlignedRuns
-from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
+from lightning_vlmq.evaluation.evaluators import ClassificationEvaluator, OODEvaluator, SpuriousEvaluator
 from lightning_vlmq.evaluation.rows import headline
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs, per_sample
 from lightning_vlmq.statistics import Statistics
@@ -253,49 +249,3 @@ def test_auroc_s_standard_error_is_delong_s():
     change = auroc.replicates[:, 1] - auroc.replicates[:, 0]
     assert change.std(ddof=1) == pytest.approx(pair.stderr, rel=0.1)
     assert auroc.value[1] - auroc.value[0] == pytest.approx(pair.difference)
-
-
-def test_the_streaming_classes_give_the_values_that_validation_files():
-    generator = torch.Generator().manual_seed(4)
-    logits, target = 2 * torch.randn(400, 6, generator=generator), torch.randint(6, (400,), generator=generator)
-    target[:200] = logits[:200].argmax(-1)
-    outside = torch.randn(150, 6, generator=generator)
-
-    def columns(logits, target):
-        found = per_sample(logits, target) | {"target": target, "index": torch.arange(len(target))}
-        return {name: column.numpy() for name, column in (found | {"msp": logits.softmax(-1).amax(-1)}).items()}
-
-    tables = columns(logits, target), columns(outside, torch.full((150,), -1))
-    places = EvaluationSet("in", "id", "", 0), EvaluationSet("out", "near_ood", "", 0)
-    sets = [SampleMatrix(place, {0: table}, 1) for place, table in zip(places, tables)]
-    gaps = metrics.ClasswiseGaps(6)
-    gaps.update(torch.arange(400), logits, target)
-    few = Statistics(n_resamples=2, n_resamples_ranking=2)
-    filed = estimate_all(AlignedRuns(sets, few)) | classwise_estimates(places, {"in": [gaps.compute()]}, few)
-    classes = {
-        "ece": metrics.CalibrationError(),
-        "mce": metrics.MaximumCalibrationError(),
-        "adaptive_ece": metrics.AdaptiveCalibrationError(),
-    }
-    classes |= {
-        "classwise_ece": metrics.ClasswiseCalibrationError(6),
-        "brier": metrics.BrierScore(),
-        "nll": metrics.NegativeLogLikelihood(),
-    }
-    classes |= {"aurc": metrics.AURC(), "coverage_at_risk": metrics.CoverageAtRisk()}
-    for name, metric in classes.items():
-        for part in zip(logits.split(90), target.split(90)):
-            metric.update(*part)
-        assert float(metric.compute()) == pytest.approx(filed[Measure(name, "id")].value[0], abs=1e-9), name
-    bounded = metrics.BinnedAdaptiveCalibrationError(cells=200), metrics.BinnedSelectivePrediction(cells=200)
-    for metric in bounded:
-        metric.update(logits, target)
-        for name, value in metric.compute().items():
-            if not name.endswith("bound"):
-                bound = float(metric.compute()[f"{name}_error_bound"])
-                assert abs(float(value) - filed[Measure(name, "id")].value[0]) <= bound + 1e-9
-    is_id = torch.arange(550) < 400
-    for name, positive in (("fpr95", "id"), ("fpr95_openood", "ood")):
-        rate = metrics.FPR95(positive)
-        rate.update(torch.cat([torch.from_numpy(table["msp"]) for table in tables]), is_id)
-        assert float(rate.compute()) == filed[Measure(name, "near_ood", "", "msp")].value[0]

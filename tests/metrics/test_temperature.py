@@ -49,6 +49,17 @@ def test_fit_without_a_finite_optimum():
     assert np.isnan(m.fit_temperature(torch.tensor([[torch.nan, 0.0]]), torch.tensor([0])))
 
 
+def test_a_low_temperature_does_not_overflow_half_precision():
+    logits = torch.tensor([[1000.0, 999.0], [-1000.0, 1000.0]])  # 1000 / 0.01 is beyond float16
+    for kind in (torch.float32, torch.float16):
+        assert m.temperature_scaled_ece(logits.to(kind), torch.tensor([0, 0]), 0.01) == 0.5
+
+
+def test_an_undefined_temperature_shows():
+    broken = m.fit_temperature(torch.full((2, 3), torch.nan), torch.tensor([0, 1]))
+    assert m.temperature_scaled_ece(*calibrated(20, 4), broken).isnan()
+
+
 def test_fit_works_inside_no_grad_and_is_repeatable():
     logits, target = calibrated(50, 3, 2.0)
     with torch.no_grad():

@@ -1,13 +1,5 @@
 """Metrics as pure functions on tensors; record-level ones take any leading batch dimensions."""
 
-from lightning_vlmq.metrics.functional.binned import (
-    Bounded,
-    DetectionCounts,
-    SelectiveCounts,
-    adaptive_ece_from_cells,
-    confidence_cells,
-    score_bins,
-)
 from lightning_vlmq.metrics.functional.calibration import (
     BinSums,
     ReliabilityBins,
@@ -47,13 +39,9 @@ __all__ = [
     "ALEXNET_CLEAN_ERROR",
     "ALEXNET_ERRORS",
     "BinSums",
-    "Bounded",
-    "DetectionCounts",
     "LogitScale",
     "ReliabilityBins",
-    "SelectiveCounts",
     "TrajectoryBins",
-    "adaptive_ece_from_cells",
     "added_vulnerability",
     "agreement",
     "augrc",
@@ -67,7 +55,6 @@ __all__ = [
     "classwise_bin_sums",
     "classwise_ece",
     "confidence_and_correct",
-    "confidence_cells",
     "coverage_at_risk",
     "debiased_error",
     "debiased_magnitude",
@@ -89,7 +76,6 @@ __all__ = [
     "reliability_bins",
     "remaining_bias",
     "risk_at_coverage",
-    "score_bins",
     "signed_calibration_error",
     "temperature_scaled_ece",
     "trajectory_bins",

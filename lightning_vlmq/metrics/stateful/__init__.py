@@ -1,5 +1,4 @@
-"""Metrics that stream over batches and processes: torchmetrics classes over the functions of :mod:`~lightning_vlmq.metrics.functional`.
+"""What validation records with: torchmetrics classes, whose states add up over batches and processes.
 
-Validation records with :class:`~.records.SampleRecords` and :class:`~.classwise.ClasswiseGaps`; the others are for loops of your own, and
-give the values that validation files.
+Every metric is a function of :mod:`~lightning_vlmq.metrics.functional`, of what these have gathered.
 """

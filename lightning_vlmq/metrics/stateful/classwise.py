@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics.functional import equal_width_bins
-from lightning_vlmq.metrics.stateful.base import StreamedMetric
 
 
-class ClasswiseGaps(StreamedMetric):
+class ClasswiseGaps(Metric):
     """Gaps between probability and "is it this class" by class and bin, of each of ``n_groups`` groups of samples.
 
     A bootstrap of class-wise ECE (see :func:`~.functional.classwise_ece`) needs all probabilities of all samples. Here each is in the
@@ -33,6 +33,8 @@ class ClasswiseGaps(StreamedMetric):
     """
 
     higher_is_better = False
+    is_differentiable = False
+    full_state_update = False
     gap: Tensor
     count: Tensor
     square: Tensor

@@ -41,8 +41,8 @@ def test_repeated_sample_names_the_fix():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, "takes the columns"),
-        ({"nll": torch.zeros(2), "brier": torch.zeros(2)}, "takes the columns"),
+        ({}, "take the columns"),
+        ({"nll": torch.zeros(2), "brier": torch.zeros(2)}, "take the columns"),
         ({"nll": torch.zeros(3)}, "same n"),
         ({"nll": torch.zeros(2, 1)}, "same n"),
     ],
