@@ -70,7 +70,7 @@ class ErrorSurgery(Callback):
                 target = judged.own.records[s.name]["target"]
                 operated = F.normalize(surgery.operate(name, *features[s.name]), dim=-1)
                 with torch.no_grad():
-                    judged.record_features(variant, s, operated, target)
+                    judged.record_features(variant, s, operated, target, reference.logits(s, features[s.name][0]))
             variant.gather()
             _, rows = rows_by_variant([reference.own, variant], sets, pl_module.evaluators, pl_module.statistics)
             self.surgeries[name] = rows, variant.records

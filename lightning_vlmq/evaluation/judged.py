@@ -24,6 +24,7 @@ from lightning_vlmq.metrics import (
     OODScore,
     SampleRecords,
     ScoreInputs,
+    kl_divergence,
     per_sample,
 )
 from lightning_vlmq.models import VLM, require_finite
@@ -140,15 +141,27 @@ class Judged:
         """As it came, and tuned if it is."""
         return [self.own] if self.tuned is None else [self.own, self.tuned]
 
-    def record(self, s: EvalSet, batch: Mapping[str, Any]) -> None:
-        """Add a batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]``."""
+    def record(self, s: EvalSet, batch: Mapping[str, Any], reference: Tensor | None = None) -> Tensor:
+        """Add a batch.
+
+        Args:
+            s: the set that it is of.
+            batch: ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]``.
+            reference: full precision's logits ``[b, C]`` of the same batch, which this returned there; ``None`` where this is it.
+
+        Returns:
+            Logits ``[b, C]``, with the scale that the model came with.
+        """
         inputs = self._inputs(s, batch)
+        full = inputs.logits if reference is None else reference
         for variant in self.variants:
             own = inputs if variant is self.own else replace(inputs, logits=variant.scale.logits(inputs.cosine))
-            variant.update(s, batch["index"], own.logits, batch["target"], self._columns(own, batch["target"]))
+            columns = self._columns(own, batch["target"]) | {"kl": kl_divergence(full, own.logits)}
+            variant.update(s, batch["index"], own.logits, batch["target"], columns)
+        return inputs.logits
 
     def columns(self, s: EvalSet, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The record columns of one batch, each ``[b]``."""
+        """The record columns of one batch that follow from this model alone (all but ``kl``), each ``[b]``."""
         return self._columns(self._inputs(s, batch), batch["target"])
 
     def features(self, s: EvalSet) -> Tensor | None:
@@ -160,15 +173,31 @@ class Judged:
         classes = {name: len(classifier) for name, classifier in self._classifiers.items()}
         return Variant(self.own.scale, list(self._scores), classes, sets, settings, self.vlm.mean.device)
 
-    def record_features(self, variant: Variant, s: EvalSet, features: Tensor, target: Tensor) -> None:
-        """Add a whole set to a variant, from other image features than the model's: unit-norm ``[n, dim]`` in sample order."""
+    def logits(self, s: EvalSet, features: Tensor) -> Tensor:
+        """Logits ``[n, C]`` of unit-norm image features ``[n, dim]`` for a set's classes, with the model's own scale."""
+        classifier = self._classifiers[s.name]
+        return self.own.scale.logits(features.to(classifier) @ classifier.T)
+
+    def record_features(
+        self, variant: Variant, s: EvalSet, features: Tensor, target: Tensor, reference: Tensor
+    ) -> None:
+        """Add a whole set to a variant, from other image features than the model's.
+
+        Args:
+            variant: from :meth:`variant`.
+            s: the set.
+            features: unit-norm ``[n, dim]`` in sample order.
+            target: int64 ``[n]``.
+            reference: full precision's logits ``[n, C]``, see :meth:`logits`.
+        """
         classifier = self._classifiers[s.name]
         features, target = features.to(classifier), target.to(classifier.device)
         cosine = features @ classifier.T
         pairs = None if self._pairs is None else self._pairs.to(cosine)
         inputs = ScoreInputs(cosine, variant.scale.logits(cosine), features, None, calibration_features=pairs)
         index = torch.arange(len(features), device=classifier.device)
-        variant.update(s, index, inputs.logits, target, self._columns(inputs, target))
+        columns = self._columns(inputs, target) | {"kl": kl_divergence(reference, inputs.logits)}
+        variant.update(s, index, inputs.logits, target, columns)
 
     def keep_features(self) -> None:
         """File what the cache did not know."""

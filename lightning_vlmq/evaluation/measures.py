@@ -124,6 +124,17 @@ _of_predictions(
 _of_predictions(
     "flips_repaired", "flips wrong → right", True, lambda r: r["correct"] & ~r.reference["correct"], shown=False
 )
+_add(
+    "kl",
+    "KL",
+    False,
+    _column("kl"),
+    is_relative=False,
+    is_tested=False,
+    needs_reference=True,
+    in_percent=False,
+    convention="nats, of full precision's class probabilities from this model's",
+)
 _add("ece", "ECE", False, SampleMean(_width, _sum_of_gaps), tested_by="ece_debiased", convention=_BINS)
 _add("ece_debiased", "ECE, debiased", False, SampleMean(_width, _debiased_sum, _debiased_doubt), **_DEBIASED)
 _add(

@@ -206,8 +206,9 @@ class EvaluationModule(LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Record one batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]`` for every model."""
-        for judged in filter(None, (self._judged, self._reference)):
-            judged.record(self.eval_sets[dataloader_idx], batch)
+        s = self.eval_sets[dataloader_idx]
+        full = None if self._reference is None else self._reference.record(s, batch)
+        self._judged.record(s, batch, full)
 
     def on_validation_epoch_end(self) -> None:
         """Gather the records of all processes, evaluate them, log the rows."""

@@ -19,7 +19,7 @@ PARTS = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA
 """Folders below a store's root, each with a file for each run, and the columns that these have at least."""
 PREFIX = b"lightning_vlmq."
 DIGEST = b"lightning_vlmq.digest"
-_MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "x", "y", "y_reference"}
+_MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "kl", "x", "y", "y_reference"}
 
 
 def read_part(path: Path, kind: str, advice: str) -> pa.Table:

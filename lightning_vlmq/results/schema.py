@@ -57,6 +57,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("correct_top5", pa.bool_()),
         ("nll", pa.float32()),
         ("brier", pa.float32()),
+        ("kl", pa.float32()),
     ]
 )
 """Columns every per-sample record has; each further column is one OOD score (float32, higher = in-distribution).

@@ -33,7 +33,7 @@ def make_samples(n: int = 100) -> pd.DataFrame:
     frame["confidence"] = rng.random(n).astype(np.float32)
     frame["correct"] = frame["target"] == frame["prediction"]
     frame["correct_top5"] = frame["correct"]
-    for name in ("nll", "brier", "mcm", "energy"):
+    for name in ("nll", "brier", "kl", "mcm", "energy"):
         frame[name] = rng.random(n).astype(np.float32)
     return frame
 

@@ -124,11 +124,13 @@ def _evaluate(
     )
     strength = _strength(key)
     noise = 0.8 * images.normal(size=(n, CLASSES)) + 0.4 * model.normal(size=(n, CLASSES))
+    full = torch.from_numpy((np.eye(CLASSES)[target] * signal[:, None] + noise) / 10 * _scale(key))
     noise = noise + strength * quantized.normal(size=(n, CLASSES))
     cosine = (np.eye(CLASSES)[target] * (signal * (1 - 0.25 * strength))[:, None] + noise) / 10
     logits = torch.from_numpy(cosine * _scale(key)).float()
     records = functional.per_sample(logits, torch.from_numpy(np.where(is_ood, -1, target)))
     inputs = ScoreInputs(cosine=torch.from_numpy(cosine).float(), logits=logits)
+    records["kl"] = functional.kl_divergence(full, logits).float()
     records |= {score: OOD_SCORES[score](inputs) for score in ("mcm", "energy")}
     frame = pd.DataFrame({column: values.numpy() for column, values in records.items()})
     group = {"corruption": "corruptions", "spurious": ""}.get(role, "")

@@ -38,6 +38,7 @@ def make_records(n, ood=False, shift=0.0):
     logits = 15 * cosine
     columns = {"index": torch.arange(n), "target": target, **per_sample(logits, target)}
     columns |= {s: OOD_SCORES[s](ScoreInputs(cosine, logits)) for s in ("mcm", "energy")}
+    columns["kl"] = torch.rand(n)
     return columns, logits, target
 
 

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from scipy.special import log_softmax
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import top_k_accuracy_score
+from torch.nn import functional as F
 from torchmetrics.functional.classification import binary_calibration_error, multiclass_calibration_error
 
 from lightning_vlmq import metrics as m
@@ -91,6 +93,28 @@ def test_per_sample_half_precision_and_empty():
 def test_per_sample_bad_input(logits, target, message):
     with pytest.raises(VLMQError, match=message):
         m.per_sample(logits, target)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 50.0])
+def test_kl_divergence_is_scipys_and_torchs(size):
+    f = torch.randn(40, 7, dtype=torch.float64) * 5
+    q = f + size * torch.randn(40, 7, dtype=torch.float64)
+    found = m.kl_divergence(f, q)
+    assert found.dtype == torch.float64 and (found >= 0).all()
+    np.testing.assert_allclose(found, scipy.stats.entropy(f.softmax(1), q.softmax(1), axis=1), rtol=1e-6, atol=1e-14)
+    theirs = F.kl_div(q.log_softmax(1), f.log_softmax(1), reduction="none", log_target=True).sum(1)
+    torch.testing.assert_close(found, theirs, rtol=1e-7, atol=1e-14)
+
+
+def test_kl_divergence_of_undefined_and_impossible_classes():
+    inf, nan = torch.inf, torch.nan
+    f = torch.tensor([[0.0, -inf], [0.0, 0.0], [0.0, nan], [0.0, 0.0], [1.0, 2.0]])
+    q = torch.tensor([[3.0, -inf], [0.0, -inf], [0.0, 0.0], [-inf, -inf], [1.0, 2.0]])
+    found = m.kl_divergence(f, q)
+    assert found[[0, 1, 4]].tolist() == [0, inf, 0] and found[[2, 3]].isnan().all()
+    assert m.kl_divergence(f[:0], q[:0]).shape == (0,)
+    with pytest.raises(VLMQError, match="of the same samples"):
+        m.kl_divergence(f, q[:, :1])
 
 
 def test_agreement_batched_and_degenerate():

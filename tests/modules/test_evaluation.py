@@ -5,6 +5,7 @@ import pytest
 import torch
 from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
+from torch.nn import functional as F
 
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
 from lightning_vlmq.core.errors import VLMQError
@@ -46,7 +47,7 @@ def test_every_metric_of_every_role_has_value_and_stderr(quantized):
     rows = pd.DataFrame([vars(r) for r in quantized.rows])
     means = {"top1", "top5", "ece", "mce", "adaptive_ece", "brier", "nll", "aurc", "augrc", "coverage_at_risk"}
     means |= {"ece_debiased", "adaptive_ece_debiased", "signed_calibration_error"}
-    flips = {"agreement", "flips", "flips_broken", "flips_repaired"}
+    flips = {"agreement", "flips", "flips_broken", "flips_repaired", "kl"}
     labelled = means | flips | {f"delta_{m}" for m in means}
     classwise = {"classwise_ece", "classwise_ece_debiased"}
     whole = labelled | classwise | {f"delta_{m}" for m in classwise}
@@ -85,6 +86,34 @@ def test_top1_equals_a_plain_loop(quantized):
             )
             recorded = quantized.reference_records[s.name]["correct"]
             assert recorded.float().mean().item() == pytest.approx(right.float().mean().item(), abs=1e-6)
+
+
+def test_divergence_equals_torchs_of_both_models_probabilities(quantized):
+    """Of the model as it is, and of the tuned one, from full precision under its own scale."""
+    settings = Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
+    module = validate(EvaluationModule("vit_clean", quant=settings, lst=True))
+    s = module.eval_sets[0]
+    models = {"full": module.reference, "own": module.vlm}
+    with torch.no_grad():
+        logits = {
+            name: vlm.zero_shot_logits(
+                vlm.encode_image(s.images.images), vlm.class_features(module.data.class_names, module.data.templates)
+            )
+            for name, vlm in models.items()
+        }
+    found = {
+        (r.metric, tuned): r.value
+        for tuned in (0, 1)
+        for r in (module.rows, module.tuned_rows)[tuned]
+        if r.dataset == s.name
+    }
+    scales = {row.metric: row.value for row in module.tuned_rows if row.metric == "logit_scale"}
+    logits["tuned"] = logits["own"] * scales["logit_scale"] / module.vlm.logit_scale().item()
+    for tuned, name in enumerate(("own", "tuned")):
+        target = logits["full"].double().log_softmax(1)
+        expected = F.kl_div(logits[name].double().log_softmax(1), target, reduction="batchmean", log_target=True)
+        assert found["kl", tuned] == pytest.approx(float(expected), rel=1e-3) and float(expected) > 1e-5
+    assert found["kl", 0] != found["kl", 1]
 
 
 def test_same_seed_same_bits(quantized):

@@ -16,7 +16,12 @@ from lightning_vlmq.metrics.functional.calibration import (
     trajectory_bins,
 )
 from lightning_vlmq.metrics.functional.change import added_vulnerability, relative_change, relative_spurious_gap
-from lightning_vlmq.metrics.functional.classification import agreement, confidence_and_correct, per_sample
+from lightning_vlmq.metrics.functional.classification import (
+    agreement,
+    confidence_and_correct,
+    kl_divergence,
+    per_sample,
+)
 from lightning_vlmq.metrics.functional.corruption import (
     ALEXNET_CLEAN_ERROR,
     ALEXNET_ERRORS,
@@ -66,6 +71,7 @@ __all__ = [
     "fpr95",
     "fpr95_openood",
     "gap_variances",
+    "kl_divergence",
     "mean_corruption_error",
     "pairs_nll",
     "per_sample",

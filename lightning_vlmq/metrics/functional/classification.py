@@ -158,6 +158,34 @@ _COLUMNS: Mapping[str, Callable[[_Softmax], Tensor]] = {
 }
 
 
+def kl_divergence(logits_f: Tensor, logits_q: Tensor) -> Tensor:
+    """KL(p_f || p_q) of each sample: what it costs to take the second model's class probabilities for the first's.
+
+    Unlike agreement it sees changes that leave every prediction as it is (Dutta et al. 2024, arXiv 2407.09141).
+
+    Args:
+        logits_f: float ``[n, C]``, logit scale applied; the model to keep to, full precision's.
+        logits_q: float ``[n, C]``.
+
+    Returns:
+        ``[n]``, float64, in nats: at least 0, infinite where the second rules out what the first does not, NaN where a softmax is
+        undefined. Computed in float64, as the terms cancel to a small part of themselves.
+
+    Raises:
+        VLMQError: the shapes differ or are not ``[n, C]``.
+    """
+    if logits_f.ndim != 2 or logits_f.shape != logits_q.shape:
+        raise VLMQError(
+            f"kl_divergence needs logits [n, C] of the same samples, got {tuple(logits_f.shape)} and {tuple(logits_q.shape)}"
+        )
+    log_f, log_q = (logits.double().log_softmax(-1) for logits in (logits_f, logits_q))
+    p_f = log_f.exp()
+    terms = torch.where(p_f == 0, 0.0, p_f * (log_f - log_q))
+    return torch.where(
+        log_q.isnan().any(-1), torch.nan, terms.sum(-1).clamp(min=0)
+    )  # of rounding alone it may be below 0
+
+
 def agreement(prediction_f: Tensor, prediction_q: Tensor) -> Tensor:
     """Share of samples whose prediction two models share; one minus it is the share of flips (Dutta et al. 2024).
 

@@ -21,6 +21,7 @@ RECORD_COLUMNS: Mapping[str, torch.dtype] = {
     "correct_top5": torch.bool,
     "nll": torch.float32,
     "brier": torch.float32,
+    "kl": torch.float32,
     "mcm": torch.float32,
     "energy": torch.float32,
 }

@@ -49,7 +49,8 @@ def number(measure: Measure, value: float) -> str:
     """A measure's value as the tables write it: in percent, or as it is."""
     if np.isnan(value):
         return "–"
-    text = f"{100 * value:.1f}" if measure.info.in_percent else f"{value:.3f}"
+    digits = ".3f" if value == 0 or abs(value) >= 0.01 else ".2g"  # of a small one, as a divergence is, the first ones
+    text = f"{100 * value:.1f}" if measure.info.in_percent else f"{value:{digits}}"
     return text.replace("-", "−")
 
 

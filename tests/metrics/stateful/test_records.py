@@ -8,7 +8,7 @@ from lightning_vlmq.metrics import RECORD_COLUMNS, SampleRecords, per_sample
 def test_sorted_and_typed():
     records = SampleRecords()
     logits, target = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 1, -1])
-    columns = {"target": target, "mcm": torch.rand(5), "energy": torch.rand(5), **per_sample(logits, target)}
+    columns = {"target": target, **per_sample(logits, target)} | {n: torch.rand(5) for n in ("kl", "mcm", "energy")}
     records.update(index=torch.tensor([4, 0, 3, 1, 2]), **columns)
     rows = records.compute()
     assert rows["index"].tolist() == [0, 1, 2, 3, 4]
