@@ -8,26 +8,41 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import html
 import inspect
+import re
 import sys
 from pathlib import Path
 
 import pandas as pd
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.quant.methods import METHODS, PTQMethod
 from lightning_vlmq.quant.scheme import FULL_PRECISION
+from lightning_vlmq.quant.training import QATMethod
 from lightning_vlmq.results.store import ResultsStore
 
 ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))
-METRICS = ("top1", "ece", "agreement", "coverage_weights", "coverage_macs", "held_out_loss_start", "held_out_loss")
-LOSSES = METRICS[-2:]
+METRICS = (
+    "top1",
+    "ece",
+    "agreement",
+    "kl",
+    "coverage_weights",
+    "coverage_macs",
+    "held_out_loss_start",
+    "held_out_loss",
+)
+SPREAD = {"top1": ("correct", 100.0), "kl": ("kl", 1000.0)}
+"""Where the spread is told: the column of the samples that a metric is the mean of, and what its numbers are multiplied with."""
 HEAD = """# The sixteen methods
 
 Each of them on one model of every tower family, both towers quantized, judged on the in-distribution set. Top-1 accuracy,
 expected calibration error (ECE, 15 bins), agreement with full precision and coverage (shares of both towers' matrix weights and
-of their multiply-accumulates, MACs, that are quantized) are in percent; ± is a standard error over the {n:,} images, the same for
-all methods of a table. Loss is that on caption pairs which are not trained on, in thousandths: before training and after.
+of their multiply-accumulates, MACs, that are quantized) are in percent; ± is a standard error over the {n:,} images. KL is the
+divergence of full precision's class probabilities from the quantized model's, in thousandths of a nat: it tells methods apart that leave
+nearly all predictions as they are. Loss, of the trained methods, is what they minimise, in thousandths, on caption pairs that they
+are not trained on: before training and of the state that is kept. These pairs choose that state, the images behind KL choose nothing.
 Seconds are those to quantize (for the trained methods: and to train) on a machine of {cores} CPU cores, one thread.
 
 ```console
@@ -42,16 +57,33 @@ A method is chosen by name, `--model.quant.method gptq`, or by its file in `conf
 | method | training | what it does |
 |---|---|---|
 """
+FAR = """
+## How far apart they are
+
+The best and the worst of the methods, by top-1 accuracy and by KL, and the difference in standard errors of the paired difference, as
+both see the same images. The two are picked for being far apart: the extremes of sixteen methods that do not differ at all would be
+about {chance:.1f} of these standard errors apart on average (the mean range of sixteen normal variables is 3.53 deviations, Tippett
+1925, and a difference of two has a standard deviation of √2 of them; a correlation common to all pairs changes both alike).
+
+| model | bits | best by top-1 | worst | points | standard errors | least KL | most | thousandths | standard errors |
+|---|---|---|---|---:|---:|---|---|---:|---:|
+"""
+CHANCE = 3.53 / 2**0.5
 STAYS = """
 ## What stays in float
 
 By default every product of a weight with an activation is quantized: linear layers, convolutions, projections, patch stems. In float stay
 
 - the products of attention, `Q K^T` and `A V`: a few percent of a tower's multiply-accumulates, more the more patches there are (4 %
-  of ViT-B/16's). `--model.quant.attention int8` quantizes queries, keys, values and probabilities in 8 bits, whichever module
-  computes them and whatever the method and the bits of the layers; their ranges are the smallest and largest calibration values;
+  of ViT-B/16's). `--model.quant.attention int8` quantizes queries, keys, values and probabilities in 8 bits, whatever the method and the
+  bits of the layers, in every module that calls `scaled_dot_product_attention`; their ranges are the smallest and largest calibration
+  values. That is all attention here; of models of transformers, ALIGN's text tower and SigLIP 2's pooling write the products out, and are
+  refused in one line;
 - softmax, normalisations, activation functions, residual additions, biases, and tables that are looked up (embeddings);
 - QuaRot's run-time rotations.
+
+Fake quantization rounds to the integers' values and multiplies in float; [converted models](convert.md) multiply integers in linear layers
+and convolutions, and still round and multiply in float what `attention: int8` quantizes.
 
 The coverage report tells weights and multiply-accumulates (MACs) apart, by tower and kind of layer; results hold both shares
 (`coverage_weights`, `coverage_macs`).
@@ -59,64 +91,119 @@ The coverage report tells weights and multiply-accumulates (MACs) apart, by towe
 
 
 def read_results(root: str | Path) -> pd.DataFrame:
-    """One line a run: what it is, :data:`METRICS` in percent, their standard errors, images, seconds and cores.
+    """One line a run: what it is, :data:`METRICS` (fractions in percent, others in thousandths), standard errors, images, seconds, cores.
 
     Raises:
         VLMQError: the store is empty, or a run was stored without its duration.
     """
     store = ResultsStore(root)
     rows = store.rows()
-    rows = rows[(rows["role"] == "id") & rows["metric"].isin(METRICS) & ~rows["is_tuned"]]
+    rows = rows[(rows["role"] == "id") & rows["metric"].isin(METRICS) & ~rows["is_tuned"] & (rows["dataset"] != "")]
     if rows.empty:
         raise VLMQError(f"'{root}' holds no results; run first: vlmq-study study=methods_table")
     index = ["run_id", "model", "method", "weight_bits", "act_bits"]
-    wide = rows.pivot(index=index, columns="metric", values=["value", "stderr"]) * 100
+    wide = rows.pivot(index=index, columns="metric", values=["value", "stderr"])
     table = pd.DataFrame({metric: wide["value"].get(metric) for metric in METRICS}).assign(
         top1_stderr=wide["stderr"]["top1"], ece_stderr=wide["stderr"]["ece"]
     )
+    thousandths = ["kl", "held_out_loss_start", "held_out_loss"]
+    table = table.astype(float) * [1000 if name in thousandths else 100 for name in table.columns]
     table["n"] = rows[rows["metric"] == "top1"].set_index(index)["n"]
     table = table.reset_index()
     durations = [store.seconds(run_id) for run_id in table["run_id"]]
     return table.assign(seconds=[d for d, _ in durations], cores=[c for _, c in durations])
 
 
-def page(table: pd.DataFrame) -> str:
-    """The Markdown page of what :func:`read_results` gives."""
+def page(table: pd.DataFrame, store: ResultsStore) -> str:
+    """The Markdown page of what :func:`read_results` gives, and of the samples that the store holds."""
     lines = [HEAD.format(n=int(table["n"].max()), cores=int(table["cores"].max()))]
-    for name in ORDER:
-        summary = (inspect.getdoc(METHODS[name]) or "").split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
-        lines.append(f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {summary} |\n")
-    lines.append(STAYS)
+    for name in (name for name in ORDER if name in set(table["method"])):
+        lines.append(
+            f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {in_cell(summary(METHODS[name]))} |\n"
+        )
+    lines += [STAYS, FAR.format(chance=CHANCE)]
+    cells = [(model, bits) for model in table["model"].unique() for bits in bits_of(table[table["model"] == model])]
+    for model, (weight_bits, act_bits) in cells:
+        own = table[(table["model"] == model) & (table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
+        parts = [part for metric in SPREAD for part in spread(own, metric, store)]
+        lines.append(f"| {model} | W{weight_bits}A{act_bits} | {' | '.join(parts)} |\n")
     for model in table["model"].unique():
         lines.append(model_section(model, table[table["model"] == model]))
     return "".join(lines)
 
 
+def summary(method: PTQMethod) -> str:
+    """The first paragraph of a method's docstring and, of a trained one, what it learns from."""
+    text = (inspect.getdoc(method) or "").split("\n\n")[0].replace("\n", " ")
+    if not isinstance(method, QATMethod):
+        return text
+    return f"{text} Contrastive distillation{' and the feature loss of CLIP-KD' if method.distillation == 'feature' else ''}."
+
+
+def in_cell(text: str) -> str:
+    """A docstring's summary in a table's cell: code as HTML, where a bar can be written so that it ends no cell and shows no backslash."""
+
+    def coded(match: re.Match[str]) -> str:
+        found = html.escape(match[1], quote=False)
+        return f"<code>{found.translate({ord(mark): f'&#{ord(mark)};' for mark in '|_*'})}</code>"
+
+    return re.sub("``(.+?)``", coded, text).replace("|", "\\|")
+
+
+def spread(runs: pd.DataFrame, metric: str, store: ResultsStore) -> list[str]:
+    """Cells: best method, worst method, their difference, and that in standard errors of the paired difference.
+
+    Args:
+        runs: of one model and one number of bits, as :func:`read_results` has them.
+        metric: of :data:`SPREAD`.
+        store: holds the samples.
+    """
+    column, factor = SPREAD[metric]
+    order = runs.sort_values([metric, "method"])
+    ends = (order.iloc[-1], order.iloc[0]) if metric == "top1" else (order.iloc[0], order.iloc[-1])
+    if len(runs) < 2 or runs[metric].isna().any():
+        return ["–"] * 4
+    first, second = (_samples(store, run["run_id"])[column].astype(float) for run in ends)
+    if not first.index.equals(second.index):
+        raise VLMQError(
+            f"runs '{ends[0]['run_id']}' and '{ends[1]['run_id']}' are of other images; run the study again"
+        )
+    difference = first - second
+    error = difference.std(ddof=1) / len(difference) ** 0.5
+    apart = f"{abs(difference.mean()) / error:.1f}" if error > 0 else "–"
+    return [f"`{ends[0]['method']}`", f"`{ends[1]['method']}`", f"{factor * abs(difference.mean()):.2f}", apart]
+
+
+def _samples(store: ResultsStore, run_id: str) -> pd.DataFrame:
+    samples = store.samples(run_id)
+    return samples[samples["role"] == "id"].set_index(["dataset", "index"]).sort_index()
+
+
+def bits_of(runs: pd.DataFrame) -> list[tuple[int, int]]:
+    """Bits of weights and activations, from many to few; without full precision."""
+    return sorted({(w, a) for w, a in zip(runs["weight_bits"], runs["act_bits"]) if (w, a) != (32, 32)}, reverse=True)
+
+
 def model_section(model: str, runs: pd.DataFrame) -> str:
-    """The table of one model: a line a method, four columns a bit-width."""
-    full = runs[runs["method"] == FULL_PRECISION]
-    bits = sorted({(w, a) for w, a in zip(runs["weight_bits"], runs["act_bits"]) if (w, a) != (32, 32)}, reverse=True)
-    named = [f"{label} W{w}A{a}" for w, a in bits for label in ("top-1", "ECE", "agreement", "loss", "seconds")]
+    """The tables of one model, one for each number of bits: a line a method."""
     lines = [f"\n## {model}\n\n"]
-    for run in full.itertuples():
+    for run in runs[runs["method"] == FULL_PRECISION].itertuples():
         lines.append(
-            f"Full precision: top-1 {run.top1:.1f} ± {run.top1_stderr:.1f}, ECE {run.ece:.1f} ± {run.ece_stderr:.1f}.\n\n"
+            f"Full precision: top-1 {run.top1:.1f} ± {run.top1_stderr:.1f}, ECE {run.ece:.1f} ± {run.ece_stderr:.1f}.\n"
         )
-    lines.append(f"| method | {' | '.join(named)} | weights | MACs |\n|---|{'---:|' * (len(named) + 2)}\n")
-    for method in (m for m in ORDER if m in set(runs["method"])):
-        own = runs[runs["method"] == method].set_index(["weight_bits", "act_bits"])
-        cells = []
-        for key in bits:
-            if key not in own.index:
-                cells += ["–"] * 5
-                continue
-            run = own.loc[key]
-            cells += [f"{run['top1']:.1f}", f"{run['ece']:.1f}", f"{run['agreement']:.1f}"]
-            before, after = (10 * run[loss] for loss in LOSSES)  # stored as a number, held here in percent
-            cells += ["–" if pd.isna(after) else f"{before:.2f} → {after:.2f}", f"{run['seconds']:.1f}"]
-        lines.append(
-            f"| `{method}` | {' | '.join(cells)} | {own['coverage_weights'].min():.1f} | {own['coverage_macs'].min():.1f} |\n"
-        )
+    for weight_bits, act_bits in bits_of(runs):
+        own = runs[(runs["weight_bits"] == weight_bits) & (runs["act_bits"] == act_bits)].set_index("method")
+        lines.append(f"\n### {model}, W{weight_bits}A{act_bits}\n\n")
+        lines.append("| method | top-1 | ± | ECE | agreement | KL | loss | weights | MACs | seconds |\n")
+        lines.append(f"|---|{'---:|' * 9}\n")
+        for method in (name for name in ORDER if name in own.index):
+            run = own.loc[method]
+            cells = [f"{run[name]:.1f}" for name in ("top1", "top1_stderr", "ece", "agreement")]
+            cells.append("–" if pd.isna(run["kl"]) else f"{run['kl']:.2f}")
+            before, after = run["held_out_loss_start"], run["held_out_loss"]
+            cells.append("–" if pd.isna(after) else f"{before:.2f} → {after:.2f}")
+            cells += [f"{run[name]:.1f}" for name in ("coverage_weights", "coverage_macs", "seconds")]
+            lines.append(f"| `{method}` | {' | '.join(cells)} |\n")
     return "".join(lines)
 
 
@@ -127,7 +214,7 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="the Markdown file to write")
     options = parser.parse_args()
     try:
-        text = page(read_results(options.root))
+        text = page(read_results(options.root), ResultsStore(options.root))
     except VLMQError as error:
         print(f"make_methods_table: error: {error}", file=sys.stderr)
         sys.exit(2)
