@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.quant import QuantScheme, quantize
+from lightning_vlmq.quant.attention import attention_products
 
 transformers = pytest.importorskip("transformers")
 logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -133,6 +134,28 @@ def test_every_weight_is_quantized(saved, kind, method):
     }
     report = quantize(vlm, method, QuantScheme(8, 8, scope="vision_text"), [batch]).coverage
     assert report.weight_share() == 1, report.unquantized
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "align"])
+def test_products_of_attention_are_quantized_or_the_reason_is_one_line(saved, kind):
+    """ALIGN's text tower writes its products out, SigLIP 2 pools by torch's own attention module: nothing stands in for these."""
+    vlm = load_vlm(f"local-dir:{saved[kind][0]}")
+    size = vlm.image_size
+    batch = {"image": torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8), "tokens": vlm.tokenize(TEXTS * 2)}
+    with torch.no_grad():
+        full = [vlm.encode_image(batch["image"]), vlm.encode_text(batch["tokens"])]
+    scheme = QuantScheme(8, 8, scope="vision_text", attention="int8")
+    if kind in ("siglip2", "align"):
+        with pytest.raises(VLMQError, match=r"of the products of activations stay in float.*set attention to float"):
+            quantize(vlm, "minmax", scheme, [batch])
+        return
+    report = quantize(vlm, "minmax", scheme, [batch]).coverage
+    products = [row for row in report.rows if row.layer_type == "activation_product"]
+    assert {row.tower for row in products} == {"vision", "text"}
+    assert all(row.macs_quantized == row.macs > 0 for row in products) and attention_products(vlm)
+    with torch.no_grad():
+        for ours, theirs in zip([vlm.encode_image(batch["image"]), vlm.encode_text(batch["tokens"])], full):
+            assert torch.nn.functional.cosine_similarity(ours, theirs).min() > 0.98 and not torch.equal(ours, theirs)
 
 
 def test_shards_low_precision_and_bin_files(saved, tmp_path):
