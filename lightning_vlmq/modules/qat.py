@@ -31,7 +31,8 @@ class QATModule(EvaluationModule):
 
     A share of the pairs is not trained on. The loss on these is measured before training and after every epoch, and the state
     with the least of them is what remains at the end, the start included: training cannot make a model worse in what it is
-    trained for, as far as these pairs tell. No evaluation data are looked at.
+    trained for, as far as these pairs tell. As they choose the state, its loss on them is a little too good; a run's ``kl`` on the
+    evaluation sets is not, as no evaluation data are looked at.
 
     Logs ``train/loss``, its parts (``train/loss/contrastive``, ``train/loss/feature``), the learning rate of each kind of parameter
     (``train/lr/<kind>``, the median where every tensor has its own), and whenever the trainer logs: median and largest
@@ -156,7 +157,11 @@ class QATModule(EvaluationModule):
 
     @torch.no_grad()
     def _measure(self) -> None:
-        """The loss on the held-out pairs, all at once, and the state if it is the best so far."""
+        """The loss on the held-out pairs, all at once, and the state if it is the best so far.
+
+        Raises:
+            VLMQError: the loss is not finite, with which no state could be told from another.
+        """
         assert self.reference is not None and self.scheme is not None
         self.vlm.eval()
         rows = self._held_out_rows
@@ -164,6 +169,16 @@ class QATModule(EvaluationModule):
         own = self.vlm.encode_text(self.tokens[rows]) if "text" in self.scheme.towers else text
         image = self.vlm.encode_image(self._held_out_images)
         loss = float(self.method.loss(image, own, self.teacher_image[rows], text, self.reference.logit_scale()))
+        if not math.isfinite(loss):
+            if not self.held_out_losses:
+                raise VLMQError(
+                    f"the loss on held-out pairs is {loss} before training, so that nothing can be learned from it; check the weights, "
+                    "give more bits or another start, or --trainer.precision 32-true"
+                )
+            raise VLMQError(
+                f"training diverged: the loss on held-out pairs is {loss} after step {self.global_step}; lower model.weight_lr or "
+                "model.step_lr"
+            )
         if all(loss < before for before in self.held_out_losses):
             self._best = {name: tensor.detach().clone() for name, tensor in self.vlm.state_dict().items()}
         self.held_out_losses.append(loss)

@@ -88,6 +88,33 @@ def test_a_reckless_rate_leaves_the_start_and_says_so(caplog):
     assert "the start is kept" in caplog.text
 
 
+class Spoiling(Callback):
+    """Makes the student's features undefined, before training or after its first epoch."""
+
+    def __init__(self, epoch):
+        self.epoch = epoch
+
+    def spoil(self, module, epoch):
+        if epoch == self.epoch:
+            with torch.no_grad():
+                next(module.vlm.model.visual.parameters()).fill_(torch.nan)
+
+    def on_fit_start(self, trainer, pl_module):
+        self.spoil(pl_module, 0)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.is_last_batch:
+            self.spoil(pl_module, trainer.current_epoch + 1)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "message"), [(0, "is nan before training"), (1, "training diverged: the loss on held-out")]
+)
+def test_a_loss_that_is_no_number_is_refused(epoch, message):
+    with pytest.raises(VLMQError, match=message):
+        fit(callbacks=[Spoiling(epoch)])
+
+
 def test_none_held_out_trains_on_all_pairs():
     seen = Seen()
     module, _ = fit(callbacks=[seen], epochs=4, held_out=0)
