@@ -42,7 +42,7 @@ def plant_outliers(vlm: VLM, factor: float, channels: int = 2, seed: int = 0) ->
     """
     if not (factor >= 1 and channels >= 1):
         raise VLMQError(f"outliers are factors of at least 1 in at least 1 channel; got {factor!r} in {channels!r}")
-    before = _features(vlm)
+    before = drawn_features(vlm)
     generator = torch.Generator().manual_seed(seed)
     planted = {}
     for name, layers in _readers(vlm).items():
@@ -56,7 +56,7 @@ def plant_outliers(vlm: VLM, factor: float, channels: int = 2, seed: int = 0) ->
             norm.bias[chosen] *= factor
         for layer in layers:
             layer.weight[:, chosen] /= factor
-        if all(bool(((new - old).abs() <= TOLERANCE).all()) for old, new in zip(before, _features(vlm))):
+        if all(bool(((new - old).abs() <= TOLERANCE).all()) for old, new in zip(before, drawn_features(vlm))):
             planted[name] = sorted(chosen.tolist())
         else:
             for parameter, old in zip(changed, kept):
@@ -86,7 +86,7 @@ def _readers(vlm: VLM) -> dict[str, list[nn.Linear | nn.Conv2d]]:
         elif isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1):
             hooks.append(module.register_forward_pre_hook(consumed))
     try:
-        _features(vlm)
+        drawn_features(vlm)
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,7 +94,7 @@ def _readers(vlm: VLM) -> dict[str, list[nn.Linear | nn.Conv2d]]:
 
 
 @torch.no_grad()
-def _features(vlm: VLM) -> list[Tensor]:
+def drawn_features(vlm: VLM) -> list[Tensor]:
     """Features of a drawn image and a text, and a decoder's logits (relative to the largest) where there is one."""
     device = next(vlm.parameters()).device
     shape = (2, 3, vlm.image_size, vlm.image_size)

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -28,6 +28,7 @@ from lightning_vlmq.models.openclip import Activation
 from lightning_vlmq.models.outliers import plant_outliers
 from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized, load_quantized, quantize
+from lightning_vlmq.quant.rotation.concentrate import concentrate_streams
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.identity import file_digest, why_partial
 from lightning_vlmq.results.schema import RunKey
@@ -58,7 +59,8 @@ class EvaluationModule(LightningModule):
         lst: whether to also judge the model with its logit scale fitted on the data module's caption pairs, all else as it is.
         evaluators: what to make of the records; all dimensions by default.
         outliers: factor by which a few channels of every normalised layer input are made larger, full precision's outputs staying
-            what they are: see :func:`~lightning_vlmq.models.outliers.plant_outliers`. The model is then called
+            what they are: see :func:`~lightning_vlmq.models.outliers.plant_outliers`; or ``stream`` for outlier channels in the residual
+            streams, :func:`~lightning_vlmq.quant.rotation.concentrate.concentrate_streams`. The model is then called
             ``<name>+outliers<factor>``; 1 leaves it as it is.
         statistics: bins, resamples and seed of every statistic; stored with the run, for whoever compares it with others.
         cache: folder for image features, shared by runs; ``None`` keeps none.
@@ -79,7 +81,7 @@ class EvaluationModule(LightningModule):
         cache: str | None = None,
         trained_like: str | None = None,
         activation: Activation | None = None,
-        outliers: float = 1.0,
+        outliers: float | Literal["stream"] = 1.0,
         statistics: Statistics = AS_PUBLISHED,
     ) -> None:
         super().__init__()
@@ -95,7 +97,10 @@ class EvaluationModule(LightningModule):
         self.checkpoint = checkpoint
         self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
         self.outliers = outliers
-        if outliers != 1:
+        if outliers == "stream":
+            concentrate_streams(self.vlm)
+            self.vlm.name += "+outliersstream"
+        elif outliers != 1:
             plant_outliers(self.vlm, outliers)
             self.vlm.name += f"+outliers{outliers:g}"
         self.reference: VLM | None = None

@@ -138,8 +138,8 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
     runs = []
     factors = dict.fromkeys(study.axes.get("outliers", [NONE_PLANTED]))
     for factor in factors:
-        if not re.fullmatch(r"[1-9]\d*(\.\d+)?", factor):
-            raise VLMQError(f"outliers '{factor}' is no factor of at least 1, such as 50")
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?|stream", factor):
+            raise VLMQError(f"outliers '{factor}' is no factor of at least 1, such as 50, and not 'stream'")
     for vlm, outliers in itertools.product(dict.fromkeys(study.axes["vlm"]), factors):
         cells = [(FULL_PRECISION, "W32A32", "none", 32, 32)]
         cells += [
