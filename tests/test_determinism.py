@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cases import determinism_runs
+from safetensors.torch import load_file
 
 from lightning_vlmq.results.store import ResultsStore
 
@@ -58,3 +60,33 @@ def test_differences_are_as_stated(store, name, model):
     change = (rows[0] - rows[1].reindex(rows[0].index)).abs().max()
     print(f"{name}{model}: samples {worst:.1e}, metrics {change:.1e}")
     assert worst <= sample_bound and change <= metric_bound
+
+
+@pytest.mark.parametrize("model", ["", "-w4a8"])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_keep_the_features_that_one_keeps(store, processes, model):
+    """Whole, each in its place, and nothing beside; the model in full precision and the quantized one."""
+    one, several = (
+        sorted((store.root / f"features_{run}{model}").iterdir()) for run in ("first", f"{processes}_processes")
+    )
+    sets = {path.stem.split("_", 1)[1] for path in one}  # the digests of towers count how they were computed
+    assert sets == {path.stem.split("_", 1)[1] for path in several}
+    assert len(one) == len(several) and {path.suffix for path in several} == {".safetensors"}
+    for name in sets:
+        kept = [
+            sorted(
+                (load_file(path)["features"] for path in paths if path.stem.endswith(f"_{name}")),
+                key=lambda f: float(f[0, 0]),
+            )
+            for paths in (one, several)
+        ]
+        for a, b in zip(*kept):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_kept_features_are_used_by_several_processes_and_a_set_may_be_smaller_than_their_number(store):
+    known, made = (
+        store.rows([run]).set_index(["dataset", "score", "metric"])["value"] for run in ("2_processes-known", "lonely")
+    )
+    assert "lonely" in set(made.index.get_level_values("dataset"))
+    assert known.equals(made.reindex(known.index)) and len(known) == len(made)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
-import torch
 from lightning import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, DistributedSampler, SequentialSampler, Subset
+from torch.utils.data import DataLoader, Subset
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.preprocessing import Framing
+from lightning_vlmq.data.loaders import SetLoader, Share, TrainLoader, TrainOrder, set_loaders, with_rows
 from lightning_vlmq.data.overlap import require_disjoint
 from lightning_vlmq.data.sets import Batch, EvalSet, TensorImages, as_is, spurious_pairs
+
+log = logging.getLogger(__name__)
+
+EvalLoader = DataLoader[Batch] | SetLoader
 
 
 class ReliabilityDataModule(LightningDataModule):
@@ -39,6 +43,9 @@ class ReliabilityDataModule(LightningDataModule):
 
     def __init__(self, batch_size: int, train_batch_size: int, num_workers: int) -> None:
         super().__init__()
+        self.allow_zero_length_dataloader_with_multiple_devices = (
+            True  # a set may have fewer images than there are processes
+        )
         for name, value in (("batch_size", batch_size), ("train_batch_size", train_batch_size)):
             if value < 1:
                 raise VLMQError(f"{name} must be at least 1, got {value}")
@@ -69,29 +76,83 @@ class ReliabilityDataModule(LightningDataModule):
     def follow(self, framing: Framing | None) -> None:
         """Decode images as a model wants them framed. Images in memory stay as they are: the model frames them on its device."""
 
-    def val_dataloader(self) -> list[DataLoader[Batch]]:
-        """One loader an evaluation set, in the order of ``eval_sets``; under DDP each sample is seen by exactly one process."""
+    def val_dataloader(self) -> list[EvalLoader]:
+        """One loader an evaluation set, in the order of ``eval_sets``; under DDP each sample is seen by exactly one process.
+
+        Batches hold ``rows`` beside what the images bring, see :func:`~.loaders.with_rows`.
+
+        Raises:
+            VLMQError: no in-distribution set, a spurious set without its pair, or more processes than images.
+        """
+        return self._eval_loaders(self.num_workers > 0)
+
+    def _eval_loaders(self, share_workers: bool) -> list[EvalLoader]:
         if not any(s.role == "id" for s in self.eval_sets):
             raise VLMQError(
                 "no in-distribution data: add a data set with the role id, every other role is measured against it"
             )
         spurious_pairs(s.name for s in self.eval_sets if s.role == "spurious")  # before hours are spent on the others
-        return [self._loader(s.images, self.batch_size, train=False) for s in self.eval_sets]
+        world, rank = self._processes
+        if max(len(s.images) for s in self.eval_sets) < world:
+            raise VLMQError(f"{world} processes have no image each to evaluate, no set has as many; use fewer devices")
+        samplers = [Share(s.images, rank, world) for s in self.eval_sets]
+        images, pin = [s.images for s in self.eval_sets], self._pins
+        if share_workers:
+            return list(set_loaders(images, samplers, self.batch_size, self.num_workers, pin))
+        return [
+            DataLoader(
+                data,  # type: ignore[arg-type]
+                batch_size=self.batch_size,  # by name: Lightning rebuilds loaders for prediction from the names
+                sampler=sampler,
+                num_workers=self.num_workers,
+                pin_memory=pin,
+                collate_fn=with_rows,
+            )
+            for data, sampler in zip(images, samplers)
+        ]
 
-    def test_dataloader(self) -> list[DataLoader[Batch]]:
+    def test_dataloader(self) -> list[EvalLoader]:
         """The same sets as :meth:`val_dataloader`."""
         return self.val_dataloader()
 
-    def predict_dataloader(self) -> list[DataLoader[Batch]]:
-        """The same sets as :meth:`val_dataloader`."""
-        return self.val_dataloader()
+    def predict_dataloader(self) -> list[EvalLoader]:
+        """The same sets as :meth:`val_dataloader`, each with processes of its own: Lightning asks these loaders for their rows."""
+        return self._eval_loaders(share_workers=False)
 
     def train_dataloader(self) -> DataLoader[Batch]:
-        """Shuffled image-caption pairs; batches hold ``image``, ``index`` and ``caption`` (a list of strings)."""
+        """Shuffled image-caption pairs; batches hold ``image``, ``index`` and ``caption`` (a list of strings).
+
+        Several processes share an epoch as one would see it: batch k of all of them together has the pairs of one process's
+        batch k, were its batches as large as theirs together. An epoch that was broken off goes on where it was.
+
+        Raises:
+            VLMQError: no pairs, some that are evaluated too, or more processes than pairs.
+        """
         pairs: Any = self.require_disjoint_pairs()
         if self.held_out:
             pairs = Subset(pairs, [row for row in range(len(pairs)) if row not in self.held_out])
-        return self._loader(pairs, self.train_batch_size, train=True)
+        world, rank = self._processes
+        each, size = len(pairs) // world, self.train_batch_size
+        if each == 0:
+            raise VLMQError(
+                f"{world} processes cannot share {len(pairs)} caption pairs; add pairs or use fewer devices"
+            )
+        if each < size and len(pairs) % world:
+            log.warning(
+                "%d of %d caption pairs sit out each epoch, as %d processes share evenly",
+                *(len(pairs) % world, len(pairs), world),
+            )
+        return TrainLoader(
+            pairs,
+            batch_size=size,
+            sampler=TrainOrder(pairs, world, rank, seed=int(os.environ.get("PL_GLOBAL_SEED", 0))),  # seed_everything's
+            num_workers=self.num_workers,
+            pin_memory=self._pins,
+            persistent_workers=self.num_workers > 0,
+            drop_last=each >= size,
+            collate_fn=as_is,
+            done=self._batches_done,
+        )
 
     def calibration_batches(self) -> list[Batch]:
         """All caption pairs, unshuffled and on every process alike: what post-training quantization calibrates on."""
@@ -110,25 +171,16 @@ class ReliabilityDataModule(LightningDataModule):
         require_disjoint(self.pairs, self.eval_sets)
         return self.pairs
 
-    def _loader(self, data: Any, batch_size: int, train: bool) -> DataLoader[Batch]:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler: Any
-        if (
-            train
-        ):  # an epoch's order is a matter of the seed and its number, so that a resumed run goes on as it would have
-            seed = int(os.environ.get("PL_GLOBAL_SEED", 0))  # where Lightning keeps seed_everything's
-            sampler = DistributedSampler(data, world, rank, seed=seed)
-        else:
-            sampler = (
-                UnrepeatedDistributedSampler(data, world, rank, shuffle=False) if world > 1 else SequentialSampler(data)
-            )
-        return DataLoader(
-            data,
-            batch_size=batch_size,  # by name: Lightning rebuilds loaders for prediction from the names
-            sampler=sampler,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=train and self.num_workers > 0,  # evaluation has a loader a set: theirs must not pile up
-            drop_last=train and len(data) // world >= batch_size,
-            collate_fn=as_is,
-        )
+    @property
+    def _processes(self) -> tuple[int, int]:
+        """How many processes share the data, and which one this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    @property
+    def _pins(self) -> bool:
+        """Whether batches are to lie in memory that a GPU copies from by itself: where the run is on one."""
+        return self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+
+    def _batches_done(self) -> int:
+        """Batches of the epoch under way that were trained on already: before the checkpoint that a fit goes on from, else none."""
+        return 0 if self.trainer is None else int(self.trainer.fit_loop.epoch_loop.batch_progress.current.ready)

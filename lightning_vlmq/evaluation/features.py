@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import Trainer
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -113,6 +116,52 @@ class FeatureCache:
         except OSError as error:
             self._warn(path, error)
 
+    def put_part(self, tower: str, dataset: str, process: int, index: Tensor, features: Tensor) -> None:
+        """Put by what one process has of a set, until :meth:`merge`: features ``[m, ...]`` of the samples at ``index`` int64 ``[m]``."""
+        path = self._path(tower, dataset)
+        if path is None:
+            return
+        try:
+            with replacing(self._part(path, process)) as partial:
+                save_file({"features": features.contiguous(), "index": index}, partial)
+        except OSError as error:
+            self._warn(path, error)
+
+    def merge(self, tower: str, dataset: str, processes: int, n: int) -> int:
+        """Make one entry of what all processes put by, if that is the whole set, and take the parts away.
+
+        Args:
+            tower: as in :meth:`put_part`.
+            dataset: likewise.
+            processes: how many there are.
+            n: number of samples of the whole set.
+
+        Returns:
+            Number of parts that were found; that of the processes where the entry is there already.
+        """
+        path = self._path(tower, dataset)
+        if path is None or path.is_file():
+            return processes
+        whole, seen, found = None, torch.zeros(n, dtype=torch.bool), 0
+        for process in range(processes):
+            try:
+                with safe_open(str(self._part(path, process)), "pt") as file:
+                    index, features = file.get_tensor("index"), file.get_tensor("features")
+            except (SafetensorError, OSError):
+                continue  # a process that saw nothing of the set, or does not share this folder
+            whole = features.new_empty(n, *features.shape[1:]) if whole is None else whole
+            whole[index], seen[index] = features, True
+            found += 1
+        if whole is not None and seen.all():
+            self.put(tower, dataset, whole)
+        return found
+
+    def drop_part(self, tower: str, dataset: str, process: int) -> None:
+        """Take away what a process put by."""
+        if (path := self._path(tower, dataset)) is not None:
+            with suppress(OSError):
+                self._part(path, process).unlink(missing_ok=True)
+
     def of(self, tower: str, dataset: str, compute: Callable[[], Tensor], n: int | None = None) -> Tensor:
         """Features ``[n, dim]`` that are kept (on the CPU), or computed and then kept."""
         known = self.get(tower, dataset, n)
@@ -121,6 +170,10 @@ class FeatureCache:
             require_unit(known, "texts or images that belong to all sets")
             self.put(tower, dataset, known)
         return known
+
+    @staticmethod
+    def _part(path: Path, process: int) -> Path:
+        return path.with_suffix(f".part{process}")
 
     def _path(self, tower: str, dataset: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{tower}_{dataset}.safetensors"
@@ -177,28 +230,64 @@ class SetFeatures:
         self._name = f"{kind}_{s.digest}" if kind else s.digest
         self._known = cache.get(tower, self._name, len(s.images))
         self._fresh: list[Tensor] = []
+        self._rows: list[Tensor] = []
 
-    def of(self, index: Tensor, encode: Callable[[], Tensor]) -> Tensor:
-        """Features ``[b, ...]`` of the samples at ``index`` int64 ``[b]``; ``encode`` runs the model on this batch."""
+    def of(self, rows: NDArray[np.int64], device: torch.device, encode: Callable[[], Tensor]) -> Tensor:
+        """Features ``[b, ...]`` of a batch, on a device.
+
+        Known ones are looked up without waiting for a GPU.
+
+        Args:
+            rows: int64 ``[b]``, which samples these are.
+            device: where the batch is.
+            encode: runs the model on it.
+        """
+        index = torch.from_numpy(rows)
         if self._known is not None:
-            return self._known[index.cpu()].to(index.device)
+            found = self._known[index]
+            return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
         features = encode()
         require_unit(features, f"images of '{self.set.name}'")
         if self.cache.folder is not None:
-            self._fresh.append(features.cpu())
+            self._fresh.append(features.detach().cpu())
+            self._rows.append(index)
         return features
 
     def whole(self) -> Tensor | None:
         """Features of the whole set in sample order, or ``None`` where this process has not seen all of it (or keeps nothing)."""
         if self._known is not None:
             return self._known
-        complete = sum(map(len, self._fresh)) == len(self.set.images)
-        return torch.cat(self._fresh) if complete and self._fresh else None
+        index, fresh = self._seen()
+        if len(index) != len(self.set.images):
+            return None
+        order = index.argsort()
+        return fresh if torch.equal(order, torch.arange(len(order))) else fresh[order]
 
     def keep(self) -> None:
         """File what was new, if it is the whole set."""
-        if sum(map(len, self._fresh)) == len(self.set.images):
-            self.cache.put(self.tower, self._name, torch.cat(self._fresh))
+        fresh = self.whole()
+        if fresh is not None and self._known is None:
+            self.cache.put(self.tower, self._name, fresh)
+
+    def put_part(self, process: int) -> None:
+        """Put by what was new to this process of several, which together see the whole set."""
+        index, fresh = self._seen()
+        if len(index):
+            self.cache.put_part(self.tower, self._name, process, index, fresh)
+
+    def merge(self, processes: int) -> bool:
+        """File what all processes put by, after each has; ``False`` where some did not, though there were samples for all."""
+        n = len(self.set.images)
+        return self.cache.merge(self.tower, self._name, processes, n) >= min(processes, n)
+
+    def drop_part(self, process: int) -> None:
+        """Take away what this process put by."""
+        self.cache.drop_part(self.tower, self._name, process)
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        if not self._fresh:
+            return torch.empty(0, dtype=torch.int64), torch.empty(0)
+        return torch.cat(self._rows), torch.cat(self._fresh)
 
 
 def tower_digest(

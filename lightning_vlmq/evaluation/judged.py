@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,8 @@ from lightning_vlmq.metrics import (
 from lightning_vlmq.models import VLM, require_finite
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.statistics import Statistics
+
+log = logging.getLogger(__name__)
 
 Records = dict[str, dict[str, Tensor]]
 """Columns of :class:`~lightning_vlmq.metrics.SampleRecords` by data set, on the CPU."""
@@ -118,6 +121,7 @@ class Judged:
         tunes: bool = False,
     ) -> None:
         require_finite(vlm)
+        self._cache = cache
         self.vlm, self._scores = vlm.eval(), dict(scores)
         needs = frozenset().union(*(score.needs for score in scores.values()))
         with torch.no_grad():
@@ -204,19 +208,45 @@ class Judged:
         for features in (*self._features.values(), *self._patches.values()):
             features.keep()
 
+    def share_features(self, process: int, processes: int, barrier: Callable[[], object]) -> None:
+        """As :meth:`keep_features`, of several processes: each puts its share by, and the first joins them.
+
+        Args:
+            process: which of them this one is.
+            processes: how many there are.
+            barrier: returns when all have called it.
+        """
+        if self._cache.folder is None:
+            return
+        collected = (*self._features.values(), *self._patches.values())
+        for features in collected:
+            features.put_part(process)
+        barrier()
+        lost = [features.set.name for features in collected if process == 0 and not features.merge(processes)]
+        if lost:
+            log.warning(
+                "features of %s are not kept: '%s' lacks some processes' parts of them; it has to be a folder that all share",
+                *(", ".join(dict.fromkeys(lost)), self._cache.folder),
+            )
+        barrier()
+        for features in collected:
+            features.drop_part(process)
+
     def _columns(self, inputs: ScoreInputs, target: Tensor) -> dict[str, Tensor]:
         columns = {"target": target, **per_sample(inputs.logits, target)}
         return columns | {name: score(inputs) for name, score in self._scores.items()}
 
     def _inputs(self, s: EvalSet, batch: Mapping[str, Any]) -> ScoreInputs:
-        classifier, index, image, local = self._classifiers[s.name], batch["index"], batch["image"], None
-        if len(index) == 0:  # none of the batch's images could be read
+        classifier, image, local = self._classifiers[s.name], batch["image"], None
+        rows = batch["rows"] if "rows" in batch else batch["index"].cpu().numpy()
+        place = (rows, classifier.device)
+        if len(rows) == 0:  # none of the batch's images could be read
             features, patches = classifier[:0], classifier[:0, None]
         else:
-            features = self._features[s.name].of(index, lambda: self.vlm.encode_image(image))
+            features = self._features[s.name].of(*place, lambda: self.vlm.encode_image(image))
         if s.name in self._patches:
-            if len(index):
-                patches = self._patches[s.name].of(index, lambda: encode_patches(self.vlm, image))
+            if len(rows):
+                patches = self._patches[s.name].of(*place, lambda: encode_patches(self.vlm, image))
             local = patches @ classifier.T
         cosine = features @ classifier.T
         pairs = None if self._pairs is None else self._pairs.to(cosine)

@@ -207,6 +207,12 @@ class EvaluationModule(LightningModule):
     def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
         name = FULL_PRECISION if scheme is None else method
         towers = {tower: tower_digest(vlm, scheme, name, tower, Computation.of(self.trainer)) for tower in TOWERS}
+        if self.trainer.world_size > 1 and towers != self.trainer.strategy.broadcast(towers):
+            log.warning(
+                "process %d has another model than process 0, or computes it otherwise: calibration gave other weights, or the "
+                "devices differ; set trainer.deterministic, and use devices of one kind",
+                self.trainer.global_rank,
+            )
         return Judged(vlm, self.data, self.cache, towers, self.scores, self.statistics, tunes)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -229,9 +235,12 @@ class EvaluationModule(LightningModule):
         self.tuned_records = None if tuned is None else tuned.records
         if self.trainer.sanity_checking:
             return
-        if self.trainer.world_size == 1:  # under DDP each process has only its share, which is not worth filing
-            for judged in filter(None, (self._judged, self._reference)):
+        trainer = self.trainer
+        for judged in filter(None, (self._judged, self._reference)):
+            if trainer.world_size == 1:
                 judged.keep_features()
+            elif not why_partial(trainer):
+                judged.share_features(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
         rows = rows_by_variant(variants, self.eval_sets, self.evaluators, self.statistics)
         self.rows = rows[variants.index(own)] + coverage_rows(self.eval_sets, self.coverage, self.scheme)
         self.tuned_rows = [] if tuned is None else rows[variants.index(tuned)]

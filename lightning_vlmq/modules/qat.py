@@ -79,6 +79,7 @@ class QATModule(EvaluationModule):
         self.held_out_losses: list[float] = []
         self.trajectory: list[GridRecord] = []
         self._best: dict[str, Tensor] = {}
+        self._measured_at = 0
 
     @property
     def method(self) -> QATMethod:
@@ -127,7 +128,14 @@ class QATModule(EvaluationModule):
             images = torch.cat([b["image"] for b in batches])
             self._held_out_images = images[rows].to(self.device)
         self._watch = GridWatch(self.vlm)
+        self.vlm.eval()  # a fit that goes on within an epoch does not start one
         if rows and not self.held_out_losses:  # a resumed fit has them from its checkpoint
+            self._measure()
+
+    def on_train_start(self) -> None:
+        """Measure the held-out pairs where a checkpoint was taken at an epoch's last update, which is before they were measured."""
+        is_over = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if len(self._held_out_rows) and is_over and self._measured_at < self.global_step:
             self._measure()
 
     def on_train_epoch_start(self) -> None:
@@ -182,6 +190,7 @@ class QATModule(EvaluationModule):
         if all(loss < before for before in self.held_out_losses):
             self._best = {name: tensor.detach().clone() for name, tensor in self.vlm.state_dict().items()}
         self.held_out_losses.append(loss)
+        self._measured_at = self.global_step
 
     def on_validation_epoch_end(self) -> None:
         """As :meth:`EvaluationModule.on_validation_epoch_end`, and rows of the held-out loss: at the start, and the least."""
@@ -192,12 +201,13 @@ class QATModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the best state so far and the losses on held-out pairs."""
-        checkpoint["held_out"] = {"losses": self.held_out_losses, "best": self._best}
+        checkpoint["held_out"] = {"losses": self.held_out_losses, "best": self._best, "measured_at": self._measured_at}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
         kept = checkpoint.get("held_out", {"losses": [], "best": {}})
         self.held_out_losses, self._best = list(kept["losses"]), dict(kept["best"])
+        self._measured_at = int(kept.get("measured_at", 0))
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Distil on a batch of ``image`` uint8 ``[b, 3, h, w]`` and ``index`` int64 ``[b]``; returns the scalar loss."""

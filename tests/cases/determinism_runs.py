@@ -25,15 +25,37 @@ DATA = {
 }
 
 
-def evaluate(root: Path, run_id: str, quantized: bool, **setting) -> None:
-    """One run."""
+def evaluate(
+    root: Path, run_id: str, quantized: bool, known: str | None = None, lonely: bool = False, **setting
+) -> None:
+    """One run.
+
+    Args:
+        root: of the store.
+        run_id: its name.
+        quantized: whether to 4 bits.
+        known: a run whose features are taken: a forward pass is an error.
+        lonely: whether there is a set of a single image too, fewer than processes.
+        setting: what is different.
+    """
+    from unittest.mock import patch
+
     import torch
     from lightning import Trainer, seed_everything
 
     from lightning_vlmq.callbacks import ResultsWriter
     from lightning_vlmq.data import EmbeddedData
+    from lightning_vlmq.data.sets import EvalSet, TensorImages
+    from lightning_vlmq.models import VLM
     from lightning_vlmq.modules import EvaluationModule, Quantization
     from lightning_vlmq.statistics import Statistics
+
+    class Data(EmbeddedData):
+        def setup(self, stage=None):
+            super().setup(stage)
+            if lonely and self.eval_sets[-1].name != "lonely":
+                image = TensorImages(torch.full((1, 3, 32, 32), 99, dtype=torch.uint8), target=torch.tensor([-1]))
+                self.eval_sets.append(EvalSet("lonely", "far_ood", image))
 
     torch.set_num_threads(setting.pop("threads", 1))
     devices = setting.pop("devices", 1)
@@ -41,7 +63,12 @@ def evaluate(root: Path, run_id: str, quantized: bool, **setting) -> None:
     quant = Quantization(method="minmax", weight_bits=4, scope="vision_text") if quantized else Quantization()
     few = Statistics(n_resamples=50, n_resamples_ranking=20)
     module = EvaluationModule(
-        "vit_clean", quant=quant, scores=["mcm"], lst=True, statistics=few, cache=str(root / run_id)
+        "vit_clean",
+        quant=quant,
+        scores=["mcm"],
+        lst=True,
+        statistics=few,
+        cache=str(root / f"features_{known or run_id}"),
     )
     trainer = Trainer(
         accelerator="cpu",
@@ -53,11 +80,18 @@ def evaluate(root: Path, run_id: str, quantized: bool, **setting) -> None:
         use_distributed_sampler=False,
         callbacks=[ResultsWriter(str(root), run_id)],
     )
-    trainer.validate(module, EmbeddedData(**{**DATA, **setting}), verbose=False)
+    data = Data(**{**DATA, **setting})
+    if known is None:
+        trainer.validate(module, data, verbose=False)
+    else:
+        with patch.object(VLM, "encode_image", side_effect=AssertionError("a forward pass was run again")):
+            trainer.validate(module, data, verbose=False)
 
 
 def main(root: Path) -> None:
     """All of them, those of several processes first: a process that has computed with threads cannot fork safely."""
+    evaluate(root, "lonely", False, lonely=True, devices=2)
+    evaluate(root, "2_processes-known", False, lonely=True, known="lonely", devices=2)
     for name, setting in sorted(SETTINGS.items(), key=lambda item: -item[1].get("devices", 1)):
         for quantized in (False, True):
             evaluate(root, f"{name.replace(' ', '_')}{'-w4a8' if quantized else ''}", quantized, **setting)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import stat
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vlmq.core.atomic import remove_leftovers, replacing
-from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.data.sets import EvalSet, TensorImages
+from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures
 
 FEATURES = torch.arange(12.0).reshape(4, 3)
 
@@ -72,3 +75,62 @@ def test_leftovers_of_dead_writers_go_and_those_of_living_ones_stay(tmp_path):
         dead.write_text("half")
         assert remove_leftovers(tmp_path) == 1
         assert partial.exists() and not dead.exists()
+
+
+def parts(cache, shares):
+    for process, rows in shares.items():
+        cache.put_part("tower", "set", process, torch.tensor(rows), FEATURES[rows])
+
+
+def test_parts_of_several_processes_become_one_entry(tmp_path):
+    cache = FeatureCache(tmp_path)
+    parts(cache, {0: [0, 3], 1: [2], 2: [1]})
+    assert cache.get("tower", "set", 4) is None  # none is an entry
+    assert cache.merge("tower", "set", 3, 4) == 3
+    assert torch.equal(cache.get("tower", "set", 4), FEATURES)
+    cache.drop_part("tower", "set", 1)
+    assert cache.merge("tower", "set", 3, 4) == 3  # is there already
+    for process in range(3):
+        cache.drop_part("tower", "set", process)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("shares", "found"), [({0: [0, 2]}, 1), ({0: [0], 1: [1, 2]}, 2), ({}, 0)])
+def test_less_than_the_whole_set_is_not_kept(shares, found, tmp_path):
+    cache = FeatureCache(tmp_path)
+    parts(cache, shares)
+    assert cache.merge("tower", "set", 2, 4) == found and cache.get("tower", "set", 4) is None
+
+
+def test_a_damaged_part_counts_as_none(tmp_path):
+    cache = FeatureCache(tmp_path)
+    parts(cache, {0: [0, 1], 1: [2, 3]})
+    (second,) = tmp_path.glob("*.part1")
+    second.write_bytes(second.read_bytes()[:20])
+    assert cache.merge("tower", "set", 2, 4) == 1 and cache.get("tower", "set", 4) is None
+
+
+class OnGpuOnly(TorchDispatchMode):
+    """Refuses whatever makes the CPU wait for a GPU: reading a number, or a shape that depends on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().removeprefix("aten::").split(".")[0] in (
+            "_local_scalar_dense",
+            "nonzero",
+            "masked_select",
+            "unique",
+        ):
+            raise AssertionError(f"{func.name()} waits for the GPU")
+        return func(*args, **(kwargs or {}))
+
+
+def test_known_features_are_looked_up_without_waiting(tmp_path, monkeypatch):
+    images = TensorImages(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), target=torch.arange(4))
+    s, cache = EvalSet("set", "id", images), FeatureCache(tmp_path)
+    cache.put("tower", s.digest, FEATURES)
+    known = SetFeatures(cache, "tower", s)
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda *_: pytest.fail("waits for the GPU"))
+    monkeypatch.setattr(torch.Tensor, "item", lambda *_: pytest.fail("waits for the GPU"))
+    with OnGpuOnly():
+        found = known.of(np.array([2, 0]), torch.device("cpu"), lambda: pytest.fail("computed again"))
+    assert torch.equal(found, FEATURES[[2, 0]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,11 +10,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.preprocessing import Framing, Interpolation, ResizeMode
 
 Orientation = Literal["exif", "stored"]
+Decoder = Literal["pillow", "torchvision"]
 
 
 class UnreadableImage(VLMQError):
@@ -62,6 +65,19 @@ def as_shown(image: Image.Image, orientation: Orientation = "exif") -> Image.Ima
     return image
 
 
+def _decoded(image: Image.Image, orientation: Orientation) -> Tensor | None:
+    """Pixels of an opened JPEG, uint8 ``[3, height, width]``; ``None`` where Pillow has to read it, or to say what is wrong with it."""
+    stream = getattr(image, "fp", None)
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not isinstance(stream, io.BytesIO):
+        return None
+    if orientation == "exif" and _turned(image) is not image:
+        return None
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+
+
 def _turned(image: Image.Image) -> Image.Image:
     try:
         turned = image.getexif().get(0x0112, 1) != 1
@@ -82,6 +98,8 @@ class Preprocess:
         resize_to: see there.
         border: pixels cut off at each edge first (ObjectNet's red frame).
         orientation: see :func:`as_shown`.
+        decoder: ``"pillow"`` gives open_clip's pixels; ``"torchvision"`` reads JPEGs more than twice as fast, within two grey levels
+            of them (the decoded pixels are the same, the resized ones are rounded elsewhere), and everything else by Pillow.
     """
 
     size: int
@@ -91,10 +109,12 @@ class Preprocess:
     resize_to: int | None = None
     border: int = 0
     orientation: Orientation = "exif"
+    decoder: Decoder = "pillow"
 
     def __post_init__(self) -> None:
-        if self.orientation not in get_args(Orientation):
-            raise unknown("orientation", str(self.orientation), get_args(Orientation))
+        for name, known in (("orientation", get_args(Orientation)), ("decoder", get_args(Decoder))):
+            if getattr(self, name) not in known:
+                raise unknown(name, str(getattr(self, name)), known)
         self.framing  # noqa: B018 - says what is wrong with the settings
 
     @classmethod
@@ -109,6 +129,11 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels, uint8 ``[3, size, size]``. Raises as :func:`as_shown` does."""
+        if self.decoder == "torchvision" and (pixels := _decoded(image, self.orientation)) is not None:
+            height, width = pixels.shape[1:]
+            return self.framing.quickly(
+                pixels[:, self.border : height - self.border, self.border : width - self.border]
+            )
         image = as_shown(image, self.orientation)
         if self.border:
             image = ImageOps.crop(image, self.border)

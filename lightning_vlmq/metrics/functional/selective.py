@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_vlmq.core.deterministic import running_sum
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.metrics.functional.ties import tie_group_means
 
@@ -32,7 +33,7 @@ def risk_at_coverage(confidence: Tensor, correct: Tensor) -> Tensor:
     ordered, order = confidence.sort(-1, descending=True)
     error = tie_group_means(ordered, 1.0 - correct.gather(-1, order).to(torch.float64))
     covered = torch.arange(1, confidence.shape[-1] + 1, device=confidence.device, dtype=torch.float64)
-    risk = error.cumsum(-1) / covered
+    risk = running_sum(error, -1) / covered
     return torch.where(confidence.isnan().any(-1, keepdim=True), torch.nan, risk)
 
 

@@ -46,6 +46,7 @@ def test_what_is_no_preprocessing():
     refused(lambda: Preprocess(8, resize_mode="squish"), "squish", "squash")
     refused(lambda: Preprocess(8, interpolation="lanczos"), "interpolation", "lanczos")
     refused(lambda: Preprocess(8, orientation="turn"), "orientation", "turn")
+    refused(lambda: Preprocess(8, decoder="turbo"), "decoder", "turbo")
     refused(lambda: Preprocess(8, fill=256), "fill")
 
 
@@ -136,3 +137,69 @@ def test_16_bit_images_are_told_apart(rng, tmp_path):
             Image.fromarray(one).save(tmp_path / name / f"{k}.png")
     sets = [FileImages(FileTree.scan(tmp_path / name), Preprocess(9), torch.arange(2)) for name in ("a", "b")]
     assert not find_overlap(*sets) and len(find_overlap(sets[0], sets[0])) == 2
+
+
+FAST = {"decoder": "torchvision"}
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("colour", ["RGB", "L"])
+def test_torchvisions_decoder_is_within_two_grey_levels(rng, mode, colour):
+    off = []
+    for (width, height), options in (
+        ((500, 375), {}),
+        ((60, 90), {"progressive": True}),
+        ((33, 71), {"subsampling": 0, "quality": 95}),
+    ):
+        smooth = Image.fromarray(random_pixels(rng, 9, 12)).resize((width, height), Image.Resampling.BICUBIC)
+        for interpolation in ("bicubic", "bilinear"):
+            how = {"resize_mode": mode, "interpolation": interpolation, "fill": 7}
+            fast, exact = (
+                Preprocess(48, **how, **d)(stored(smooth.convert(colour), "JPEG", **options)) for d in (FAST, {})
+            )
+            off.append((fast.int() - exact.int()).abs())
+    assert max(int(o.max()) for o in off) <= 2 and all(o.float().mean() < 0.5 for o in off)
+
+
+def test_torchvisions_decoder_leaves_other_images_to_pillow(rng):
+    pixels = Image.fromarray(random_pixels(rng, 40, 50))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    frames = {"save_all": True, "append_images": [pixels]}
+    for image, kind, options in (
+        (pixels, "PNG", {}),
+        (pixels, "WEBP", {}),
+        (pixels.convert("CMYK"), "JPEG", {}),
+        (pixels, "JPEG", {"exif": turned}),
+        (pixels, "MPO", frames),
+    ):
+        fast, exact = (Preprocess(24, border=2, **d)(stored(image, kind, **options)) for d in (FAST, {}))
+        assert torch.equal(fast, exact)
+    image = stored(pixels, "JPEG")
+    image.load()  # no stream is left to decode from
+    assert torch.equal(Preprocess(24, **FAST)(image), Preprocess(24)(image))
+
+
+def test_torchvisions_decoder_refuses_what_pillow_refuses(rng):
+    buffer = io.BytesIO()
+    Image.fromarray(random_pixels(rng, 64, 48)).save(buffer, "JPEG")
+    outcomes = set()
+    for k in range(150):
+        data = bytearray(buffer.getvalue())
+        if k % 3:
+            for place in rng.integers(2, len(data), 3):
+                data[place] = rng.integers(256)
+        else:
+            data = data[: rng.integers(4, len(data))]
+        found = []
+        for decoder in (FAST, {}):
+            try:
+                with Image.open(io.BytesIO(bytes(data))) as image:
+                    found.append(Preprocess(48, "squash", **decoder)(image).int())
+            except Exception:
+                found.append(None)
+        fast, exact = found
+        assert (fast is None) == (exact is None)
+        assert fast is None or (fast - exact).abs().max() <= 2
+        outcomes.add(fast is None)
+    assert outcomes == {True, False}
