@@ -113,6 +113,16 @@ class PTQMethod:
             raise VLMQError(f"a {type(self).__name__} has no name; file it with @register")
         return min(candidates, key=lambda candidate: len(candidate[1]))
 
+    def plan(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> QuantScheme:
+        """The scheme with what the method decides of it: rules that give layers widths of their own; as given by default.
+
+        Args:
+            vlm: the full-precision model; not changed.
+            scheme: as asked for.
+            calibration: batches, see :meth:`prepare`.
+        """
+        return scheme
+
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """Quantize a model in place (copy it first if the full-precision one is still needed).
 

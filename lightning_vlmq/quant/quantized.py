@@ -26,7 +26,7 @@ class Quantized:
 
     Attributes:
         method: with its options; the very object that fitted the model and, for one with training, trains it.
-        scheme: bits, granularities and scope.
+        scheme: bits, granularities and scope, with the rules that the method added.
         coverage: what is quantized, and which grids clip.
     """
 
@@ -60,6 +60,7 @@ def quantize(
     """
     chosen = find_method(method) if isinstance(method, str) else method
     batches = cast("list[Batch]", list(calibration) if isinstance(calibration, Iterator) else calibration)
+    scheme = chosen.plan(vlm, scheme, batches)
     chosen.prepare(vlm, scheme, batches)
     require_finite_layers(vlm)
     report = measure_coverage(vlm, measure_clipping(vlm))

@@ -107,12 +107,13 @@ def power_law_tail(values: Tensor) -> PowerLaw:
     if len(distinct) < 4:
         return PowerLaw(math.nan, math.nan, math.nan, math.nan, 0)
     logs, below = np.log(x), first / len(x)
+    distinct_logs = logs[first]
     best: PowerLaw | None = None
     for position, start in enumerate(first[:-2]):
         n = len(x) - start
         excess = logs[start:] - logs[start]
         exponent = 1 + n / excess.sum()
-        law = 1 - np.exp((1 - exponent) * (np.log(distinct[position:]) - logs[start]))
+        law = 1 - np.exp((1 - exponent) * (distinct_logs[position:] - logs[start]))
         seen = (below[position:] - below[position]) / (1 - below[position])
         distance = float(np.abs(law - seen).max())
         if best is None or distance < best.distance:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,9 @@ def test_outputs_are_bit_identical_after_loading(tmp_path: Path, name: str, meth
     before = saved(build(name), tmp_path, method, scheme)
     fresh = build(name, seed=9)
     checkpoint = load_quantized(fresh, tmp_path)
-    assert checkpoint.method == METHODS[method] and checkpoint.scheme == scheme and checkpoint.extra == {"note": "x"}
+    assert checkpoint.method == METHODS[method] and checkpoint.extra == {"note": "x"}
+    assert replace(checkpoint.scheme, overrides=()) == scheme
+    assert bool(checkpoint.scheme.overrides) == (method == "spectral_mixed")  # which decides widths itself
     assert checkpoint.coverage.weight_share() == 1
     batch = make_batches(fresh)[0]
     with torch.no_grad():
