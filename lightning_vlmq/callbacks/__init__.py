@@ -1,6 +1,7 @@
 """What watches a run, and what files its results."""
 
 from lightning_vlmq.callbacks.activations import ActivationSpectrum
+from lightning_vlmq.callbacks.bands import BandAccuracies
 from lightning_vlmq.callbacks.grids import GridTrajectories
 from lightning_vlmq.callbacks.models import QuantizedModelWriter
 from lightning_vlmq.callbacks.predictions import PredictionWriter
@@ -14,6 +15,7 @@ from lightning_vlmq.callbacks.zoo import ZooExport
 
 __all__ = [
     "ActivationSpectrum",
+    "BandAccuracies",
     "CoveragePrinter",
     "ErrorSurgery",
     "GridTrajectories",

@@ -14,6 +14,7 @@ from lightning import Callback, Trainer
 from torch import Tensor
 
 from lightning_vlmq.callbacks.activations import ActivationSpectrum
+from lightning_vlmq.callbacks.bands import BandAccuracies
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectrum
 from lightning_vlmq.callbacks.whole import partial_reason, require_place
 from lightning_vlmq.core.atomic import remove_leftovers
@@ -122,7 +123,7 @@ class ResultsWriter(Callback):
         curves = [pd.DataFrame(columns=list(CURVE_COLUMNS))]
         inside = next(s for s in module.eval_sets if s.role == "id")
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, SingularValueSpectrum | ActivationSpectrum):
+            if isinstance(callback, SingularValueSpectrum | ActivationSpectrum | BandAccuracies):
                 curves.append(callback.curves())
                 where = {
                     "dataset": inside.name,

@@ -172,6 +172,10 @@ class Judged:
         """Image features ``[n, dim]`` of a whole set, where this process has them; see :meth:`~.features.SetFeatures.whole`."""
         return self._features[s.name].whole()
 
+    def classifier(self, s: EvalSet) -> Tensor:
+        """Unit-norm class features ``[classes, dim]`` that a set is judged with."""
+        return self._classifiers[s.name]
+
     def variant(self, sets: Sequence[EvalSet], settings: Statistics) -> Variant:
         """One more variant with the model's own scale, to be filled by :meth:`record_features`."""
         classes = {name: len(classifier) for name, classifier in self._classifiers.items()}

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.blocks import run_tower
-from lightning_vlmq.quant.calibrating import Batch
+from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
 from lightning_vlmq.quant.rules import layer_schemes
@@ -119,12 +119,11 @@ def output_costs(
         reduce: of the table of ranks on full precision's basis; see :func:`band_noise` and :func:`noise_share`.
 
     Raises:
-        VLMQError: activations that are not finite, or pairs without tokens where text is in scope.
+        VLMQError: what :func:`require_sound` refuses.
     """
     free = {tower: [n for n in free_layers(vlm, scheme) if vlm.tower_of(n) == tower] for tower in scheme.towers}
+    require_sound(vlm, scheme, batches)
     columns = {"vision": "image", "text": "tokens"}
-    if missing := [columns[tower] for tower in scheme.towers if columns[tower] not in batches[0]]:
-        raise VLMQError(f"the calibration batches have no '{missing[0]}', which scope '{scheme.scope}' takes")
     inputs = {tower: [batch[columns[tower]] for batch in batches] for tower in scheme.towers}
     reference = copy.deepcopy(vlm, {id(vlm._tokenize): vlm._tokenize}).eval()
     with torch.no_grad():
@@ -140,6 +139,12 @@ def output_costs(
                     moments.update(z, q)
                 found[name][width] = reduce(rank_table(moments, centred=False, basis=bases[tower]))
     return found
+
+
+def require_sound(vlm: VLM, scheme: QuantScheme, batches: Sequence[Batch]) -> None:
+    """Run over the batches once; :class:`VLMQError` names a layer without inputs, or with such as are not finite, or a missing column."""
+    alone = WeightsAlone(vlm, scheme, 8, lambda layer: None)
+    calibrate(alone.vlm, scheme, batches, {name: RangeObserver() for name in alone.layers})
 
 
 def _basis(features: Sequence[Tensor]) -> Tensor:
@@ -190,8 +195,9 @@ def hessian_costs(
         seed: of these.
 
     Raises:
-        VLMQError: batches without tokens.
+        VLMQError: batches without tokens, and what :func:`require_sound` refuses.
     """
+    require_sound(vlm, scheme, batches)
     if any("tokens" not in batch for batch in batches):
         raise VLMQError("hawq_v2 takes the loss of pairs: give calibration batches with tokens, whatever the scope")
     own = copy.deepcopy(vlm, {id(vlm._tokenize): vlm._tokenize}).eval().requires_grad_(False)

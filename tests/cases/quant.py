@@ -10,8 +10,9 @@ from lightning_vlmq.models import VLM, zoo
 from lightning_vlmq.quant import METHODS, QuantConv2d, QuantizedLayer, QuantLinear, QuantScheme
 from lightning_vlmq.quant.observers import SecondMomentObserver
 
-INTEGER_METHODS = sorted(name for name in METHODS if not METHODS[name].is_control and name != "lowrank_compensation")
-"""The methods whose weights are integers and nothing else: all but the controls and what adds a low-rank part."""
+INTEGER_METHODS = sorted(name for name in METHODS if METHODS[name].has_integers and name != "spectral_mixed")
+"""The methods whose weights are integers of the scheme's bits and nothing else: not the controls, what adds a low-rank part, or what
+decides bits itself, which have tests of their own."""
 
 
 def build(name: str, seed: int = 0) -> VLM:

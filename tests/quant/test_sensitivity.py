@@ -156,7 +156,7 @@ def test_pairs_that_tell_nothing_are_refused(vit):
     with pytest.raises(VLMQError, match="none from 40 on"):
         output_costs(vit, scheme, batches, (4,), FIT, lambda table: band_noise(table, 40, None))
     images = [{"image": b["image"]} for b in batches]
-    with pytest.raises(VLMQError, match="no 'tokens'"):
+    with pytest.raises(VLMQError, match="has no 'tokens'"):
         output_costs(vit, scheme, images, (4,), FIT, noise_share)
     with pytest.raises(VLMQError, match="with tokens"):
         hessian_costs(vit, QuantScheme(4, 8), images, (4,), FIT, 1)

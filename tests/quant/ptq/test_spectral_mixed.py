@@ -18,6 +18,7 @@ from lightning_vlmq.quant import (
     save_quantized,
 )
 from lightning_vlmq.quant.ptq.spectral_mixed import WIDTHS, SpectralMixed
+from lightning_vlmq.quant.sensitivity import free_layers
 
 KINDS = ("spectral", "sqnr", "hawq_v2")
 SCHEME = QuantScheme(4, 8, scope="vision_text")
@@ -111,3 +112,34 @@ def test_what_makes_no_sense_is_refused():
     vlm = shallow(build("vit_clean"))
     with pytest.raises(VLMQError, match="no size to share out"):
         quantize(vlm, "spectral_mixed", QuantScheme(16, 8), make_batches(vlm))
+
+
+@pytest.mark.parametrize("name", ["siglip_clean", "coca_clean", "align_clean"])
+def test_every_family_is_measured_once_and_covered(name, monkeypatch):
+    """All widths cost the same but one layer's: it gets the most, and a caption decoder keeps the width asked for."""
+    vlm = shallow(build(name))
+    batches = make_batches(vlm, (2,))
+    first = next(iter(quantized_layers(METHODS["minmax"].prepare(twin(vlm), SCHEME, batches))))
+
+    def made_up(self, model, scheme, calibration):
+        return {
+            n: dict.fromkeys(WIDTHS, 0.0) | ({2: 1.0, 3: 1.0, 4: 1.0} if n == first else {})
+            for n in free_layers(model, scheme)
+        }
+
+    monkeypatch.setattr(SpectralMixed, "costs", made_up)
+    report = quantize(vlm, "spectral_mixed", SCHEME, batches).coverage
+    bits = weight_bits(vlm)
+    assert report.weight_share() == 1 and bits[first] >= 5
+    assert {bits[n] for n in bits if vlm.in_decoder(n)} == ({4} if vlm.has_decoder else set())
+
+
+def test_damage_is_told_by_its_place():
+    vlm = shallow(build("vit_clean"))
+    batches = make_batches(vlm)
+    with torch.no_grad():
+        vlm.model.visual.conv1.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(VLMQError, match="conv1"):
+        quantize(vlm, "spectral_mixed", SCHEME, batches)
+    with pytest.raises(VLMQError, match="has no 'tokens'"):
+        quantize(shallow(build("vit_clean")), "spectral_mixed", SCHEME, [{"image": b["image"]} for b in batches])

@@ -1,0 +1,143 @@
+"""Which ranks carry the accuracy of a quantized model and of full precision, measured in a run: the command line's way to ask."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_vlmq.callbacks.activations import as_bands
+from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
+from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.evaluation.band_accuracy import BandAccuracy, measure_bands
+from lightning_vlmq.plotting.bands import band_bars
+from lightning_vlmq.spectral import PUBLISHED_BANDS, band_name
+
+log = logging.getLogger(__name__)
+
+
+class BandAccuracies(Callback):
+    """Top-1 accuracy when a band of ranks is kept, dropped, or all up to it are kept.
+
+    In every validation (but the sanity check) and test, on the first images of the in-distribution set, for both models, see
+    :func:`~lightning_vlmq.evaluation.band_accuracy.measure_bands`::
+
+        vlmq validate --config eval --config quant/gptq --trainer.callbacks+=BandAccuracies
+
+    ``curves()`` holds, by site, kinds ``top1_<mode>_<basis>`` over the bands' first ranks, full precision's beside it where the basis
+    is not the quantized model's own. ``rows()`` holds the same as metrics ``top1_<mode>_<basis>_<band>``, full precision's ending in
+    ``_full``; bands that start beyond the last rank have none. A figure per site, ``bands/<site>``, goes to the loggers. A model
+    without a full-precision reference is passed over; so is, with a warning, a run of several processes.
+
+    Args:
+        n_images: images to look at.
+        bands: rank ranges, ``[first, end]`` each, the end null for all that follow.
+        has_blocks: whether to look after every block too, which runs the networks some forty times for each.
+        seed: of the random subspaces of equal energy.
+
+    Attributes:
+        found: the accuracies of the last validation or test.
+
+    Raises:
+        VLMQError: a band that is none, or fewer than two images.
+    """
+
+    def __init__(
+        self,
+        n_images: int = 1000,
+        bands: Sequence[Sequence[int | None]] = PUBLISHED_BANDS,
+        has_blocks: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if n_images < 2:
+            raise VLMQError(f"n_images must be at least 2, got {n_images}")
+        self.n_images, self.has_blocks, self.seed = n_images, has_blocks, seed
+        self.bands = as_bands(bands)
+        self.found: list[BandAccuracy] = []
+        self._batches: list[tuple[Tensor, Tensor]] = []
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows and curves."""
+        bands = [list(band) for band in self.bands]
+        return {"n_images": self.n_images, "bands": bands, "has_blocks": self.has_blocks, "seed": self.seed}
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin anew."""
+        self.found, self._batches = [], []
+        self._inside = -1
+        if trainer.sanity_checking or getattr(pl_module, "reference", None) is None:
+            return
+        if trainer.world_size > 1:
+            log.warning("no band accuracies: the images are spread over several processes; use one")
+            return
+        self._inside = next(k for k, s in enumerate(pl_module.eval_sets) if s.role == "id")
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the batch's images while there are not enough."""
+        left = self.n_images - sum(len(target) for _, target in self._batches)
+        if dataloader_idx == self._inside and left > 0:
+            self._batches.append((batch["image"][:left], batch["target"][:left]))
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Measure and draw."""
+        kept = [(images, target) for images, target in self._batches if len(target)]
+        self._batches = []
+        if not kept:
+            return
+        judged, reference = pl_module.judged
+        inside = pl_module.eval_sets[self._inside]
+        images, target = [images for images, _ in kept], torch.cat([target for _, target in kept])
+        classifiers = reference.classifier(inside), judged.classifier(inside)
+        models = pl_module.reference, pl_module.vlm
+        self.found = measure_bands(*models, images, target, classifiers, self.bands, self.has_blocks, self.seed)
+        if takes_figures(trainer):
+            for site in dict.fromkeys(one.site for one in self.found):
+                own = [one for one in self.found if one.site == site]
+                log_figure(trainer, f"bands/{site.replace('/', '_').replace(' ', '_')}", band_bars(own))
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def curves(self) -> pd.DataFrame:
+        """Points by kind and site, columns as in the results store's curves; see the class."""
+        first = {band_name(band): band[0] for band in self.bands}
+        quantized = [one for one in self.found if one.model == "quantized"]
+        full = {(o.site, o.mode, o.basis, o.band): o.top1 for o in self.found if o.model == "full"}
+        rows = [
+            (
+                f"top1_{one.mode}_{one.basis}",
+                one.site,
+                one.site.split("/")[0],
+                first[one.band],
+                one.top1,
+                full.get((one.site, one.mode, one.basis, one.band), float("nan")),
+            )
+            for one in quantized
+        ]
+        return pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+
+    def rows(self) -> dict[str, dict[str, float]]:
+        """Scalars by site; see the class."""
+        found: dict[str, dict[str, float]] = {}
+        for one in (one for one in self.found if not math.isnan(one.top1)):
+            ending = "_full" if one.model == "full" else ""
+            found.setdefault(one.site, {})[f"top1_{one.mode}_{one.basis}_{one.band}{ending}"] = one.top1
+        return found
