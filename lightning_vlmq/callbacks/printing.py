@@ -88,10 +88,10 @@ def headline_table(lines: Sequence[HeadlineLine], titles: Sequence[str], has_cha
         has_change: whether the second run is compared with the first.
     """
     table = Table(title="Reliability", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("dimension", no_wrap=True)
+    table.add_column("dimension", min_width=11)  # wraps where there is little room; numbers are never cut
     table.add_column("in %", no_wrap=True)
     for title in titles:
-        table.add_column(title, justify="right")
+        table.add_column(title, justify="right", width=max(5, *map(len, title.split())))
     if has_change:
         table.add_column("change, points", justify="right", no_wrap=True)
         table.caption = "± half a 95 % interval, * significant at 5 % FDR"

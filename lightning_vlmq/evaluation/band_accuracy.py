@@ -21,7 +21,7 @@ from lightning_vlmq.spectral import (
     project,
     random_subspace,
 )
-from lightning_vlmq.statistics.bootstrap import seeded_generator
+from lightning_vlmq.statistics.resamples import seeded_generator
 
 
 @dataclass(frozen=True)

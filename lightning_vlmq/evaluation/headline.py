@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
-from lightning_vlmq.evaluation.measures import Dimension, dimensions
+from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
 from lightning_vlmq.evaluation.rows import change as change_of
@@ -65,7 +65,7 @@ def headline(sets: Sequence[SampleMatrix], settings: Statistics) -> list[Headlin
     needed = {(m.metric, m.role, m.score) for d in shown for m in (d.measure, d.measure.tested_by)}
     found = estimate_all(AlignedRuns(sets, settings, lambda *asked: asked in needed))
     shown = [d for d in shown if d.measure in found]
-    changes = [_change(found.get(d.measure.tested_by)) for d in shown]
+    changes = [_change(d.measure.tested_by, found) for d in shown]
     p_values = torch.tensor([change.p_value for change in changes], dtype=torch.float64)
     q_values = benjamini_hochberg(p_values).tolist() if shown else []
     return [
@@ -81,8 +81,8 @@ def headline(sets: Sequence[SampleMatrix], settings: Statistics) -> list[Headlin
     ]
 
 
-def _change(estimate: Estimate | None) -> Interval:
+def _change(measure: Measure, found: Mapping[Measure, Estimate]) -> Interval:
     """Second run minus first; NaN for a single run."""
-    if estimate is None or estimate.k < 2:
+    if measure not in found or found[measure].k < 2:
         return Interval.normal(float("nan"), float("nan"))
-    return change_of(estimate, 1, is_relative=False)[0]
+    return change_of(found[measure], 1, is_relative=False, is_share=measure.info.is_share)[0]

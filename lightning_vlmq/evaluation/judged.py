@@ -61,7 +61,7 @@ class Variant:
         device: torch.device,
         pairs_nll: float | None = None,
     ) -> None:
-        self.scale, self.pairs_nll = scale, pairs_nll
+        self.scale, self.pairs_nll, self.scores = scale, pairs_nll, tuple(scores)
         columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
         columns |= dict.fromkeys(scores, torch.float32)
         self._collected = {s.name: SampleRecords(columns).to(device) for s in sets}
@@ -140,6 +140,10 @@ class Judged:
             self.own.pairs_nll = found.nll_before
             self.tuned = Variant(found.scale, *about, found.nll_after)
 
+    def classifier(self, s: EvalSet) -> Tensor:
+        """Unit-norm features ``[classes, dim]`` of the classes that a set's images are told apart by."""
+        return self._classifiers[s.name]
+
     @property
     def variants(self) -> list[Variant]:
         """As it came, and tuned if it is."""
@@ -206,6 +210,11 @@ class Judged:
         index = torch.arange(len(features), device=classifier.device)
         columns = self._columns(inputs, target) | {"kl": kl_divergence(reference, inputs.logits)}
         variant.update(s, index, inputs.logits, target, columns)
+
+    def gather(self) -> None:
+        """Fill the variants' records with what all processes saw."""
+        for variant in self.variants:
+            variant.gather()
 
     def keep_features(self) -> None:
         """File what the cache did not know."""

@@ -38,6 +38,8 @@ class Metric:
         is_shown: whether the report's tables have a column for it.
         in_percent: whether it is a fraction that is written in percent.
         best_at_zero: whether it has a sign, and is better the nearer it is to zero.
+        is_share: whether it counts samples (or pairs of them): no resample differs where they are all alike, and its standard error is
+            then that of one sample, not 0; see :func:`~.quantities.standard_error`.
         convention: where peers differ, which one it follows; said in the report and in ``comparisons.csv``.
     """
 
@@ -52,6 +54,7 @@ class Metric:
     is_shown: bool = True
     in_percent: bool = True
     best_at_zero: bool = False
+    is_share: bool = False
     convention: str = ""
 
     def gain(self, before: float, after: float) -> float:
@@ -78,7 +81,13 @@ def _add(name: str, *arguments: object, **fields: object) -> None:
 
 def _of_predictions(name: str, title: str, higher: bool, function: Callable[[RunRecords], Tensor], shown: bool) -> None:
     """A share of samples by what became of full precision's prediction."""
-    flags = {"is_relative": False, "is_tested": False, "follows_logit_scale": False, "needs_reference": True}
+    flags = {
+        "is_relative": False,
+        "is_tested": False,
+        "follows_logit_scale": False,
+        "needs_reference": True,
+        "is_share": True,
+    }
     _add(name, title, higher, SampleMean(function), is_shown=shown, **flags)
 
 
@@ -114,8 +123,8 @@ def _debiased_doubt(before: Tensor, after: Tensor) -> float:
 _BINS = "equal-width bins [lo, hi), a confidence of exactly 1 in one of its own, as torchmetrics"
 _DEBIASED = {"is_relative": False, "is_shown": False, "convention": "debiased, for tests; see functional.debiased"}
 
-_add("top1", "top-1", True, _column("correct"), follows_logit_scale=False)
-_add("top5", "top-5", True, _column("correct_top5"), follows_logit_scale=False)
+_add("top1", "top-1", True, _column("correct"), follows_logit_scale=False, is_share=True)
+_add("top5", "top-5", True, _column("correct_top5"), follows_logit_scale=False, is_share=True)
 _of_predictions("agreement", "agreement", True, _agrees, shown=True)
 _of_predictions("flips", "flips", False, lambda r: ~_agrees(r), shown=False)
 _of_predictions(
@@ -179,25 +188,26 @@ _add(
 )
 _add("brier", "Brier", False, _column("brier"), convention="sum over classes, in [0, 2]")
 _add("nll", "NLL", False, _column("nll"), in_percent=False, convention="nats")
-_add("aurc", "AURC", False, Ranked(lambda c, s: aurc(c["confidence"], c["correct"]), fast="aurc"))
-_add("augrc", "AUGRC", False, Ranked(lambda c, s: augrc(c["confidence"], c["correct"]), fast="augrc"))
+_add("aurc", "AURC", False, Ranked(lambda c, s: aurc(c["confidence"], c["correct"]), fast="aurc"), is_share=True)
+_add("augrc", "AUGRC", False, Ranked(lambda c, s: augrc(c["confidence"], c["correct"]), fast="augrc"), is_share=True)
 _add(
     "coverage_at_risk",
     "coverage at risk",
     True,
     Ranked(lambda c, s: coverage_at_risk(c["confidence"], c["correct"], s.risk), fast="coverage_at_risk"),
+    is_share=True,
     convention="of a threshold, whole groups of equal confidence",
 )
 
 _PRECISION = "average precision, as scikit-learn's (OpenOOD takes trapezoids)"
 _TIES = "threshold at the first point of the curve with at least 95 % of them; equal scores are one point"
-_add("auroc", "AUROC", True, convention="equal scores count half")
-_add("aupr_in", "AUPR-in", True, convention=f"ID positive; {_PRECISION}")
-_add("aupr_out", "AUPR-out", True, convention=f"OOD positive; {_PRECISION}")
-_add("fpr95", "FPR95", False, convention=f"ID positive; {_TIES}")
-_add("fpr95_openood", "FPR95 (OpenOOD)", False, convention=f"OOD positive; {_TIES}")
+_add("auroc", "AUROC", True, is_share=True, convention="equal scores count half")
+_add("aupr_in", "AUPR-in", True, is_share=True, convention=f"ID positive; {_PRECISION}")
+_add("aupr_out", "AUPR-out", True, is_share=True, convention=f"OOD positive; {_PRECISION}")
+_add("fpr95", "FPR95", False, is_share=True, convention=f"ID positive; {_TIES}")
+_add("fpr95_openood", "FPR95 (OpenOOD)", False, is_share=True, convention=f"OOD positive; {_TIES}")
 
-_GROUPS = {"follows_logit_scale": False}
+_GROUPS = {"follows_logit_scale": False, "is_share": True}
 _add("common", "top-1 common", True, **_GROUPS)
 _add("counter", "top-1 counter", True, **_GROUPS)
 _add("rsg", "RSG", False, is_relative=False, **_GROUPS)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classwise import classwise_estimates
 from lightning_vlmq.evaluation.evaluators import Evaluator, estimate_all
-from lightning_vlmq.evaluation.judged import Records, Variant
+from lightning_vlmq.evaluation.judged import Judged, Records, Variant
 from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
 from lightning_vlmq.evaluation.rows import Row, rows_of
@@ -18,6 +21,44 @@ from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.statistics import Statistics
 
 log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """What a validation found.
+
+    Attributes:
+        rows: the judged model's results, compared with full precision where there is one beside it.
+        tuned_rows: the same with the logit scale tuned; empty where it was not.
+        records: per-sample columns by data set.
+        reference_records: full precision's, or ``None``.
+        tuned_records: with the logit scale tuned, or ``None``.
+    """
+
+    rows: list[Row]
+    tuned_rows: list[Row]
+    records: Records
+    reference_records: Records | None
+    tuned_records: Records | None
+
+
+def outcome(
+    judged: Judged,
+    reference: Judged | None,
+    sets: Sequence[EvalSet],
+    evaluators: Sequence[Evaluator],
+    settings: Statistics,
+) -> Outcome:
+    """Rows of what a model and its full-precision reference have gathered."""
+    variants = [*([reference.own] if reference else []), *judged.variants]
+    rows = dict(zip(map(id, variants), rows_by_variant(variants, sets, evaluators, settings)))
+    tuned = judged.tuned
+    return Outcome(
+        rows[id(judged.own)],
+        [] if tuned is None else rows[id(tuned)],
+        judged.own.records,
+        None if reference is None else reference.own.records,
+        None if tuned is None else tuned.records,
+    )
 
 
 def rows_by_variant(
@@ -70,6 +111,39 @@ def require_complete(sets: Sequence[EvalSet], records: Records) -> None:
         if missing == len(s.images):
             raise VLMQError(f"none of the {missing} images of data set '{s.name}' can be read; repair the files")
         log.warning("%d of %d images of '%s' cannot be read and are left out", missing, len(s.images), s.name)
+
+
+def warn_of_collapse(judged: Judged, what: str, sets: Sequence[EvalSet]) -> None:
+    """Warn where features are finite, of unit length, and all the same: the metrics of such a model look like any other's.
+
+    Images are told by what was recorded of them: one prediction with one confidence and one value of each score.
+
+    Args:
+        judged: gathered.
+        what: what the model is called in the warning.
+        sets: the evaluation sets.
+    """
+    alike: dict[str, list[str]] = {}
+    for s in sets:
+        records, classifier = judged.own.records[s.name], judged.classifier(s)
+        if len(classifier) < 2 or len(records["index"]) < 2:
+            continue
+        told = [column for name, column in records.items() if name in ("confidence", *judged.own.scores)]
+        if float((classifier @ classifier[0]).min()) > 1 - 1e-6:
+            alike.setdefault("classes", []).append(s.name)
+        elif len(records["prediction"].unique()) == 1 and all(map(_is_constant, told)):
+            alike.setdefault("images", []).append(s.name)
+    for kind, names in alike.items():
+        shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+        log.warning(
+            "%s: all %s have one and the same feature on %d of %d data sets (%s); numbers of a collapsed model mean nothing: take more "
+            "bits, another method, or other weights",
+            *(what, kind, len(names), len(sets), shown),
+        )
+
+
+def _is_constant(column: Tensor) -> bool:
+    return float(column.max() - column.min()) <= 1e-5 * float(column.abs().max())
 
 
 def model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> list[Row]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.quantities import Array, Estimate, deviation
+from lightning_vlmq.evaluation.quantities import Array, Estimate, standard_error
 from lightning_vlmq.metrics.functional import relative_change
 from lightning_vlmq.statistics import Interval
 
@@ -41,28 +41,29 @@ def rows_of(estimates: Mapping[Measure, Estimate], run: int, is_compared: bool) 
     for measure, estimate in estimates.items():
         if measure.info.needs_reference and not is_compared:
             continue
-        rows.append(
-            _row(measure, measure.metric, estimate.value[run], deviation(estimate.replicates[:, run]), estimate.n)
-        )
-        if is_compared and not measure.info.needs_reference:
-            found, _ = change(estimate, run, measure.info.is_relative)
+        info = measure.info
+        rows.append(_row(measure, measure.metric, estimate.value[run], estimate.stderr(run, info.is_share), estimate.n))
+        if is_compared and not info.needs_reference:
+            found, _ = change(estimate, run, info.is_relative, info.is_share)
             rows.append(_row(measure, f"delta_{measure.metric}", found.estimate, found.stderr, estimate.n))
     return rows
 
 
-def change(estimate: Estimate, run: int, is_relative: bool) -> tuple[Interval, Array]:
+def change(estimate: Estimate, run: int, is_relative: bool, is_share: bool) -> tuple[Interval, Array]:
     """A run's change against the first one, relative, (A_f - A_q) / A_f, or the difference q - f; and its replicates.
 
-    Its standard error is that of the replicates and of what they do not show, see :class:`~.quantities.Estimate`.
+    Its standard error is that of the replicates (:func:`~.quantities.standard_error`) and of what they do not show, see
+    :class:`~.quantities.Estimate`.
     """
     pairs = [(values[..., 0], values[..., run]) for values in (estimate.value, estimate.replicates)]
-    doubt = 0.0 if estimate.doubt is None else float(estimate.doubt[run])
+    doubt, scale = 0.0 if estimate.doubt is None else float(estimate.doubt[run]), 1.0
     if is_relative:
         value, replicates = (relative_change(*map(torch.as_tensor, pair)).numpy() for pair in pairs)
-        doubt = doubt / abs(float(pairs[0][0])) if pairs[0][0] else float("nan")
+        scale = 1 / abs(float(pairs[0][0])) if pairs[0][0] else float("nan")
     else:
         value, replicates = (after - before for before, after in pairs)
-    return Interval.normal(float(value), float(np.hypot(deviation(replicates), doubt))), replicates
+    spread = standard_error(replicates, is_share, estimate.n_least or estimate.n, scale)
+    return Interval.normal(float(value), float(np.hypot(spread, scale * doubt))), replicates
 
 
 def _row(measure: Measure, metric: str, value: float, stderr: float, n: int) -> Row:

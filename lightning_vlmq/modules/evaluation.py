@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import copy
-import logging
-import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from typing import Any, Literal
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
 from lightning_vlmq.evaluation.evaluators import Evaluator, default_evaluators
 from lightning_vlmq.evaluation.features import Computation, FeatureCache, tower_digest
 from lightning_vlmq.evaluation.judged import Judged, Records
-from lightning_vlmq.evaluation.results import coverage_rows, require_complete, rows_by_variant
+from lightning_vlmq.evaluation.results import coverage_rows, outcome, require_complete, warn_of_collapse
 from lightning_vlmq.evaluation.rows import Row, headline
+from lightning_vlmq.evaluation.subject import quantized, restored, run_key, with_outliers
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.openclip import Activation
-from lightning_vlmq.models.outliers import plant_outliers
 from lightning_vlmq.models.vlm import TOWERS
-from lightning_vlmq.quant import CoverageReport, Quantization, Quantized, load_quantized, quantize
-from lightning_vlmq.quant.rotation.concentrate import concentrate_streams
+from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.identity import file_digest, why_partial
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.statistics import Statistics
-
-log = logging.getLogger(__name__)
-
 
 AS_IT_IS = Quantization()
 AS_PUBLISHED = Statistics()
@@ -44,9 +35,9 @@ AS_PUBLISHED = Statistics()
 class EvaluationModule(LightningModule):
     """Validates a VLM beside its full-precision reference, and beside itself with its logit scale tuned (LST).
 
-    ``validate`` and ``test`` gather per-sample records of all of them (``records``, ``reference_records``, ``tuned_records``: data set
-    name to columns) and turn them into result rows (``rows``, ``tuned_rows``) and into
-    headline numbers, which are logged (``<role>/<metric>``, for other callbacks to monitor); ``predict`` returns the columns of each batch.
+    ``validate`` and ``test`` gather per-sample records of all of them and turn them into result rows (see
+    :class:`~lightning_vlmq.evaluation.results.Outcome`) and headline numbers, which are logged (``<role>/<metric>``, for other callbacks to
+    monitor); ``predict`` returns the columns of each batch.
 
     Args:
         vlm: a zoo model's or open_clip architecture's name, ``local-dir:<folder>`` or ``hf-hub:<owner>/<repository>``; in code a VLM too.
@@ -95,14 +86,8 @@ class EvaluationModule(LightningModule):
         self.statistics = statistics
         self.cache = FeatureCache(cache)
         self.checkpoint = checkpoint
-        self.vlm: VLM = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
-        self.outliers = outliers
-        if outliers == "stream":
-            concentrate_streams(self.vlm)
-            self.vlm.name += "+outliersstream"
-        elif outliers != 1:
-            plant_outliers(self.vlm, outliers)
-            self.vlm.name += f"+outliers{outliers:g}"
+        loaded = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
+        self.vlm, self.outliers = with_outliers(loaded, outliers), outliers
         self.reference: VLM | None = None
         self.quantized: Quantized | None = None
         self._prepared = False
@@ -115,20 +100,7 @@ class EvaluationModule(LightningModule):
     @property
     def run_key(self) -> RunKey:
         """What is evaluated, as results name it."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))  # where Lightning keeps seed_everything's
-        if self.scheme is None:
-            return RunKey(self.vlm.name, self.vlm.pretrained, "none", FULL_PRECISION, 32, 32, seed)
-        scheme = self.scheme
-        return RunKey(
-            self.vlm.name,
-            self.vlm.pretrained,
-            scheme.scope,
-            self.quant.method,
-            scheme.weight_bits,
-            scheme.act_bits,
-            seed,
-            self.quant.variant,
-        )
+        return run_key(self.vlm, self.quant, self.scheme)
 
     def identity(self) -> dict[str, Any]:
         """What decides this module's numbers: the model and its weights, how it is quantized, scores, evaluators, statistics."""
@@ -167,31 +139,18 @@ class EvaluationModule(LightningModule):
             warn_of_twin_classes(self.vlm, self.data)
         if self.checkpoint is None and self.scheme is None:
             return
-        device = self.trainer.strategy.root_device
         self.reference = copy.deepcopy(self.vlm).requires_grad_(False)
-        self.vlm.to(device)
+        self.vlm.to(self.trainer.strategy.root_device)
         if self.checkpoint is not None:
-            saved = load_quantized(self.vlm, self.checkpoint)
-            self.quant = replace(self.quant, method=str(saved.method), options={}, **asdict(saved.scheme))
-            self.scheme, self.quantized = saved.scheme, saved
-            return
-        assert self.scheme is not None
-        if self.quant.chosen().needs_training and stage != "fit":
-            raise VLMQError(
-                f"{self.quant.method} is trained: run 'vlmq fit --config qat' first, or give its result by --model.checkpoint"
-            )
-        batches = [
-            {"image": b["image"].to(device), "tokens": self.vlm.tokenize(b["caption"]).to(device)}
-            for b in self.data.calibration_batches()
-        ]
-        self.quantized = quantize(self.vlm, self.quant.chosen(), self.scheme, batches, self.quant.minimum_coverage)
+            self.quant, self.quantized = restored(self.vlm, self.quant, self.checkpoint)
+            self.scheme = self.quantized.scheme
+        else:
+            self.quantized = quantized(self.vlm, self.quant, self.data, may_train=stage == "fit")
 
     def take(self, vlm: VLM, reference: VLM, quantization: Quantization, quantized: Quantized) -> None:
         """Judge a model that is quantized already, beside its full-precision one."""
         self.vlm, self.reference, self.quantized = vlm, copy.deepcopy(reference).requires_grad_(False), quantized
         self.quant, self.scheme, self._prepared = quantization, quantization.scheme(), True
-
-    # validation, test and prediction -------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         """Take the models under judgement: the model itself, and its full-precision reference where there is one."""
@@ -223,27 +182,23 @@ class EvaluationModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Gather the records of all processes, evaluate them, log the rows."""
-        own, tuned = self._judged.own, self._judged.tuned
-        reference = None if self._reference is None else self._reference.own
-        variants = [variant for variant in (reference, own, tuned) if variant is not None]
-        for variant in variants:
-            variant.gather()
-        if not (self.trainer.sanity_checking or why_partial(self.trainer)):
-            require_complete(self.eval_sets, own.records)
-        self.records = own.records
-        self.reference_records = None if reference is None else reference.records
-        self.tuned_records = None if tuned is None else tuned.records
         if self.trainer.sanity_checking:
             return
-        trainer = self.trainer
-        for judged in filter(None, (self._judged, self._reference)):
+        trainer, models = self.trainer, [judged for judged in self.judged if judged is not None]
+        for judged in models:
+            judged.gather()
+        if not why_partial(trainer):
+            require_complete(self.eval_sets, self._judged.own.records)
+        for judged, name in zip(models, (f"'{self.vlm.name}'", "full precision")):
+            if trainer.is_global_zero:
+                warn_of_collapse(judged, name, self.eval_sets)
             if trainer.world_size == 1:
                 judged.keep_features()
             elif not why_partial(trainer):
                 judged.share_features(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
-        rows = rows_by_variant(variants, self.eval_sets, self.evaluators, self.statistics)
-        self.rows = rows[variants.index(own)] + coverage_rows(self.eval_sets, self.coverage, self.scheme)
-        self.tuned_rows = [] if tuned is None else rows[variants.index(tuned)]
+        found = outcome(*self.judged, self.eval_sets, self.evaluators, self.statistics)
+        self.rows, self.tuned_rows, self.records, self.reference_records, self.tuned_records = found
+        self.rows = self.rows + coverage_rows(self.eval_sets, self.coverage, self.scheme)
         self.log_dict(headline(self.rows), sync_dist=True)
         self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 

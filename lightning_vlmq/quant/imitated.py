@@ -23,7 +23,7 @@ from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, quantized_l
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.spectral import draw_noise, rank_table
-from lightning_vlmq.statistics.bootstrap import seeded_generator
+from lightning_vlmq.statistics.resamples import seeded_generator
 
 Pattern = Literal["minmax", "percentile", "mse", "gptq", "hqq"]
 """Methods whose layers keep full precision's coordinates, so that their errors can be carried over layer by layer."""

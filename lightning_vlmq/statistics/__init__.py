@@ -3,9 +3,6 @@
 from lightning_vlmq.statistics.bootstrap import (
     BootstrapResult,
     bootstrap,
-    bootstrap_indices,
-    bootstrap_means,
-    bootstrap_replicates,
     bootstrap_standard_error,
     difference,
     paired_bootstrap,
@@ -20,6 +17,7 @@ from lightning_vlmq.statistics.replicates import (
     resample_counts,
     selective_metrics,
 )
+from lightning_vlmq.statistics.resamples import bootstrap_indices, bootstrap_means, bootstrap_replicates
 from lightning_vlmq.statistics.settings import Statistics
 from lightning_vlmq.statistics.significance import (
     Z95,

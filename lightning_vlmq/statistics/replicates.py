@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.statistics.bootstrap import bootstrap_indices, seeded_generator
+from lightning_vlmq.statistics.resamples import bootstrap_indices, seeded_generator
 
 _CHUNK = 64  # resamples at a time: their cumulative sums then stay in the processor's cache
 

@@ -1,13 +1,17 @@
 """What a run says on the terminal: each dimension once, with its change, and how much is quantized."""
 
+import io
 import re
 
 import pytest
 from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
+from rich.console import Console
 
 from lightning_vlmq.callbacks import CoveragePrinter, HeadlinePrinter, ResultsWriter
+from lightning_vlmq.callbacks.printing import headline_table
 from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.evaluation.headline import HeadlineLine
 from lightning_vlmq.evaluation.measures import dimensions
 from lightning_vlmq.modules import EvaluationModule, Quantization
 
@@ -51,6 +55,16 @@ def test_every_dimension_is_one_line_with_its_change(tmp_path, capsys, monkeypat
     assert number == pytest.approx(100 * (after - before), abs=0.06)
     assert "run this-one" in said
     assert re.search(r"Quantized: vision \d+\.\d% of weights, \d+\.\d% of MACs; text 0\.0%", said)
+
+
+@pytest.mark.parametrize("width", [72, 80, 120])
+def test_a_narrow_terminal_cuts_no_number(width):
+    values = (0.8123, 0.5123, 0.5122)
+    lines = [HeadlineLine(d, values, -0.3, 0.01, 0.001, 300) for d in dimensions("mcm")]
+    console = Console(width=width, file=io.StringIO())
+    console.print(headline_table(lines, ["full precision", "quantized", "tuned"], has_change=True))
+    said = console.file.getvalue()
+    assert said.count("81.2") == said.count("−30.0 ± 1.0*") == len(lines) and "…" not in said
 
 
 def test_full_precision_covers_nothing_and_changes_nothing(tmp_path, capsys, monkeypatch):

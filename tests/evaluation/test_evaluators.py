@@ -14,6 +14,7 @@ from lightning_vlmq import metrics, statistics
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EvalSet, TensorImages
 from lightning_vlmq.evaluation.evaluators import ClassificationEvaluator, OODEvaluator, SpuriousEvaluator
+from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.evaluation.rows import headline
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs, per_sample
 from lightning_vlmq.statistics import Statistics
@@ -170,8 +171,31 @@ def test_identical_models_change_nothing():
     sets = [make_set("in", "id", 80), make_set("out", "near_ood", 50)]
     records = {"in": make_records(80)[0], "out": make_records(50, ood=True)[0]}
     for evaluator in (ClassificationEvaluator(), OODEvaluator()):
-        changes = [r for r in rows_from(evaluator, sets, records, records) if r.metric.startswith("delta_")]
-        assert changes and all(r.value == 0 and r.stderr == 0 for r in changes)
+        rows = by_metric(rows_from(evaluator, sets, records, records))
+        changes = {key: r for key, r in rows.items() if r.metric.startswith("delta_")}
+        assert changes and all(r.value == 0 for r in changes.values())
+        for (dataset, score, name), row in changes.items():
+            metric = name.removeprefix("delta_")
+            own = rows[dataset, score, metric].value if METRICS[metric].is_relative else 1.0
+            n = 80 if dataset == "in" else 50
+            assert row.stderr == (pytest.approx(1 / (n + 2) / own) if METRICS[metric].is_share else 0), name
+
+
+def test_none_differ_is_no_certainty():
+    """All right, and the same after quantizing: the error is that of Agresti & Min's table, as closed form, not 0."""
+    n = 300
+    records = make_records(n)[0]
+    records |= {name: torch.ones(n, dtype=torch.bool) for name in ("correct", "correct_top5")}
+    rows = by_metric(rows_from(ClassificationEvaluator(), [make_set("a", "id", n)], {"a": records}, {"a": records}))
+    cells = np.array([[n, 0], [0, 0]]) + 0.5  # right or wrong before and after, half a sample more in each
+    shares = cells / cells.sum()
+    variance = (shares[0, 1] + shares[1, 0] - (shares[0, 1] - shares[1, 0]) ** 2) / cells.sum()
+    assert rows["a", "", "delta_top1"].stderr == pytest.approx(variance**0.5)
+    assert rows["a", "", "top1"].stderr == pytest.approx(variance**0.5)
+    assert rows["a", "", "flips"].value == 0 < rows["a", "", "flips"].stderr
+    one = {**records, "correct": torch.arange(n) > 0}  # one flip: the bootstrap's own
+    rows = by_metric(rows_from(ClassificationEvaluator(), [make_set("a", "id", n)], {"a": one}, {"a": records}))
+    assert rows["a", "", "delta_top1"].stderr == pytest.approx(1 / n, rel=0.1)
 
 
 def test_one_sample_gives_values_and_no_crash():
@@ -219,7 +243,7 @@ def test_sets_of_a_group_are_resampled_together_and_others_not():
         sets = [make_set(f"b_{name}", "spurious", 300, **about) for name in ("common", "counter")]
         rows = by_metric(rows_from(SpuriousEvaluator(), sets, {s.name: records for s in sets}, None))
         assert rows["b", "", "rsg"].value == 0
-        assert (rows["b", "", "rsg"].stderr == 0) == together
+        assert (rows["b", "", "rsg"].stderr == 1 / 302) == together
 
 
 def test_which_resamples_are_drawn_depends_on_nothing_else():

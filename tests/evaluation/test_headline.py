@@ -45,8 +45,10 @@ def test_the_change_of_accuracy_has_the_error_of_paired_differences():
 
 def test_a_run_beside_itself_has_not_changed():
     first, _ = runs(np.random.default_rng(1), 200, 0.0)
-    for line in headline(side_by_side([first, first]), Statistics()):
-        assert line.change == line.half_width == 0 and not line.is_significant
+    accuracy, calibration = headline(side_by_side([first, first]), Statistics())
+    assert accuracy.change == calibration.change == calibration.half_width == 0
+    assert accuracy.half_width == pytest.approx(1.96 / 202, rel=1e-3)  # that none of 200 flips is no proof
+    assert not accuracy.is_significant and not calibration.is_significant
 
 
 def test_one_run_has_values_alone():

@@ -256,3 +256,21 @@ class TestBadInput:
         data.val_dataloader = padded
         with pytest.raises(VLMQError, match="use_distributed_sampler"):
             trainer().validate(module, data, verbose=False)
+
+
+@pytest.mark.parametrize(("norm", "what"), [("visual.ln_post", "images"), ("ln_final", "classes")])
+def test_features_that_are_all_alike_are_told(caplog, norm, what):
+    vlm = load_vlm("vit_clean")
+    layer = vlm.model.get_submodule(norm)
+    with torch.no_grad():  # finite, of unit length after normalising, and the same whatever goes in
+        layer.weight.zero_()
+        layer.bias.copy_(torch.randn(len(layer.bias), generator=torch.Generator().manual_seed(0)))
+    module = validate(EvaluationModule(vlm))
+    (said,) = [r.getMessage() for r in caplog.records if "one and the same feature" in r.getMessage()]
+    n = len(module.eval_sets)
+    assert said.startswith(f"'vit_clean': all {what} have one and the same feature on {n} of {n} data sets (")
+
+
+def test_a_sound_model_is_not_called_collapsed(quantized, caplog):
+    validate(EvaluationModule("vit_clean"))
+    assert "one and the same feature" not in caplog.text

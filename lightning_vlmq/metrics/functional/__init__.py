@@ -2,8 +2,6 @@
 
 from lightning_vlmq.metrics.functional.calibration import (
     BinSums,
-    ReliabilityBins,
-    TrajectoryBins,
     bin_gaps,
     calibration_error,
     classwise_bin_sums,
@@ -11,9 +9,7 @@ from lightning_vlmq.metrics.functional.calibration import (
     equal_mass_bin_sums,
     equal_width_bin_sums,
     equal_width_bins,
-    reliability_bins,
     signed_calibration_error,
-    trajectory_bins,
 )
 from lightning_vlmq.metrics.functional.change import added_vulnerability, relative_change, relative_spurious_gap
 from lightning_vlmq.metrics.functional.classification import (
@@ -34,6 +30,12 @@ from lightning_vlmq.metrics.functional.debiased import (
     debiased_magnitude,
     gap_variances,
     remaining_bias,
+)
+from lightning_vlmq.metrics.functional.diagrams import (
+    ReliabilityBins,
+    TrajectoryBins,
+    reliability_bins,
+    trajectory_bins,
 )
 from lightning_vlmq.metrics.functional.logit_scale import LogitScale, fit_logit_scale, pairs_nll
 from lightning_vlmq.metrics.functional.ood import aupr_in, aupr_out, auroc, fpr95, fpr95_openood, placements

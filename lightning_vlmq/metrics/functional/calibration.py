@@ -1,4 +1,4 @@
-"""Does confidence mean what it says: calibration errors over binned confidences, and reliability diagrams."""
+"""Does confidence mean what it says: calibration errors over binned confidences."""
 
 from __future__ import annotations
 
@@ -45,24 +45,12 @@ class BinSums:
         return torch.where(total > 0, value, torch.nan)
 
 
-@dataclass(frozen=True)
-class ReliabilityBins:
-    """A reliability diagram.
+def checked_confidences(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
+    """Confidences, at least float32, and correctness, both ``[..., n]``.
 
-    Attributes:
-        edges: float64 ``[n_bins + 1]``, bin edges on the confidence axis.
-        count: float64 ``[..., n_bins]``, samples per bin.
-        confidence: float64 ``[..., n_bins]``, mean confidence, NaN in an empty bin.
-        accuracy: float64 ``[..., n_bins]``, share of correct samples, NaN in an empty bin.
+    Raises:
+        VLMQError: shapes differ, ``n_bins`` is below 1, or a confidence is outside [0, 1].
     """
-
-    edges: Tensor
-    count: Tensor
-    confidence: Tensor
-    accuracy: Tensor
-
-
-def _checked(confidence: Tensor, correct: Tensor, n_bins: int) -> tuple[Tensor, Tensor]:
     if n_bins < 1:
         raise VLMQError(f"n_bins must be at least 1, got {n_bins}")
     if confidence.shape != correct.shape or confidence.ndim == 0:
@@ -109,7 +97,7 @@ def equal_width_bin_sums(confidence: Tensor, correct: Tensor, n_bins: int = 15) 
     Raises:
         VLMQError: shapes differ, ``n_bins`` is below 1, or a confidence is outside [0, 1].
     """
-    confidence, correct = _checked(confidence, correct, n_bins)
+    confidence, correct = checked_confidences(confidence, correct, n_bins)
     bins = equal_width_bins(confidence, n_bins)
     zeros = torch.zeros(*confidence.shape[:-1], n_bins + 1, dtype=torch.float64, device=confidence.device)
     confidence = confidence.to(torch.float64)
@@ -137,7 +125,7 @@ def equal_mass_bin_sums(confidence: Tensor, correct: Tensor, n_bins: int = 15) -
     Raises:
         VLMQError: as :func:`equal_width_bin_sums`.
     """
-    confidence, correct = _checked(confidence, correct, n_bins)
+    confidence, correct = checked_confidences(confidence, correct, n_bins)
     n = confidence.shape[-1]
     confidence, order = confidence.sort(-1)
     correct = tie_group_means(confidence, correct.gather(-1, order))
@@ -176,7 +164,7 @@ def bin_gaps(confidence: Tensor, correct: Tensor, n_bins: int = 15, binning: Bin
     Raises:
         VLMQError: as :func:`calibration_error`, or more dimensions than one.
     """
-    confidence, correct = _checked(confidence, correct, n_bins)
+    confidence, correct = checked_confidences(confidence, correct, n_bins)
     if confidence.ndim != 1:
         raise VLMQError(f"gaps are of samples [n], got {tuple(confidence.shape)}")
     if binning == "width":
@@ -234,27 +222,6 @@ def signed_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
     return (confidence.to(torch.float64) - correct.to(torch.float64)).mean(-1)
 
 
-def reliability_bins(confidence: Tensor, correct: Tensor, n_bins: int = 15) -> ReliabilityBins:
-    """Points of a reliability diagram over equal-width bins (DeGroot & Fienberg 1983).
-
-    Args:
-        confidence: float ``[..., n]`` in [0, 1]. Confidence exactly 1 belongs to the last bin here.
-        correct: bool ``[..., n]``.
-        n_bins: number of bins.
-
-    Raises:
-        VLMQError: as :func:`equal_width_bin_sums`.
-    """
-    sums = equal_width_bin_sums(confidence, correct, n_bins)
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
-
-    def fold(values: Tensor) -> Tensor:
-        return torch.cat([values[..., : n_bins - 1], values[..., n_bins - 1 :].sum(-1, keepdim=True)], -1)
-
-    count = fold(sums.count)  # 0 / 0 is the NaN that marks an empty bin
-    return ReliabilityBins(edges, count, fold(sums.confidence) / count, fold(sums.correct) / count)
-
-
 def classwise_bin_sums(probs: Tensor, target: Tensor, n_bins: int = 15) -> BinSums:
     """Bin every class's probability against "is this the class": sums of shape ``[..., C, n_bins + 1]``.
 
@@ -292,50 +259,3 @@ def classwise_ece(probs: Tensor, target: Tensor, n_bins: int = 15) -> Tensor:
         VLMQError: as :func:`classwise_bin_sums`.
     """
     return classwise_bin_sums(probs, target, n_bins).calibration_error("l1").mean(-1)
-
-
-@dataclass(frozen=True)
-class TrajectoryBins:
-    """A trajectory reliability diagram: the samples of each confidence bin of the first model, followed to the others.
-
-    Attributes:
-        edges: float64 ``[n_bins + 1]``, edges on the first model's confidence.
-        count: float64 ``[n_bins]``, samples per bin; the same samples for every model.
-        confidence: float64 ``[models, n_bins]``, their mean confidence under each model, NaN in an empty bin.
-        accuracy: float64 ``[models, n_bins]``, the share of them each model gets right.
-    """
-
-    edges: Tensor
-    count: Tensor
-    confidence: Tensor
-    accuracy: Tensor
-
-
-def trajectory_bins(confidence: Tensor, correct: Tensor, n_bins: int = 15) -> TrajectoryBins:
-    """Follow each of the first model's confidence bins to the other models, e.g. FP32, quantized, logit-scale-tuned.
-
-    Args:
-        confidence: float ``[models, n]`` in [0, 1], the same samples in the same order in every row.
-        correct: bool ``[models, n]``.
-        n_bins: number of equal-width bins of the first row's confidence; confidence 1 belongs to the last.
-
-    Raises:
-        VLMQError: the shapes are not ``[models, n]`` with at least one model, ``n_bins`` is below 1, or a confidence is
-            outside [0, 1] or, in the first row, NaN.
-    """
-    confidence, correct = _checked(confidence, correct, n_bins)
-    if confidence.ndim != 2 or confidence.shape[0] == 0:
-        raise VLMQError(f"trajectories need confidence [models, n], got {tuple(confidence.shape)}")
-    if bool(confidence[0].isnan().any()):
-        raise VLMQError("trajectories start from the first model's confidence, which has NaN: leave these samples out")
-    edges = torch.linspace(0, 1, n_bins + 1, dtype=torch.float64, device=confidence.device)
-    bins = equal_width_bins(confidence[0], n_bins).clamp(max=n_bins - 1).expand(confidence.shape)
-    zeros = torch.zeros(confidence.shape[0], n_bins, dtype=torch.float64, device=confidence.device)
-    confidence = confidence.to(torch.float64)
-    count = zeros.scatter_add(-1, bins, torch.ones_like(confidence))
-    return TrajectoryBins(
-        edges=edges,
-        count=count[0],
-        confidence=zeros.scatter_add(-1, bins, confidence) / count,
-        accuracy=zeros.scatter_add(-1, bins, correct.to(torch.float64)) / count,
-    )

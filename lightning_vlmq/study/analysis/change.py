@@ -67,24 +67,26 @@ def compare(setting: Setting, measure: Measure, pairs: list[Pair]) -> Comparison
     reference = float(np.mean([pair.estimate.value[0] for pair in pairs]))
     if pairs[0].estimate.closed_form is not None:
         return _closed_form(setting, measure, pairs, value, reference)
-    drawn = np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0)
-    bare = Comparison(value, deviation(drawn), reference, len(pairs))
-    if setting == FULL:
-        return bare
-    if measure.info.needs_reference:
-        if not measure.info.is_tested:
-            return bare
-        change = over_samples(value, drawn)  # a comparison with full precision already
-        return replace(bare, change=change, effect=change, p_value=change.p_value, effects=drawn)
+    drawn, info = np.mean([pair.estimate.replicates[:, pair.position] for pair in pairs], axis=0), measure.info
     doubts = [0.0 if pair.estimate.doubt is None else pair.estimate.doubt[pair.position] for pair in pairs]
     both = Estimate(
         np.array([reference, value]),
         np.stack([np.mean([pair.estimate.replicates[:, 0] for pair in pairs], axis=0), drawn], axis=1),
         pairs[0].estimate.n,
         doubt=np.array([0.0, np.mean(doubts)]),
+        n_least=pairs[0].estimate.n_least,
     )
-    (change, _), (effect, drawn_effect) = change_of(both, 1, False), change_of(both, 1, measure.info.is_relative)
-    if not measure.info.is_tested:
+    bare = Comparison(value, both.stderr(1, info.is_share), reference, len(pairs))
+    if setting == FULL:
+        return bare
+    if info.needs_reference:
+        if not info.is_tested:
+            return bare
+        change = Interval.normal(value, bare.stderr)  # a comparison with full precision already
+        return replace(bare, change=change, effect=change, p_value=change.p_value, effects=drawn)
+    change, _ = change_of(both, 1, False, info.is_share)
+    effect, drawn_effect = change_of(both, 1, info.is_relative, info.is_share)
+    if not info.is_tested:
         change, effect = (Interval.normal(known.estimate, float("nan")) for known in (change, effect))
     return replace(bare, change=change, effect=effect, p_value=change.p_value, effects=drawn_effect)
 
