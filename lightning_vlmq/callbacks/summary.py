@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_vlmq.callbacks.loggers import log_text
 from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.results.schema import RunKey
 
 
 class RunSummary(Callback):
@@ -39,7 +40,7 @@ class RunSummary(Callback):
         about = pl_module.run_key.columns()
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.log_hyperparams(about, headline)
+                logger.log_hyperparams(hparams_of(pl_module.run_key), headline)
             else:
                 logger.log_hyperparams(about)
             if self.every_row:
@@ -52,6 +53,12 @@ class RunSummary(Callback):
             log_text(trainer, "coverage", markdown_table(coverage.to_rows()))
 
     on_test_end = on_validation_end
+
+
+def hparams_of(key: RunKey) -> dict[str, Any]:
+    """A run's settings for TensorBoard's HParams page, which shows five by the alphabet: bits, method, model, pretrained, scope."""
+    own = {name: value for name, value in key.columns().items() if name not in ("act_bits", "is_tuned")}
+    return {**own, "bits": key.bits}
 
 
 def config_of(trainer: Trainer, module: Any) -> str:

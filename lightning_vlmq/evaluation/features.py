@@ -22,6 +22,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import FEATURES, code_digest, digest, library_versions, tensors_digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM
+from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 
 log = logging.getLogger(__name__)
@@ -325,6 +326,18 @@ def tower_digest(
         "libraries": library_versions(),
     }
     return digest(decisive, 20)
+
+
+def tower_digests(vlm: VLM, scheme: QuantScheme | None, method: str, trainer: Trainer) -> dict[str, str]:
+    """:func:`tower_digest` of each tower as a Trainer runs it; a warning where a process of several differs from the first."""
+    towers = {tower: tower_digest(vlm, scheme, method, tower, Computation.of(trainer)) for tower in TOWERS}
+    if trainer.world_size > 1 and towers != trainer.strategy.broadcast(towers):
+        log.warning(
+            "process %d has another model than process 0, or computes it otherwise: calibration gave other weights, or the "
+            "devices differ; set trainer.deterministic, and use devices of one kind",
+            trainer.global_rank,
+        )
+    return towers
 
 
 def text_digest(texts: Sequence[str], *more: Sequence[str]) -> str:

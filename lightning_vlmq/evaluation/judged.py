@@ -140,10 +140,6 @@ class Judged:
             self.own.pairs_nll = found.nll_before
             self.tuned = Variant(found.scale, *about, found.nll_after)
 
-    def classifier(self, s: EvalSet) -> Tensor:
-        """Unit-norm features ``[classes, dim]`` of the classes that a set's images are told apart by."""
-        return self._classifiers[s.name]
-
     @property
     def variants(self) -> list[Variant]:
         """As it came, and tuned if it is."""

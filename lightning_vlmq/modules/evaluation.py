@@ -13,7 +13,7 @@ from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
 from lightning_vlmq.evaluation.evaluators import Evaluator, default_evaluators
-from lightning_vlmq.evaluation.features import Computation, FeatureCache, tower_digest
+from lightning_vlmq.evaluation.features import FeatureCache, tower_digests
 from lightning_vlmq.evaluation.judged import Judged, Records
 from lightning_vlmq.evaluation.results import coverage_rows, outcome, require_complete, warn_of_collapse
 from lightning_vlmq.evaluation.rows import Row, headline
@@ -21,7 +21,6 @@ from lightning_vlmq.evaluation.subject import quantized, restored, run_key, with
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.openclip import Activation
-from lightning_vlmq.models.vlm import TOWERS
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.identity import file_digest, why_partial
@@ -164,14 +163,7 @@ class EvaluationModule(LightningModule):
         return self._judged, self._reference
 
     def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
-        name = FULL_PRECISION if scheme is None else method
-        towers = {tower: tower_digest(vlm, scheme, name, tower, Computation.of(self.trainer)) for tower in TOWERS}
-        if self.trainer.world_size > 1 and towers != self.trainer.strategy.broadcast(towers):
-            log.warning(
-                "process %d has another model than process 0, or computes it otherwise: calibration gave other weights, or the "
-                "devices differ; set trainer.deterministic, and use devices of one kind",
-                self.trainer.global_rank,
-            )
+        towers = tower_digests(vlm, scheme, FULL_PRECISION if scheme is None else method, self.trainer)
         return Judged(vlm, self.data, self.cache, towers, self.scores, self.statistics, tunes)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

@@ -21,7 +21,7 @@ from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_l
 from lightning_vlmq.quant.rules import layer_schemes
 from lightning_vlmq.quant.scheme import UNQUANTIZED_BITS, QuantScheme
 from lightning_vlmq.spectral import RankTable, SecondMoments, eigenbasis, rank_table
-from lightning_vlmq.statistics.bootstrap import seeded_generator
+from lightning_vlmq.statistics.resamples import seeded_generator
 
 Costs = dict[str, dict[int, float]]
 """By layer name and width."""

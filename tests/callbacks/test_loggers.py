@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from lightning_vlmq.callbacks import RunSummary
-from lightning_vlmq.callbacks.loggers import log_figure, log_text, takes_figures
+from lightning_vlmq.callbacks import ReliabilityDiagrams, RunSummary
+from lightning_vlmq.callbacks.loggers import forgive, log_figure, log_text, takes_figures
 from lightning_vlmq.callbacks.summary import markdown_table
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import EvaluationModule, Quantization
@@ -75,8 +75,38 @@ def test_weights_and_biases_take_figures(tmp_path):
     logger = WandbLogger(save_dir=str(tmp_path), offline=True, project="vlmq")
     log_figure(quiet(logger), "a/b", figure(), 7)
     log_text(quiet(logger), "note", "**so**")
-    logger.experiment.finish(quiet=True)
+    logger.experiment.finish()
     assert list(tmp_path.rglob("*.png")) and list(tmp_path.rglob("*.table.json"))
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "wandb"])
+def test_a_whole_run_reaches_them(tmp_path, kind):
+    """As the command does it: settings, headline metrics, config, coverage and a reliability diagram, through a logger that may fail."""
+    pytest.importorskip(kind)
+    from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
+
+    if kind == "mlflow":
+        made = MLFlowLogger(tracking_uri=f"sqlite:///{tmp_path}/runs.db", artifact_location=str(tmp_path / "artifacts"))
+    else:
+        made = WandbLogger(save_dir=str(tmp_path), offline=True, project="vlmq")
+    trainer = quiet(made, callbacks=[RunSummary(), ReliabilityDiagrams(roles=("id",))])
+    forgive(trainer)
+    seed_everything(0, verbose=False)
+    module = EvaluationModule("vit_clean", quant=Quantization(method="minmax", weight_bits=4))
+    trainer.validate(module, EmbeddedData(**SMALL_DATA), verbose=False)
+    top1 = next(row.value for row in module.rows if (row.role, row.dataset, row.metric) == ("id", "", "top1"))
+    inside = next(s.name for s in module.eval_sets if s.role == "id")
+    if kind == "mlflow":
+        run = made.experiment.get_run(made.run_id)
+        assert run.data.params["method"] == "minmax" and run.data.metrics["id/top1"] == pytest.approx(top1)
+        kept = {str(path.relative_to(tmp_path)) for path in (tmp_path / "artifacts").rglob("*.*")}
+    else:
+        assert made.experiment.config["method"] == "minmax"
+        assert made.experiment.summary["id/top1"] == pytest.approx(top1)
+        made.experiment.finish()
+        kept = {str(path) for path in tmp_path.rglob("*.*")}
+    for name in (f"reliability/{inside}", "config", "coverage"):
+        assert any(f"/{name}" in path for path in kept), (name, kept)
 
 
 @pytest.mark.parametrize("every_row", [False, True])
@@ -91,6 +121,14 @@ def test_a_run_is_one_line_of_hparams_with_few_scalars(tmp_path, every_row):
     metadata = read.summary_metadata["_hparams_/session_start_info"].plugin_data.content
     start = plugin_data_pb2.HParamsPluginData.FromString(metadata).session_start_info
     assert start.hparams["method"].string_value == "minmax" and start.hparams["weight_bits"].number_value == 4
+    assert sorted(start.hparams)[:5] == [
+        "bits",
+        "method",
+        "model",
+        "pretrained",
+        "scope",
+    ]  # what the page shows at first
+    assert start.hparams["bits"].string_value == "W4A8"
     scalars = set(read.Tags()["scalars"])
     named = {f"{row.dataset or row.role}/{row.metric}" for row in module.rows if not row.score}
     assert "id/top1" in scalars and named.issubset(scalars) == every_row

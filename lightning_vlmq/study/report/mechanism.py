@@ -56,7 +56,8 @@ def _cell(v: Verdict | None) -> str:
 
 
 def prediction_html(table: pd.DataFrame, most: int = 6) -> str:
-    """The strongest predictors of each outcome, and the plain baselines beside them."""
+    """The strongest predictors of each outcome, and the plain baselines beside them; nothing of too few runs to correlate."""
+    table = table[table["rho"].notna()] if not table.empty else table
     if table.empty:
         return ""
     head = "".join(

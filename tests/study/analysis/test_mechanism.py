@@ -120,3 +120,5 @@ def test_the_report_shows_both(analysis):
     assert verdict_overview([]) is None and verdict_table([]) == ""
     assert "mean_sqnr_db" in prediction_html(prediction_table(analysis, n_resamples=50))
     assert prediction_html(pd.DataFrame()) == ""
+    few = pd.DataFrame({"outcome": ["ΔECE"], "predictor": ["bits"], "rho": [float("nan")], "is_baseline": [True]})
+    assert prediction_html(few) == ""
