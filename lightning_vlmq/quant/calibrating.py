@@ -19,6 +19,9 @@ from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
 
 Batch = Mapping[str, Tensor]
+NO_IMAGE = (
+    "the calibration data hold no batch with an image; give at least one image (and caption where text is in scope)"
+)
 
 
 class Observer(Protocol):
@@ -80,19 +83,17 @@ def calibrate(
     try:
         with torch.no_grad(), full_precision(vlm):
             for batch in batches:
-                image = _column(batch, "image").to(device)
+                image = column(batch, "image").to(device)
                 if not len(image):
                     continue
-                tokens = _column(batch, "tokens").to(device) if "text" in scheme.towers else None
+                tokens = column(batch, "tokens").to(device) if "text" in scheme.towers else None
                 _run_encoders(vlm, image, tokens)
                 count += 1
     finally:
         for hook in hooks:
             hook.remove()
     if not count:
-        raise VLMQError(
-            "the calibration data hold no batch with an image; give at least one image (and caption where text is in scope)"
-        )
+        raise VLMQError(NO_IMAGE)
     unseen = [name for name, observer in observers.items() if not observer.seen]
     if unseen:
         raise VLMQError(
@@ -175,7 +176,8 @@ def _watch(name: str, observer: Observer) -> Callable[[nn.Module, tuple[Tensor, 
     return hook
 
 
-def _column(batch: Batch, key: str) -> Tensor:
+def column(batch: Batch, key: str) -> Tensor:
+    """A column of a batch. Raises :class:`VLMQError` where it has none of that name."""
     if key not in batch:
         raise VLMQError(
             f"a calibration batch has no '{key}' (it has {', '.join(batch) or 'nothing'}); give images and tokens"

@@ -25,8 +25,8 @@ RATES = {2: (3e-2, 1e-3), 3: (2e-2, 1e-3), 4: (1e-2, 1e-3), 8: (1e-3, 1e-3)}
 def default_rates(weight_bits: int) -> tuple[float, float]:
     """Peak learning rates of weights (in steps an update) and of steps (relative, an update), by bits of the weights.
 
-    Chosen on held-out caption pairs of one embedded model, vit_clean with its image tower quantized;
-    ``scripts/search_rates.py`` makes such searches on all of them.
+    Chosen on caption pairs of one embedded model, vit_clean with its image tower quantized, before the start ``best`` was there;
+    ``scripts/search_rates.py`` searches on any, by pairs that no fit sees.
     """
     return RATES[next((bits for bits in RATES if weight_bits <= bits), 8)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,6 +13,7 @@ from torchao.quantization.granularity import PerGroup
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, choose_qparams, quantize_dequantize
+from lightning_vlmq.quant.fits import Fit
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.methods import METHODS, PTQMethod, register, within
 from lightning_vlmq.quant.observers import grouped_rows, second_moments
@@ -21,6 +22,8 @@ from lightning_vlmq.quant.scheme import QuantScheme
 
 SPAN = 16
 """Columns that are rounded one by one before what they did reaches the others (GPTQ section 4, step 2)."""
+
+Ranges = Literal["minmax", "mse"]
 
 
 @register("gptq")
@@ -46,16 +49,27 @@ class GPTQ(PTQMethod):
 
     damping: float = within(0.01, 1e-8, 1)
     act_order: bool = False
-    grid: Literal["minmax", "mse"] = "minmax"
+    grid: Ranges = "minmax"
 
     def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Fix every layer's grid and replace its weight by the rounded one."""
-        rounded = []
+        self.fits(vlm, scheme, calibration, (self.grid,))[self.grid].restore()
+
+    def fits(
+        self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch], grids: Sequence[Ranges]
+    ) -> dict[Ranges, Fit]:
+        """Rounded weights of every layer on each of several grids, by the grid's name, from one pass over the inputs.
+
+        The model keeps its weights; its weight grids are left as the last fit has them.
+        """
+        found = {grid: Fit() for grid in grids}
         for _, layer, moment in second_moments(vlm, scheme, calibration):
-            METHODS[self.grid].fit_weight(layer)
-            rounded.append((layer, self.round_columns(layer, moment)))
-        for layer, weight in rounded:
-            layer.set_weight(weight)
+            for grid, fit in found.items():
+                METHODS[grid].fit_weight(layer)
+                fit.keep(
+                    layer, replace(self, grid=grid).round_columns(layer, moment)
+                )  # its groups' grids are set on the way
+        return found
 
     def round_columns(self, layer: QuantizedLayer, moment: Tensor) -> Tensor:
         """GPTQ on one layer: column c is rounded after adding what the columns before it owe it.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -12,16 +13,20 @@ from torch import Tensor
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, calibrate
+from lightning_vlmq.quant.clipping import note_clipping
 from lightning_vlmq.quant.fake_quant import FakeQuantizer, to_blocks
+from lightning_vlmq.quant.fits import Fit
 from lightning_vlmq.quant.layers import (
     QuantizedLayer,
     act_quantized_layers,
     static_layers,
     weight_quantized_layers,
 )
-from lightning_vlmq.quant.methods import METHODS, PTQMethod, find_method, register
+from lightning_vlmq.quant.methods import METHODS, register
 from lightning_vlmq.quant.observers import MagnitudeObserver
+from lightning_vlmq.quant.ptq.gptq import GPTQ
 from lightning_vlmq.quant.scheme import QuantScheme
+from lightning_vlmq.quant.starting import keep_best
 from lightning_vlmq.quant.training import QATMethod
 
 
@@ -30,8 +35,9 @@ class LearnedSteps(QATMethod):
     """What methods with learned steps share: where the steps start from, and that all of them learn.
 
     Attributes:
-        start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name, or ``paper``,
-            what the method's paper says.
+        start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name; ``best``, whichever of these
+            two the distillation loss on the calibration pairs prefers, for inputs and for weights; or ``paper``, what the method's
+            paper says.
         weights: ``gptq`` starts from weights rounded by GPTQ on these grids, ``rtn`` from full precision's, which round to nearest.
             With few updates training does not find what GPTQ solves for; ``paper`` starts with ``rtn`` alone.
         gradient_scale: ``paper`` multiplies the gradient of a step by ``1 / sqrt(N Qp)`` (LSQ, section 2.2), ``none`` leaves it.
@@ -39,16 +45,37 @@ class LearnedSteps(QATMethod):
             :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups` do what it is for.
     """
 
-    start: Literal["mse", "minmax", "paper"] = "mse"
+    start: Literal["best", "mse", "minmax", "paper"] = "best"
     weights: Literal["gptq", "rtn"] = "gptq"
     gradient_scale: Literal["paper", "none"] = "paper"
 
     def fit_weights(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         """Fix the weight grids, and the weights that training starts from."""
-        if self.weights == "gptq" and self.start != "paper":
-            find_method("gptq", {"grid": self.start}).fit_weights(vlm, scheme, calibration)
+        if self.start == "best":
+            mse = METHODS["mse"]
+
+            def refit() -> None:
+                mse.fit_activations(vlm, scheme, calibration)
+                note_clipping(vlm, scheme, calibration)
+
+            inputs = {"minmax": lambda: None} | ({"mse": refit} if static_layers(vlm) else {})
+            weights = partial(self._weight_fits, vlm, scheme, calibration)
+            keep_best(vlm, scheme, calibration, self.loss, inputs, weights)
+        elif self.weights == "gptq" and self.start != "paper":
+            GPTQ(grid=self.start).fit_weights(vlm, scheme, calibration)
         else:
             super().fit_weights(vlm, scheme, calibration)
+
+    def _weight_fits(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> Mapping[str, Fit]:
+        """The fits that ``best`` chooses from."""
+        if self.weights == "gptq":
+            return {str(grid): fit for grid, fit in GPTQ().fits(vlm, scheme, calibration, ("minmax", "mse")).items()}
+        found = {name: Fit() for name in ("minmax", "mse")}
+        for name, fit in found.items():
+            for layer in weight_quantized_layers(vlm).values():
+                METHODS[name].fit_weight(layer)
+                fit.keep(layer, layer.weight)
+        return found
 
     def install(self, vlm: VLM, scheme: QuantScheme) -> None:
         """As :meth:`PTQMethod.install`; dynamic ranges are refused, as they leave no activation step to learn."""
@@ -60,18 +87,18 @@ class LearnedSteps(QATMethod):
                 )
 
     def fit_activations(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
-        """Fix the activation grids that training starts from."""
+        """Fix the activation grids that training starts from; with the start ``best`` those of the first candidate."""
         if self.start == "paper":
             self.paper_activations(vlm, scheme, calibration)
         else:
-            self._start.fit_activations(vlm, scheme, calibration)
+            METHODS["minmax" if self.start == "best" else self.start].fit_activations(vlm, scheme, calibration)
 
     def fit_weight(self, layer: QuantizedLayer) -> None:
         """Fix the weight grid that training starts from."""
         if self.start == "paper":
             self.paper_weight(layer)
         else:
-            self._start.fit_weight(layer)
+            METHODS[self.start].fit_weight(layer)
 
     def init_training(self, vlm: VLM) -> None:
         """Release the steps."""
@@ -88,10 +115,6 @@ class LearnedSteps(QATMethod):
         """Fix the weight grid that the paper starts from."""
         raise NotImplementedError
 
-    @property
-    def _start(self) -> PTQMethod:
-        return METHODS[self.start]
-
 
 @register("lsq_contrastive")
 @register("lsq_feature", distillation="feature")
@@ -100,7 +123,7 @@ class LSQ(LearnedSteps):
     """LSQ (Esser et al. 2020, arXiv 1902.08153): steps learned with the weights.
 
     Gradients are Eq. 3 and 5 with the gradient scale of section 2.2. An asymmetric grid keeps a fixed integer zero point.
-    Steps start from the least squared error by default, as in LSQ+ (Bhalgat et al. 2020, section 3.2). The paper's start is
+    By default steps start from the least squared error, as in LSQ+ (Bhalgat et al. 2020, section 3.2), or from min-max. The paper starts at
     ``2 <|v|> / sqrt(Qp)`` (section 2.1): a weight's from each of its blocks, an activation's from the calibration batches,
     of the signed grid where there are negative values and of the unsigned one elsewhere (section 2). A zero point taken
     from the minimum beside a step taken from the mean would leave one large value on one side with all the levels.

@@ -23,7 +23,7 @@ class LSQPlus(LearnedSteps):
     Activations: ``x_hat = round(clamp((x - beta) / s, n, p)) s + beta`` with ``s`` and ``beta`` learned (section 3.1). Weights:
     LSQ's gradient. The paper starts activations where the squared error over the calibration batches is least, and a
     weight's step at ``max(|mu - 3 sigma|, |mu + 3 sigma|) / 2^(b-1)`` of each block (section 3.2), an asymmetric weight grid
-    spanning ``mu - 3 sigma .. mu + 3 sigma``; by default weights start from the least squared error too. torchao's range
+    spanning ``mu - 3 sigma .. mu + 3 sigma``; by default both start from the least squared error or from min-max. torchao's range
     learning is not used: it has no gradient scale and no per-tensor steps.
 
     Raises (from :meth:`prepare`):

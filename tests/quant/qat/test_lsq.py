@@ -96,7 +96,7 @@ def test_asymmetric_start_keeps_the_calibration_minimum_on_the_grid(vit: VLM):
 
 
 def from_nearest(method: str) -> str:
-    return f"{method}(weights='rtn')" if "weights" in {f.name for f in fields(METHODS[method])} else method
+    return f"{method}(start='mse', weights='rtn')" if "weights" in {f.name for f in fields(METHODS[method])} else method
 
 
 @pytest.mark.parametrize("seed", SEEDS)
