@@ -42,10 +42,10 @@ BATCH = 32
 
 
 def load_model(name: str) -> nn.Module:
-    from lightning_vlmq.models import load_vlm
+    from lightning_vlmq.models import load_vlm, zoo
 
     torch.manual_seed(0)
-    return load_vlm(name)
+    return load_vlm(name, None if name in zoo.all_names() else "none")
 
 
 def load_batches(vlm: nn.Module, path: str | None, count: int) -> Batches:
