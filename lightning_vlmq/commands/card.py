@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning_vlmq
 from lightning_vlmq.commands import command
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.names import bits_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +44,7 @@ class Saved:
     @property
     def bits(self) -> str:
         """E.g. ``"W4A8"``."""
-        return f"W{self.scheme['weight_bits']}A{self.scheme['act_bits']}"
+        return bits_text(self.scheme["weight_bits"], self.scheme["act_bits"])
 
 
 _PACKAGES = ("torch", "torchvision", "torchao", "open_clip_torch", "timm", "lightning")

@@ -35,7 +35,7 @@ def _first_line(text: str | None) -> str:
 
 
 def _described(thing: Any, use: str) -> Entry:
-    """A registered class, dataclass object or function: its docstring, its options with their defaults, and how to use it."""
+    """A registered class, dataclass object or function: its docstring (the first paragraph is the summary), options, how to use it."""
     from lightning_vlmq.experiment import plain
 
     if is_dataclass(thing) and not isinstance(thing, type):
@@ -43,8 +43,9 @@ def _described(thing: Any, use: str) -> Entry:
     else:
         parameters = inspect.signature(thing).parameters.values()
         options = [f"  {p.name} = {p.default!r}" for p in parameters if p.default is not p.empty]
+    _, _, more = inspect.cleandoc(thing.__doc__ or "").partition("\n\n")
     parts = [
-        plain(inspect.cleandoc(thing.__doc__ or "")),
+        *([plain(more)] if more else []),
         *(["options:\n" + "\n".join(options)] if options else []),
         use,
     ]

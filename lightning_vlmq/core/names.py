@@ -26,3 +26,8 @@ def file_name(text: str) -> str:
 def one_line(text: str) -> str:
     """A text without line breaks and other control characters, which a terminal would obey."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def bits_text(weight_bits: int, act_bits: int) -> str:
+    """Bit-widths of weights and activations the way they are written in papers, e.g. ``"W4A8"``."""
+    return f"W{weight_bits}A{act_bits}"

@@ -145,6 +145,8 @@ class CorruptionEvaluator:
         """
         published = self.baseline == "alexnet"
         found: Estimates = {}
+        if not runs.wanted("mean_corruption_error", "corruption", ""):
+            return found
         for suite, sets in _suites(runs.of_role("corruption")).items():
             names = dict.fromkeys(corruption for corruption, _ in sets)
             corruptions = [c for c in names if c in ALEXNET_ERRORS or not published]

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict, unflatten_tensor_state_dict
 from torchao.quantization.granularity import PerAxis, PerTensor, PerToken
@@ -22,7 +21,7 @@ from torchao.utils import is_MI300, is_MI350, is_sm_at_least_89
 from lightning_vlmq.core.atomic import write_text
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import tensors_digest
-from lightning_vlmq.core.names import one_line
+from lightning_vlmq.core.tensorfiles import read_tensor_file
 from lightning_vlmq.lowbit.layers import TensorLinear, low_bit_layer, pack, unpack
 from lightning_vlmq.models import VLM, load_origin
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
@@ -206,7 +205,9 @@ def load_converted(path_dir: str | Path, device: str | torch.device = "cpu", mod
     """
     folder = Path(path_dir)
     description = read_description(folder / DESCRIPTION, FORMAT)
-    tensors, metadata = _read_tensors(folder / WEIGHTS)
+    tensors, metadata = read_tensor_file(
+        folder / WEIGHTS, "a folder that 'vlmq convert' wrote", "convert the model again"
+    )
     try:
         conversion = Conversion(**description["conversion"])
         quantized = described(description["quantized"], folder / DESCRIPTION)
@@ -248,23 +249,3 @@ def _sub_byte(vlm: VLM) -> dict[str, TensorLinear]:
     """The layers whose tensor holds integers below 8 bits in a byte each, by the name of these among the flat tensors."""
     layers = {n: m for n, m in vlm.named_modules(remove_duplicate=False) if isinstance(m, TensorLinear)}
     return {f"{name}._weight_qdata": layer for name, layer in layers.items() if layer.bits < 8}
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(str(path), "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-            return tensors, file.metadata() or {}
-    except FileNotFoundError as error:
-        raise VLMQError(f"cannot read '{path}' (no such file); give a folder that 'vlmq convert' wrote") from error
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        MemoryError,
-    ) as error:  # absurd headers
-        reason = one_line(str(error))[:200] or type(error).__name__
-        raise VLMQError(f"'{path}' is damaged ({reason}); convert the model again") from error

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from lightning_vlmq.core.atomic import replacing, write_text
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.core.names import one_line
+from lightning_vlmq.core.tensorfiles import read_tensor_file
 from lightning_vlmq.models.loading import origin
 from lightning_vlmq.models.vlm import TOWERS, VLM
 from lightning_vlmq.quant.attention import install_attention
@@ -103,7 +103,9 @@ def load_quantized(vlm: VLM, path_dir: str | Path) -> QuantizedCheckpoint:
     """
     folder = Path(path_dir)
     description = described(read_description(folder / DESCRIPTION, FORMAT), folder / DESCRIPTION)
-    tensors = read_tensors(folder / WEIGHTS)
+    tensors, _ = read_tensor_file(
+        folder / WEIGHTS, "a folder that a quantized model was saved in", "save the quantized model again"
+    )
     if tensors_digest(tensors, 32) != description.tensors:
         raise VLMQError(
             f"'{folder / WEIGHTS}' is damaged, or not the file that was saved with {DESCRIPTION}; save the quantized model again"
@@ -227,25 +229,3 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dic
     with replacing(path) as partial:
         # cloned, because safetensors refuses tensors that share memory
         save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, partial, metadata)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A saved model's tensors by name; a missing or damaged file is a ``VLMQError``."""
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise VLMQError(
-            f"cannot read '{path}' (no such file); give a folder that a quantized model was saved in"
-        ) from error
-    except (
-        OSError,
-        SafetensorError,
-        RuntimeError,
-        ValueError,
-        KeyError,
-        AttributeError,
-        MemoryError,
-    ) as error:  # absurd headers
-        raise VLMQError(
-            f"'{path}' is damaged ({one_line(str(error))[:200] or type(error).__name__}); save the quantized model again"
-        ) from error

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
 
+from lightning_vlmq.core.names import bits_text
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 
 _RUN_COLUMNS = [
@@ -108,7 +109,7 @@ class RunKey:
     @property
     def bits(self) -> str:
         """The bit-widths the way they are written in papers, e.g. ``"W4A8"``."""
-        return f"W{self.weight_bits}A{self.act_bits}"
+        return bits_text(self.weight_bits, self.act_bits)
 
     @property
     def is_full_precision(self) -> bool:

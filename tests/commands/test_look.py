@@ -49,6 +49,8 @@ def test_show_says_what_it_is_and_how_it_is_used(name, capsys):
         and len(shown.splitlines()) > 2
     )
     assert not re.search(r":\w+:`|``", shown.split("seed_everything")[0])
+    summary = re.sub(r"^\S+: (?:trained: |post-training: )?", "", shown.splitlines()[0])
+    assert shown.count(summary) == 1  # said once
 
 
 def test_parameters_of_a_score_are_options(capsys):

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from lightning_vlmq.cli import main
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.tensorfiles import read_tensor_file
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.lowbit.convert import load_converted
 from lightning_vlmq.models.weights import read_weights
 from lightning_vlmq.quant import QuantScheme, load_quantized, quantize, quantized_layers, save_quantized
-from lightning_vlmq.quant.checkpoint import FORMAT, read_description, read_tensors
+from lightning_vlmq.quant.checkpoint import FORMAT, read_description
 from lightning_vlmq.quant.description import described, sealed
 
 JSON = st.recursive(
@@ -221,8 +222,8 @@ def test_absurd_safetensors(name, folder, tmp_path, vlm):
     refused(load_converted, tmp_path)
     (tmp_path / "tower_set.safetensors").write_bytes(HEADERS[name])
     assert FeatureCache(tmp_path).get("tower", "set", 2) is None
-    for read in (read_tensors, read_weights):
-        refused(read, path)
+    refused(read_tensor_file, path, "a file", "write it again")
+    refused(read_weights, path)
 
 
 @settings(
@@ -233,7 +234,8 @@ def test_any_header_is_tensors_or_one_line(tmp_path_factory, content, data):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
     path.write_bytes(header(content) + data)
     try:
-        assert isinstance(read_tensors(path), dict)
+        tensors, metadata = read_tensor_file(path, "a file", "write it again")
+        assert isinstance(tensors, dict) and isinstance(metadata, dict)
     except VLMQError as error:
         assert "\n" not in str(error)
 

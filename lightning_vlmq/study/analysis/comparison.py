@@ -213,10 +213,8 @@ def _estimates(
     Corrupted and shifted sets are left out of what takes a pass over every resample: there are hundreds of them.
     """
     main = main_score(recorded_scores(sets["id"])) if "id" in sets else ""
-    quick = {name for name in METRICS if isinstance(METRICS[name].of, SampleMean)} - {
-        "adaptive_ece",
-        "adaptive_ece_debiased",
-    }
+    quick = {name for name in METRICS if isinstance(METRICS[name].of, SampleMean)} | {"mean_corruption_error"}
+    quick -= {"adaptive_ece", "adaptive_ece_debiased"}
 
     def wanted(metric: str, role: str, score: str) -> bool:
         if score:

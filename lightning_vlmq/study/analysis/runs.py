@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.names import bits_text
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
 from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import METHODS
@@ -53,7 +54,7 @@ class Setting:
     @property
     def bits(self) -> str:
         """E.g. ``"W4A8"``."""
-        return f"W{self.weight_bits}A{self.act_bits}"
+        return bits_text(self.weight_bits, self.act_bits)
 
     @property
     def details(self) -> str:
