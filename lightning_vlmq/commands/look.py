@@ -116,7 +116,7 @@ def _metrics() -> dict[str, Entry]:
 
     return {
         name: Entry(
-            f"{metric.title}; {'higher' if metric.higher_is_better else 'lower'} is better",
+            f"{metric.title}; {metric.direction}",
             "\n".join(filter(None, (metric.convention, "definition: docs/metrics.md"))),
         )
         for name, metric in ((name, METRICS[name]) for name in METRICS)

@@ -57,6 +57,13 @@ class Metric:
     is_share: bool = False
     convention: str = ""
 
+    @property
+    def direction(self) -> str:
+        """Which way is better, in words."""
+        if self.best_at_zero:
+            return "best at zero"
+        return f"{'higher' if self.higher_is_better else 'lower'} is better"
+
     def gain(self, before: float, after: float) -> float:
         """By how much it got better, in its own unit; negative for the worse."""
         if self.best_at_zero:

@@ -34,6 +34,8 @@ def test_list_prints_a_line_each(everything, capsys):
     main(["list", "models"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == zoo.names() and "vlmq list models" in lines[-1]
+    main(["list", "metrics", "signed"])
+    assert "best at zero" in capsys.readouterr().out
     main(["list", "models", "vit-b-32"])
     assert all("vit-b-32" in line.split()[0].lower() for line in capsys.readouterr().out.splitlines())
 
