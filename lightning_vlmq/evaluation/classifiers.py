@@ -8,7 +8,8 @@ from functools import partial
 from torch import Tensor
 
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
-from lightning_vlmq.evaluation.features import FeatureCache, text_digest
+from lightning_vlmq.evaluation.digests import text_digest
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.models import VLM
 
 log = logging.getLogger(__name__)

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_vlmq.evaluation.estimates import Estimate, average
 from lightning_vlmq.evaluation.evaluators import Estimates
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.quantities import Estimate, average, stream_of
+from lightning_vlmq.evaluation.quantities import stream_of
 from lightning_vlmq.evaluation.records import EvaluationSet
 from lightning_vlmq.metrics.functional import bias_doubt, debiased_error
 from lightning_vlmq.statistics import Statistics

@@ -14,16 +14,9 @@ from torch import Tensor
 
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.sets import spurious_pairs
+from lightning_vlmq.evaluation.estimates import Estimate, average, combined, deviation
 from lightning_vlmq.evaluation.measures import METRICS, Measure
-from lightning_vlmq.evaluation.quantities import (
-    AlignedRuns,
-    Estimate,
-    Ranked,
-    SampleMean,
-    average,
-    combined,
-    deviation,
-)
+from lightning_vlmq.evaluation.quantities import AlignedRuns, Ranked, SampleMean
 from lightning_vlmq.evaluation.records import SampleMatrix
 from lightning_vlmq.metrics.functional import (
     ALEXNET_CLEAN_ERROR,

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_vlmq.evaluation.estimates import Estimate
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate
+from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
 from lightning_vlmq.evaluation.rows import change as change_of
 from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg

@@ -97,7 +97,7 @@ class Judged:
         vlm: the model, on the device to run on.
         data: the data module, set up.
         cache: where features are kept.
-        towers: digest of each tower, see :func:`~.features.tower_digest`.
+        towers: digest of each tower, see :func:`~.digests.tower_digest`.
         scores: OOD scores to record, by the name that results have.
         settings: the statistics' settings.
         tunes: whether it is also judged with its logit scale fitted on the caption pairs.

@@ -39,7 +39,7 @@ class Metric:
         in_percent: whether it is a fraction that is written in percent.
         best_at_zero: whether it has a sign, and is better the nearer it is to zero.
         is_share: whether it counts samples (or pairs of them): no resample differs where they are all alike, and its standard error is
-            then that of one sample, not 0; see :func:`~.quantities.standard_error`.
+            then that of one sample, not 0; see :func:`~.estimates.standard_error`.
         convention: where peers differ, which one it follows; said in the report and in ``comparisons.csv``.
     """
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from lightning_vlmq.evaluation.estimates import Array, Estimate, standard_error
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.quantities import Array, Estimate, standard_error
 from lightning_vlmq.metrics.functional import relative_change
 from lightning_vlmq.statistics import Interval
 
@@ -52,8 +52,8 @@ def rows_of(estimates: Mapping[Measure, Estimate], run: int, is_compared: bool) 
 def change(estimate: Estimate, run: int, is_relative: bool, is_share: bool) -> tuple[Interval, Array]:
     """A run's change against the first one, relative, (A_f - A_q) / A_f, or the difference q - f; and its replicates.
 
-    Its standard error is that of the replicates (:func:`~.quantities.standard_error`) and of what they do not show, see
-    :class:`~.quantities.Estimate`.
+    Its standard error is that of the replicates (:func:`~.estimates.standard_error`) and of what they do not show, see
+    :class:`~.estimates.Estimate`.
     """
     pairs = [(values[..., 0], values[..., run]) for values in (estimate.value, estimate.replicates)]
     doubt, scale = 0.0 if estimate.doubt is None else float(estimate.doubt[run]), 1.0

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
-from lightning_vlmq.evaluation.features import FeatureCache, text_digest
+from lightning_vlmq.evaluation.digests import text_digest
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.metrics import LogitScale, fit_logit_scale, pairs_nll
 from lightning_vlmq.models import VLM
 
@@ -45,7 +46,7 @@ def encode_pairs(vlm: VLM, data: ReliabilityDataModule, cache: FeatureCache, tow
         vlm: the model, on the device to run on.
         data: the data module, set up.
         cache: where features are kept.
-        towers: digest of each tower, see :func:`~lightning_vlmq.evaluation.features.tower_digest`.
+        towers: digest of each tower, see :func:`~lightning_vlmq.evaluation.digests.tower_digest`.
 
     Raises:
         VLMQError: the data module has no pairs, or an evaluation image is among them.

@@ -12,8 +12,9 @@ from torch import Tensor
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
+from lightning_vlmq.evaluation.digests import tower_digests
 from lightning_vlmq.evaluation.evaluators import Evaluator, default_evaluators
-from lightning_vlmq.evaluation.features import FeatureCache, tower_digests
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.evaluation.judged import Judged, Records
 from lightning_vlmq.evaluation.results import coverage_rows, outcome, require_complete, warn_of_collapse
 from lightning_vlmq.evaluation.rows import Row, headline

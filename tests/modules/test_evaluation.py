@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.evaluation.features import FeatureCache, tower_digest
+from lightning_vlmq.evaluation.digests import tower_digest
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
 from lightning_vlmq.results.store import ResultsStore

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
 from lightning_vlmq.core.identity import LIBRARIES, digest
 from lightning_vlmq.evaluation import features
-from lightning_vlmq.evaluation.features import Computation, tower_digest
+from lightning_vlmq.evaluation.digests import Computation, tower_digest
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.results.identity import NO_PART, TRAINING, _callback, computing
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from lightning_vlmq.evaluation.estimates import Array, Estimate, deviation
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.quantities import Array, Estimate, deviation
 from lightning_vlmq.evaluation.rows import change as change_of
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.statistics import Interval

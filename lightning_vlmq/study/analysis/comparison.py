@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from lightning_vlmq.evaluation.estimates import Estimate, deviation
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
 from lightning_vlmq.evaluation.measures import METRICS, Measure
-from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate, SampleMean, deviation
+from lightning_vlmq.evaluation.quantities import AlignedRuns, SampleMean
 from lightning_vlmq.evaluation.records import SampleMatrix
 from lightning_vlmq.metrics.functional import TrajectoryBins
 from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg

@@ -14,9 +14,10 @@ import torch
 from scipy.stats import binom
 
 from lightning_vlmq.evaluation.classwise import classwise_estimates
+from lightning_vlmq.evaluation.estimates import Estimate
 from lightning_vlmq.evaluation.evaluators import estimate_all
 from lightning_vlmq.evaluation.measures import METRICS, Measure
-from lightning_vlmq.evaluation.quantities import AlignedRuns, Estimate
+from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import EvaluationSet, SampleMatrix
 from lightning_vlmq.metrics import ClasswiseGaps
 from lightning_vlmq.metrics.functional import bin_gaps, per_sample
