@@ -27,8 +27,9 @@ class ErrorSurgery(Callback):
     the quantized model's. The results writer files each as a run of its own, ``<run_id>.heal_0-8``, with ``surgery=heal 0-8``
     in its variant, so that a study's report compares it like any other setting.
 
-    It needs all features in one process: under DDP, without a full-precision reference or on part of the data nothing is done, with
-    a warning where that may surprise. Scores of patches (``gl_mcm``) cannot be had from features of whole images.
+    Controls are passed over: surgery asks which part of a quantization's error does what. It needs all features in one process:
+    under DDP, without a full-precision reference or on part of the data nothing is done, with a warning where that may
+    surprise. Scores of patches (``gl_mcm``) cannot be had from features of whole images.
 
     Args:
         bands: rank ranges, ``[first, end]`` each, the end null for all that follow.
@@ -48,7 +49,7 @@ class ErrorSurgery(Callback):
         """Operate and judge."""
         self.surgeries = {}
         judged, reference = pl_module.judged
-        if trainer.sanity_checking or reference is None:
+        if trainer.sanity_checking or reference is None or pl_module.quant.chosen().is_control:
             return
         sets = pl_module.eval_sets
         features = {s.name: (reference.features(s), judged.features(s)) for s in sets}

@@ -56,8 +56,8 @@ class StudyAnalysis:
 
     @property
     def settings(self) -> list[Setting]:
-        """Quantized settings in display order."""
-        return self.results.settings
+        """Quantized settings in display order, controls among them; error surgeries have tables of their own."""
+        return [setting for setting in self.results.settings if not setting.surgery]
 
     @property
     def measures(self) -> list[Measure]:
@@ -73,7 +73,9 @@ class StudyAnalysis:
     def changes(
         self, measure: Measure, vlm: str | None = None, is_tuned: bool = False, **setting: Any
     ) -> list[Comparison]:
-        """Comparisons of a measure that have an effect: of all VLMs or one, of settings with the given fields.
+        """Comparisons of a measure that have an effect: of all VLMs or one, of quantizations with the given fields.
+
+        Controls and surgeries are none, and do not count.
 
         Args:
             measure: what is compared.
@@ -87,6 +89,7 @@ class StudyAnalysis:
             if what == measure
             and vlm in (None, name)
             and which.is_tuned == is_tuned
+            and which.is_quantization
             and comparison.effect is not None
             and not np.isnan(comparison.effect.estimate)
             and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
@@ -95,12 +98,12 @@ class StudyAnalysis:
     def joint_gains(self) -> dict[tuple[str, Setting], dict[str, float]]:
         """By how much ``top1``, ``ece`` and ``auroc`` (the mean of near- and far-OOD's) got better, together, each in its own unit.
 
-        Of every VLM and quantized setting, its logit scale as it came, that has all of these numbers.
+        Of every VLM and quantization (no control), its logit scale as it came, that has all of these numbers.
         """
         parts = {"top1": [Measure("top1", "id")], "ece": [Measure("ece", "id")]}
         parts["auroc"] = [Measure("auroc", role, "", self.score) for role in ("near_ood", "far_ood")]
         found: dict[tuple[str, Setting], dict[str, float]] = {}
-        for vlm, setting in itertools.product(self.vlms, self.settings):
+        for vlm, setting in itertools.product(self.vlms, [s for s in self.settings if s.is_quantization]):
             gains = {
                 name: [m.info.gain(c.reference, c.value) for m in own if (c := self._changed(vlm, setting, m))]
                 for name, own in parts.items()

@@ -22,6 +22,7 @@ from lightning_vlmq.study.analysis.runs import Setting
 
 LEAST_SEEDS = 5
 """Seeds below which a control that draws noise is not judged."""
+CONTROLS = tuple(name for name in METHODS if METHODS[name].is_control)
 ALL_VLMS = "all VLMs"
 PREDICTORS: tuple[str, ...] = (
     "mean_sqnr_db",
@@ -43,7 +44,8 @@ class Verdict:
 
     Attributes:
         vlm: a VLM, or :data:`ALL_VLMS` for the mean over those that have both.
-        control: the control's method, with its options but pattern and seed.
+        control: the control's method, with its options but pattern and seed; or the surgery on the quantization's error,
+            ``"heal 0-8"``.
         quantized: the setting that it imitates.
         dimension: the reliability dimension.
         change: the quantization's effect.
@@ -51,6 +53,7 @@ class Verdict:
         n_seeds: seeds of the control.
         n_vlms: VLMs averaged.
         found: the verdict, with the ratio of the two.
+        is_surgery: whether it is a surgery.
     """
 
     vlm: str
@@ -62,6 +65,7 @@ class Verdict:
     n_seeds: int
     n_vlms: int
     found: Reproduction
+    is_surgery: bool = False
 
 
 def options_of(setting: Setting) -> dict[str, str]:
@@ -76,7 +80,12 @@ def _words(setting: Setting) -> list[tuple[str, str]]:
 
 
 def pattern_of(setting: Setting) -> Setting | None:
-    """The quantized setting that a control imitates, under the same scheme; ``None`` for what is no control."""
+    """The quantized setting that a control imitates or a surgery starts from, under the same scheme; ``None`` for what is neither."""
+    if setting.surgery:
+        rest = replace(
+            setting, variant=", ".join(w for w in setting.variant.split(", ") if not w.startswith("surgery="))
+        )
+        return rest if rest.is_quantization else None
     if setting.method not in METHODS or not METHODS[setting.method].is_control:
         return None
     own = options_of(setting)
@@ -85,20 +94,22 @@ def pattern_of(setting: Setting) -> Setting | None:
 
 
 def control_name(setting: Setting) -> str:
-    """A control's method with its options but pattern and seed, e.g. ``"rank_truncation(keep=bottom)"``."""
+    """A control's method with its options but pattern and seed, e.g. ``"rank_truncation(keep=bottom)"``; a surgery's name."""
+    if setting.surgery:
+        return setting.surgery
     own = {name: value for name, value in options_of(setting).items() if name not in ("pattern", "seed")}
     return setting.method + (f"({', '.join(f'{n}={v}' for n, v in own.items())})" if own else "")
 
 
 def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
-    """Does each control reproduce its quantization's change? Paired bootstrap over samples and seeds.
+    """Does each control, and each surgery, reproduce its quantization's change? Paired bootstrap over samples and seeds.
 
     A control reproduces a change that it is equivalent to within half of it, see
     :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds, else
     the verdict is "undecided".
 
     Args:
-        analysis: a study with controls and what they imitate; settings of neither kind are passed over.
+        analysis: a study with controls or surgeries and what they start from; settings of neither kind are passed over.
         seed: of the draws of seeds.
 
     Returns:
@@ -109,7 +120,7 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
         cells: dict[tuple[Setting, str], dict[str, _Cell]] = {}
         for (vlm, setting, measure), comparison in analysis.comparisons.items():
             pattern = pattern_of(setting)
-            if measure != dimension.measure or pattern is None or comparison.effect is None:
+            if measure != dimension.measure or setting.is_tuned or pattern is None or comparison.effect is None:
                 continue
             imitated = analysis.comparisons.get((vlm, pattern, measure))
             if imitated is not None and imitated.effect is not None and len(comparison.effects):
@@ -145,7 +156,8 @@ def _verdict(
     n_seeds = min(cell.n_seeds for cell in cells)
     if control.startswith("matched_noise") and n_seeds < LEAST_SEEDS and found.verdict != "nothing to reproduce":
         found = replace(found, verdict="undecided")
-    return Verdict(vlm, control, pattern, dimension, change, control_change, n_seeds, len(cells), found)
+    is_surgery = not control.startswith(CONTROLS)
+    return Verdict(vlm, control, pattern, dimension, change, control_change, n_seeds, len(cells), found, is_surgery)
 
 
 def _effect(comparison: Comparison) -> float:
@@ -164,6 +176,7 @@ def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
             "bits": v.quantized.bits,
             "scope": v.quantized.scope,
             "control": v.control,
+            "is_surgery": v.is_surgery,
             "change": v.change,
             "control_change": v.control_change,
             "ratio": v.found.ratio,
@@ -242,7 +255,7 @@ def predictor_frame(analysis: StudyAnalysis, site: str) -> pd.DataFrame:
         _, runs = analysis.results.runs_of(vlm)
         by_setting: dict[Setting, list[str]] = {}
         for run in runs:
-            if not run.setting.is_tuned and pattern_of(run.setting) is None:
+            if not run.setting.is_tuned and run.setting.is_quantization:
                 by_setting.setdefault(run.setting, []).append(run.run_id)
         for setting, run_ids in by_setting.items():
             own = recorded[recorded["run_id"].isin(run_ids)].groupby("metric")["value"].mean()

@@ -57,6 +57,16 @@ class Setting:
         return bits_text(self.weight_bits, self.act_bits)
 
     @property
+    def surgery(self) -> str:
+        """What was done to the error afterwards, e.g. ``"heal 0-8"``; empty for the model as it is."""
+        return self.variant.rpartition("surgery=")[2] if "surgery=" in self.variant else ""
+
+    @property
+    def is_quantization(self) -> bool:
+        """Whether it is a quantized model as it is: no control, and no surgery on its error."""
+        return not self.surgery and not (self.method in METHODS and METHODS[self.method].is_control)
+
+    @property
     def details(self) -> str:
         """Everything but the method, e.g. ``"W4A8 vision"``; a long variant is cut."""
         return textwrap.shorten(f"{self.bits} {self.scope} {self.variant}", 70, placeholder=" …")

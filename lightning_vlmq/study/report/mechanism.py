@@ -20,6 +20,45 @@ def pooled_verdicts(found: Sequence[Verdict]) -> list[Verdict]:
     return pooled or list(found)
 
 
+def tally(found: Sequence[Verdict]) -> dict[tuple[str, str], dict[str, int]]:
+    """How often each verdict was given, by dimension and control (or surgery), over quantized settings."""
+    counts: dict[tuple[str, str], dict[str, int]] = {}
+    for v in pooled_verdicts(found):
+        own = counts.setdefault((v.dimension.title, v.control), dict.fromkeys(MARKS, 0))
+        own[v.found.verdict] += 1
+    return counts
+
+
+def summary_table(found: Sequence[Verdict]) -> str:
+    """One row per dimension, one column per control and surgery: in how many settings it reproduces the change, and in how many not."""
+    counts = tally(found)
+    if not counts:
+        return ""
+    columns = sorted(
+        dict.fromkeys(v.control for v in found), key=lambda c: next(v for v in found if v.control == c).is_surgery
+    )
+    dimensions = list(dict.fromkeys(v.dimension.title for v in found))
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("dimension", *columns))
+    body = []
+    for dimension in dimensions:
+        cells = []
+        for column in columns:
+            own = counts.get((dimension, column))
+            told = "" if own is None else " ".join(f"{MARKS[verdict]}&nbsp;{n}" for verdict, n in own.items() if n)
+            cells.append(f"<td>{told}</td>")
+        body.append(f"<tr><td>{escape(dimension)}</td>{''.join(cells)}</tr>")
+    marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
+    note = (
+        "<p class='note'>Number of quantized settings by verdict: does the change of the control, or of the model whose error was healed "
+        f"or hurt in these ranks, equal quantization's own within half of it? {marks}. Were the damping of high ranks the cause, then "
+        "<code>rank_truncation</code>, <code>spectral_shrink</code> and <code>hurt</code> of the high ranks would reproduce the change, "
+        "and <code>heal</code> of them would not.</p>"
+    )
+    return (
+        f"{note}<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
 def verdict_table(found: Sequence[Verdict]) -> str:
     """One row per quantized setting and dimension, one column per control: the verdict, and the ratio with its interval."""
     shown = pooled_verdicts(found)

@@ -14,7 +14,7 @@ from lightning_vlmq.study.analysis.published import held_against
 from lightning_vlmq.study.report import figures, improvement, tables
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
 from lightning_vlmq.study.report.figures.spectra import read_spectra
-from lightning_vlmq.study.report.mechanism import prediction_html, verdict_table
+from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, verdict_table
 
 Section = tuple[str, str, str]
 """Anchor, heading, and content; without content the section is left out."""
@@ -89,18 +89,33 @@ def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
 
 
 def _mechanism(analysis: StudyAnalysis) -> str:
-    """Controls beside what they imitate, and what foretells a change; empty without controls and recorded activations."""
+    """Controls and surgeries beside what they start from, and what foretells a change; empty without them and recorded activations."""
     found = verdicts(analysis)
-    figure = _figure(
+    summary = _figure(
+        figures.verdict_summary(found),
+        "Share of quantized settings by verdict, for each control and each surgery, by dimension",
+        "Does it do what quantization does? Shares of the quantized settings that change a dimension (their number at the bar's end); "
+        "controls, then the quantized model with its error healed, or left, in some ranks alone.",
+    )
+    each = _figure(
         figures.verdict_overview(found),
         "Change of each control as a share of quantization's, by dimension and setting",
-        "Does a control do what quantization does? Mean over VLMs; 90 % intervals over test images and seeds. Settings whose "
+        "Each control's change as a share of quantization's. Mean over VLMs; 90 % intervals over test images and seeds. Settings whose "
         "own change is not significant are left empty.",
+    )
+    surgeries, controls = ([v for v in found if v.is_surgery == kind] for kind in (True, False))
+    details = "".join(
+        f"<details><summary>{title}</summary>{content}</details>"
+        for title, content in (
+            ("Every control in every setting", each + verdict_table(controls)),
+            ("Every surgery in every setting", verdict_table(surgeries)),
+        )
+        if content
     )
     foretold = prediction_html(prediction_table(analysis))
     if foretold:
         foretold = f"<details><summary>What foretells a change</summary>{foretold}</details>"
-    return figure + verdict_table(found) + foretold
+    return summary + summary_table(found) + details + foretold
 
 
 def _averages(analysis: StudyAnalysis) -> str:

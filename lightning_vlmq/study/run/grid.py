@@ -24,6 +24,9 @@ from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 KINDS = ("fp32", "ptq", "qat")
 """Kinds of runs: full precision, post-training quantization, quantization-aware training. Each has its command."""
 
+AXES = ("vlm", "method", "bits", "scope")
+"""The axes that every study has."""
+
 NONE_PLANTED = "1"
 
 
@@ -45,6 +48,8 @@ class Study:
         data: names of data configs, ``data/imagenet`` without the ``data/``, which every run is evaluated on together; none for the
             commands' own.
         data_root: the folder that their files are below; where it is does not count for what a run is, what is in it does.
+        outermost: axis that changes last, ``vlm`` by default: with ``bits``, every VLM is through at the first width before any
+            run at the second, so that a study that is stopped has compared all VLMs.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Study:
     output: Sequence[str]
     data: Sequence[str] = ()
     data_root: str | None = None
+    outermost: str = "vlm"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Study:
@@ -63,10 +69,10 @@ class Study:
         for name in config:
             if name not in names:
                 raise unknown("entry of the study config", str(name), names)
-        if missing := [name for name in names if name not in config and name not in ("data", "data_root")]:
+        if missing := [name for name in names if name not in config and name not in ("data", "data_root", "outermost")]:
             raise VLMQError(f"the study config lacks {', '.join(missing)}; compare the package's config study/base")
         planted = [axis for axis in ("outliers",) if axis in (config["axes"] or ())]
-        tables = {"axes": ("vlm", "method", "bits", "scope", *planted), "commands": KINDS, "arguments": None}
+        tables = {"axes": (*AXES, *planted), "commands": KINDS, "arguments": None}
         for table, keys in tables.items():
             _check_table(table, config[table], keys)
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(config["name"])):
@@ -76,6 +82,8 @@ class Study:
             raise VLMQError(f"study.data must be a list of data configs, e.g. study.data=[imagenet,cc3m]; got {data!r}")
         if data and not config.get("data_root"):
             raise VLMQError("study.data names data sets in files: say where they lie, study.data_root=/datasets")
+        if (outermost := config.get("outermost", "vlm")) not in AXES:
+            raise unknown("axis for study.outermost", str(outermost), AXES)
         if config.get("data_root") and not data:
             raise VLMQError("study.data_root is given, but no data: add study.data=[imagenet,cc3m]")
         return cls(**config)
@@ -156,7 +164,10 @@ def compose(study: Study, seed: int, config_folder: Path) -> list[Run]:
             values |= {"outliers": outliers}
             called = vlm if outliers == NONE_PLANTED else f"{vlm}+outliers{outliers}"
             runs.append(_run(study, commands[kind], kind, bits, called, values))
-    return runs
+    if study.outermost == "vlm":
+        return runs
+    place = {name: k for k, name in enumerate(study.axes[study.outermost])}  # of full precision: with the first
+    return sorted(runs, key=lambda run: place.get(getattr(run, study.outermost), 0))
 
 
 def _run(study: Study, command: Sequence[str], kind: str, bits: str, vlm: str, values: dict[str, Any]) -> Run:

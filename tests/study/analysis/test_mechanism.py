@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from cases.study import grid, make_run
 
+from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.mechanism import (
@@ -18,8 +19,8 @@ from lightning_vlmq.study.analysis.mechanism import (
     verdicts,
 )
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults
-from lightning_vlmq.study.report.figures import verdict_overview
-from lightning_vlmq.study.report.mechanism import prediction_html, verdict_table
+from lightning_vlmq.study.report.figures import verdict_overview, verdict_summary
+from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, tally, verdict_table
 
 VLMS = ("vit_clean", "convnext_noisy", "siglip_clean")
 
@@ -52,6 +53,10 @@ def analysis(tmp_path_factory):
             write(store, control, f"r{number}c{seed}", like=key)
         full = next(k for k in keys if k.model == key.model and k.is_full_precision)
         write(store, replace(key, method="spectral_shrink"), f"r{number}f", like=full)  # one that does nothing
+        write(
+            store, replace(key, variant="surgery=heal 64+"), f"r{number}h", like=key
+        )  # the change is all in low ranks
+        write(store, replace(key, variant="surgery=hurt 64+"), f"r{number}k", like=full)
     return analyse(StudyResults.load(root))
 
 
@@ -63,6 +68,12 @@ def test_settings_know_what_they_imitate():
     assert control_name(control) == "matched_noise(draw=each_forward)"
     assert pattern_of(Setting("rank_truncation", 4, 8, "vision")) == Setting("minmax", 4, 8, "vision")
     assert pattern_of(Setting("gptq", 4, 8, "vision")) is None
+    operated = Setting("gptq", 4, 8, "vision", "act_granularity=per_token, surgery=heal 0-8")
+    assert pattern_of(operated) == Setting("gptq", 4, 8, "vision", "act_granularity=per_token")
+    assert control_name(operated) == "heal 0-8" and not operated.is_quantization
+    assert (
+        pattern_of(Setting("spectral_shrink", 4, 8, "vision", "surgery=heal 0-8")) is None
+    )  # a control's error is nobody's
 
 
 def test_the_same_reproduces_and_nothing_does_not(analysis):
@@ -74,8 +85,9 @@ def test_the_same_reproduces_and_nothing_does_not(analysis):
         if v.found.verdict == "nothing to reproduce":
             continue
         told += 1
-        if v.control == "matched_noise":
-            assert v.n_seeds == 5
+        assert v.is_surgery == (v.control in ("heal 64+", "hurt 64+"))
+        if v.control in ("matched_noise", "heal 64+"):
+            assert v.n_seeds == (1 if v.is_surgery else 5)
             assert v.found.ratio == pytest.approx(1) and v.found.verdict == "reproduces"
         else:
             assert abs(v.found.ratio) < 1e-9 and v.found.verdict == "does not"
@@ -87,6 +99,34 @@ def test_the_same_reproduces_and_nothing_does_not(analysis):
         "undecided",
         "nothing to reproduce",
     }
+
+
+def test_controls_and_surgeries_are_no_quantizations(analysis):
+    """They do not count among a study's changes, nor as methods whose gains go together."""
+    changes = analysis.changes(Measure("top1", "id"))
+    assert len(changes) == len(VLMS) * 3
+    assert {setting.method for _, setting in analysis.joint_gains()} == {"minmax", "gptq", "mse"}
+    assert not any(setting.surgery for setting in analysis.settings)
+    assert {setting.method for setting in analysis.settings} >= {"matched_noise", "spectral_shrink"}
+
+
+def test_the_summary_counts_settings(analysis):
+    found = verdicts(analysis)
+    pooled = [v for v in found if v.vlm == ALL_VLMS]
+    counts = tally(found)
+    assert {control for _, control in counts} == {"matched_noise", "spectral_shrink", "heal 64+", "hurt 64+"}
+    assert all(sum(own.values()) == 1 for own in counts.values())  # one quantized setting
+    changed = {v.dimension.title for v in pooled if v.found.verdict != "nothing to reproduce"}
+    assert changed and all(counts[title, "heal 64+"]["reproduces"] for title in changed)
+    assert all(counts[title, "hurt 64+"]["does not"] for title in changed)
+    html = summary_table(found)
+    assert html.count("<tr>") == 1 + len({v.dimension.title for v in found}) and "●&nbsp;1" in html
+    assert html.index("spectral_shrink") < html.index("heal 64+")  # controls first
+    assert summary_table([]) == "" and verdict_summary([]) is None
+    figure = verdict_summary(found)
+    bars = {axis.get_title("left"): [p.get_width() for p in axis.patches] for axis in figure.axes}
+    assert set(bars) == {"matched_noise", "spectral_shrink", "heal 64+", "hurt 64+"}
+    assert sum(bars["heal 64+"]) == len(changed)  # a whole bar each
 
 
 def test_fewer_seeds_are_undecided(analysis):

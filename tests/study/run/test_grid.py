@@ -135,6 +135,21 @@ def test_entries_named_twice_count_once(demo):
     assert len(runs(demo)) == 1 + 4
 
 
+def test_an_outermost_axis_changes_last(demo):
+    axes = {"vlm": ["vit_clean", "siglip_clean"], "method": ["minmax"], "bits": ["W4A8", "W8A8"], "scope": ["vision"]}
+    demo["axes"] |= axes
+    before = runs(demo)
+    demo["outermost"] = "bits"
+    order = [(run.vlm, run.method, run.bits) for run in runs(demo)]
+    first = [("fp32", "W32A32"), ("minmax", "W4A8")]
+    assert order[:4] == [(vlm, *rest) for vlm in demo["axes"]["vlm"] for rest in first]
+    assert [bits for _, _, bits in order[4:]] == ["W8A8", "W8A8"]
+    assert {run.run_id for run in runs(demo)} == {run.run_id for run in before}
+    demo["outermost"] = "bit"
+    with pytest.raises(VLMQError, match="outermost"):
+        runs(demo)
+
+
 def test_planted_outliers_make_another_model_of_each(demo):
     before = runs(demo)
     demo["axes"]["outliers"] = ["1", "50"]

@@ -1,6 +1,6 @@
 """The report's figures: each a function of the analysis that returns a matplotlib figure, or ``None`` without data."""
 
-from lightning_vlmq.study.report.figures.mechanism import verdict_overview
+from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.reliability import reliability_diagrams, reliability_trajectories
 from lightning_vlmq.study.report.figures.robustness import corruption_changes, corruption_curves, prediction_flips
@@ -20,4 +20,5 @@ __all__ = [
     "singular_value_ratios",
     "spurious_gap_slopes",
     "verdict_overview",
+    "verdict_summary",
 ]

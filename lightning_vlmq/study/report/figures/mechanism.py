@@ -13,6 +13,45 @@ from matplotlib.patches import Patch
 from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, LIGHT, MARKERS, PALETTE, new_figure, styled
 
+SHADES = {"reproduces": PALETTE[0], "undecided": LIGHT, "does not": PALETTE[1]}
+"""Colours of the verdicts on settings that have a change."""
+
+
+def verdict_summary(found: Sequence[Verdict]) -> Figure | None:
+    """A row per dimension, a bar per control and surgery: shares of the quantized settings by verdict.
+
+    Settings without a change of their own are left out; the number at a bar's end is how many are left.
+    """
+    shown = [v for v in found if v.vlm == ALL_VLMS] or list(found)
+    told = [v for v in shown if v.found.verdict in SHADES]
+    if not told:
+        return None
+    titles = list(dict.fromkeys(v.dimension.title for v in shown))
+    columns = [list(dict.fromkeys(v.control for v in shown if v.is_surgery == kind)) for kind in (False, True)]
+    names = [name for part in columns for name in part]
+    with styled():
+        figure = new_figure(1.7 + 1.25 * len(names), 0.42 * len(titles) + 1.5)
+        grid = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+        for axis, name in zip(grid, names):
+            for row, title in enumerate(titles):
+                own = [v.found.verdict for v in told if v.control == name and v.dimension.title == title]
+                left = 0.0
+                for verdict, colour in SHADES.items():
+                    share = own.count(verdict) / max(len(own), 1)
+                    axis.barh(-row, share, left=left, color=colour, height=0.7, linewidth=0)
+                    left += share
+                axis.text(1.04, -row, str(len(own)) if own else "–", fontsize=7, va="center", color=GREY)
+            axis.set_title(name.replace("(", "\n("), fontsize=8)
+            axis.set_xlim(0, 1.18)
+            axis.set_xticks([])
+            axis.grid(visible=False)
+        grid[0].set_yticks([-row for row in range(len(titles))], titles)
+        if columns[1] and columns[0]:
+            grid[len(columns[0])].axvline(-0.09, color=BLACK, linewidth=1, clip_on=False)
+        handles = [Patch(color=colour, label=verdict) for verdict, colour in SHADES.items()]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+    return figure
+
 
 def verdict_overview(found: Sequence[Verdict]) -> Figure | None:
     """A panel per dimension, a line per quantized setting: each control's change as a share of quantization's.
@@ -20,7 +59,7 @@ def verdict_overview(found: Sequence[Verdict]) -> Figure | None:
     1 is quantization's own change; the band from 0.5 to 1.5 is what counts as the same. A filled mark: the control reproduces
     the change; a hollow one: it does not; a faint one: undecided. Settings without a change are left empty.
     """
-    shown = [v for v in found if v.vlm == ALL_VLMS] or list(found)
+    shown = [v for v in found if v.vlm == ALL_VLMS and not v.is_surgery] or [v for v in found if not v.is_surgery]
     if not shown:
         return None
     titles = list(dict.fromkeys(v.dimension.title for v in shown))
