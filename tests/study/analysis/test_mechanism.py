@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 import pytest
-from cases.study import grid, make_run
+from cases.mechanism import VLMS, write_mechanism
 
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.mechanism import (
     ALL_VLMS,
@@ -22,41 +21,11 @@ from lightning_vlmq.study.analysis.runs import Setting, StudyResults
 from lightning_vlmq.study.report.figures import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, tally, verdict_table
 
-VLMS = ("vit_clean", "convnext_noisy", "siglip_clean")
-
-
-def write(store, key, run_id, like=None, sqnr=None):
-    rows, samples, curves = make_run(like or key, run_id, size=0.5)
-    rows = rows.assign(**key.columns())
-    if sqnr is not None:
-        first = rows.iloc[:1]
-        new = {"mean_sqnr_db": sqnr, "gain_0-8": 1.0 + sqnr / 100}
-        own = [
-            first.assign(score="vision/output", metric=metric, value=value, dataset="garments", role="id")
-            for metric, value in new.items()
-        ]
-        rows = pd.concat([rows, *own], ignore_index=True)
-    store.write(run_id, rows, samples, curves)
-
 
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory):
     root = tmp_path_factory.mktemp("mechanism")
-    store = ResultsStore(root)
-    keys = grid(VLMS, methods=("minmax", "gptq", "mse"), bits=((4, 8),), scopes=("vision",))
-    for number, key in enumerate(keys):
-        write(store, key, f"r{number}", sqnr=None if key.is_full_precision else 20.0 + number % 4)
-        if key.method != "minmax":
-            continue
-        for seed in range(5):  # the quantization itself, under a control's name
-            control = replace(key, method="matched_noise", variant=f"seed={seed}")
-            write(store, control, f"r{number}c{seed}", like=key)
-        full = next(k for k in keys if k.model == key.model and k.is_full_precision)
-        write(store, replace(key, method="spectral_shrink"), f"r{number}f", like=full)  # one that does nothing
-        write(
-            store, replace(key, variant="surgery=heal 64+"), f"r{number}h", like=key
-        )  # the change is all in low ranks
-        write(store, replace(key, variant="surgery=hurt 64+"), f"r{number}k", like=full)
+    write_mechanism(root)
     return analyse(StudyResults.load(root))
 
 

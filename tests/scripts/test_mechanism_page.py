@@ -1,0 +1,77 @@
+"""The page about the mechanism says what the store holds."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+from cases.mechanism import VLMS, write_mechanism
+from PIL import Image
+
+from lightning_vlmq.core.errors import VLMQError
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "scripts" / "make_mechanism_page.py"
+spec = importlib.util.spec_from_file_location("make_mechanism_page", SCRIPT)
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("study")
+    write_mechanism(root)
+    page = tmp_path_factory.mktemp("docs") / "mechanism.md"
+    page.write_text((REPOSITORY / "docs" / "mechanism.md").read_text())
+    before = page.read_text()
+    page.write_text(before.replace("No results are stated", "Other results were stated"))  # are written over
+    done = subprocess.run([sys.executable, SCRIPT, root, page], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return root, page
+
+
+def test_the_numbers_are_the_store_s(made):
+    root, page = made
+    text = page.read_text()
+    whole = pd.read_parquet(page.parent / "data" / "mechanism.parquet")
+    assert set(whole["table"]) == {"gains", "verdicts", "predictions"}
+    gains = whole[whole["table"] == "gains"].set_index("setting")
+    assert list(gains["band"].unique()) == ["0-8"] and len(gains) == 3
+    rows = pd.concat(pd.read_parquet(p) for p in (root / "results").glob("*.parquet"))
+    own = rows[(rows["metric"] == "gain_0-8") & (rows["method"] == "gptq")]["value"]
+    found = gains.loc["gptq W4A8 vision"]
+    assert found["gain"] == pytest.approx(own.mean()) and found["n_vlms"] == len(VLMS)
+    assert found["damped"] == (own < 1 - 2 * 0.01).sum() == 0
+    assert f"| gptq W4A8 vision | 0-8 | {own.mean():.3f} |" in text
+    verdicts = whole[whole["table"] == "verdicts"]
+    assert set(verdicts["control"]) == {"matched_noise", "spectral_shrink", "heal 64+", "hurt 64+"}
+    reproduced = verdicts[(verdicts["vlm"] == "all VLMs") & (verdicts["verdict"] == "reproduces")]
+    assert set(reproduced["control"]) == {"matched_noise", "heal 64+"}
+
+
+def test_page_and_files_are_whole_and_small(made):
+    _, page = made
+    text = page.read_text()
+    assert text.count(script.START) == text.count(script.END) == 1 and "results were stated" not in text
+    assert text.split(script.START)[0] == (REPOSITORY / "docs" / "mechanism.md").read_text().split(script.START)[0]
+    for name in ("gain", "verdicts", "prediction"):
+        assert f"images/mechanism_{name}.png" in text
+        with Image.open(page.parent / "images" / f"mechanism_{name}.png") as image:
+            assert min(image.size) > 150
+    path = page.parent / "data" / "mechanism.parquet"
+    about = pq.read_schema(path).metadata
+    assert path.stat().st_size < 1e6
+    assert about[b"command"] == b"vlmq-study study=mechanism" and about[b"hardware"] and about[b"duration"]
+    for line in text.split(script.START)[1].split("\n"):
+        assert not line.startswith("|") or line.count("|") >= 4
+
+
+def test_what_cannot_be_written_is_one_line(made, tmp_path):
+    root, _ = made
+    page = tmp_path / "other.md"
+    page.write_text("# No place")
+    with pytest.raises(VLMQError, match="no place for results"):
+        script.write(None, root, page)
