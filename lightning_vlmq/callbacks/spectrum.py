@@ -16,6 +16,7 @@ from torch import distributed as dist
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
 
@@ -35,8 +36,9 @@ class SingularValueSpectrum(Callback):
 
     The Lightning module must have ``vlm`` (the model under test, with ``tower_of(name)``) and may have ``reference``
     (the full-precision model, or ``None``). Without a reference a fit compares with the weights it started from; a
-    stand-alone validation then shows no ratio. Scales and rotations that a method has moved between a layer's input and
-    its weight (SmoothQuant, AWQ, QuaRot) are folded back before spectra are compared.
+    stand-alone validation then shows no ratio. Full precision's spectra are decomposed once and kept in the module's cache of
+    features. Scales and rotations that a method has moved between a layer's input and its weight (SmoothQuant, AWQ, QuaRot) are
+    folded back before spectra are compared.
 
     Args:
         every_n_steps: optimizer steps between two records during fit; 0 for the start and validation only.
@@ -181,7 +183,8 @@ class SingularValueSpectrum(Callback):
             return self._fit_start or {}, "start of fit"
         weights = matrix_weights(model)
         if (digest := tensors_digest(weights)) != self._reference_digest:  # decomposed once, then only hashed
-            self._reference, self._reference_digest = shared_weight_spectra(weights), digest
+            kept = getattr(pl_module, "cache", FeatureCache(None))
+            self._reference, self._reference_digest = kept_spectra(weights, digest, kept), digest
         return self._reference, "FP32"
 
     def _log_scalars(self, trainer: Trainer) -> None:
@@ -233,6 +236,25 @@ def shared_weight_spectra(weights: Mapping[str, Tensor]) -> dict[str, Spectrum]:
         raise VLMQError(errors[0])
     merged = {name: spectrum for part in parts for name, spectrum in part.items()}
     return {name: merged[name] for name in weights}
+
+
+def kept_spectra(weights: Mapping[str, Tensor], digest: str, cache: FeatureCache) -> dict[str, Spectrum]:
+    """As :func:`shared_weight_spectra`, from the cache of features where an earlier run of one process has put them.
+
+    Args:
+        weights: by layer name.
+        digest: of these.
+        cache: where they are kept, under the digest; processes of a group go without, as one alone may find an entry.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return shared_weight_spectra(weights)
+    sizes = [min(len(weight), weight[0].numel()) for weight in weights.values()]
+    values = cache.get(digest, "spectra", sum(sizes))
+    if values is None:
+        found = weight_spectra(weights)
+        cache.put(digest, "spectra", torch.cat([own.singular_values for own in found.values()])[:, None])
+        return found
+    return {name: Spectrum(own) for name, own in zip(weights, values[:, 0].split(sizes))}
 
 
 def _vlm(pl_module: LightningModule) -> Any:

@@ -4,6 +4,7 @@ import copy
 import io
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from lightning import LightningModule, Trainer
@@ -13,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_vlmq.callbacks import SingularValueSpectrum
+from lightning_vlmq.callbacks import SingularValueSpectrum, spectrum
 from lightning_vlmq.callbacks.spectrum import shared_weight_spectra
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
@@ -215,6 +217,30 @@ def test_zero_steps_leave_start_and_validations(tmp_path):
     trainer(tmp_path, callback, val_check_interval=3).fit(TinyModule(one_layer()))
     recorded = [event.step for event in events(tmp_path).Scalars("spectrum/text_projection/stable_rank")]
     assert recorded == [0, 3, 6]
+
+
+def test_full_precision_is_decomposed_once_for_all_runs(tmp_path, monkeypatch):
+    """A second run, with a callback of its own, finds the first one's spectra by the weights' content."""
+    decomposed = []
+    whole = spectrum.weight_spectra
+    monkeypatch.setattr(spectrum, "weight_spectra", lambda w: decomposed.append(len(w)) or whole(w))
+    quantized, reference = quantized_and_reference()
+    found = []
+    for _ in range(2):
+        module, callback = TinyModule(quantized, reference), SingularValueSpectrum()
+        module.__dict__["cache"] = FeatureCache(tmp_path / "cache")
+        trainer(tmp_path, callback, logger=False).validate(module, verbose=False)
+        found.append(callback.curves())
+    assert decomposed == [6, 6, 6]  # both models, then the quantized one alone
+    pd.testing.assert_frame_equal(*found)
+    with torch.no_grad():
+        reference.text_projection.weight.mul_(2)  # other weights are another entry
+    module, callback = TinyModule(quantized, reference), SingularValueSpectrum()
+    module.__dict__["cache"] = FeatureCache(tmp_path / "cache")
+    trainer(tmp_path, callback, logger=False).validate(module, verbose=False)
+    assert decomposed == [6] * 5
+    mine, before = (c[c["layer"] == "text_projection"]["y_reference"].to_numpy() for c in (callback.curves(), found[0]))
+    np.testing.assert_allclose(mine, 2 * before, rtol=1e-6)
 
 
 def test_without_reference_there_is_no_ratio(tmp_path):
