@@ -66,7 +66,7 @@ class TrainLoader(DataLoader[Any]):
     Args:
         args: as ``DataLoader``.
         done: number of batches of the epoch that were trained on, asked for at its first batch.
-        kwargs: as ``DataLoader``; ``sampler`` is a :class:`TrainOrder`.
+        kwargs: as ``DataLoader``; its ``sampler`` a :class:`TrainOrder`.
     """
 
     def __init__(self, *args: Any, done: Callable[[], int] = int, **kwargs: Any) -> None:
@@ -74,8 +74,9 @@ class TrainLoader(DataLoader[Any]):
         self.done = done
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        assert isinstance(self.sampler, TrainOrder) and self.batch_size is not None
-        self.sampler.start = self.done() * self.batch_size
+        if isinstance(self.sampler, TrainOrder):  # overfit_batches puts another in its place
+            assert self.batch_size is not None
+            self.sampler.start = self.done() * self.batch_size
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
