@@ -44,7 +44,8 @@ class QATModule(EvaluationModule):
             as for the steps. See :meth:`~lightning_vlmq.quant.QATMethod.parameter_groups`. None takes the rate
             for these bits, :func:`~lightning_vlmq.quant.training.default_rates`.
         weight_decay: decoupled, on matrix weights only.
-        step_lr: peak learning rate of quantization steps and offsets, relative to each step's size. None as for weights.
+        step_lr: peak learning rate of quantization steps and offsets, relative to each step's size; of weights' steps as if they had
+            4 bits, see there. None as for weights.
         held_out: share of the caption pairs that is not trained on, evenly spread; 0 trains on all and keeps the last state, as does,
             with a warning, a share that comes to fewer than two pairs.
         kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.

@@ -18,15 +18,19 @@ from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.methods import PTQMethod, within
 from lightning_vlmq.quant.scheme import QuantScheme
 
-RATES = {2: (3e-2, 1e-3), 3: (2e-2, 1e-3), 4: (1e-2, 1e-3), 8: (1e-3, 1e-3)}
+RATES = {2: (3e-2, 1e-3), 3: (1e-2, 1e-3), 4: (3e-3, 1e-3), 8: (1e-3, 1e-3)}
 """Peak rates of weights and of steps by the most weight bits that they are for; see :func:`default_rates`."""
+
+
+LEVELS = 8
+"""Of a 4-bit grid, on either side of zero: those that rates of weights' steps are for."""
 
 
 def default_rates(weight_bits: int) -> tuple[float, float]:
     """Peak learning rates of weights (in steps an update) and of steps (relative, an update), by bits of the weights.
 
-    Chosen on caption pairs of one embedded model, vit_clean with its image tower quantized, before the start ``best`` was there;
-    ``scripts/search_rates.py`` searches on any, by pairs that no fit sees.
+    Those of 3, 4 and 8 bits were chosen by ``scripts/search_rates.py`` on one small embedded vision transformer, by pairs that no fit
+    sees, those of 2 bits before training started from the best of several fits. At 8 bits no rate gains more than noise there.
     """
     return RATES[next((bits for bits in RATES if weight_bits <= bits), 8)]
 
@@ -119,7 +123,10 @@ class QATMethod(PTQMethod):
         - weights: ``weight_lr`` times the median step of that weight;
         - all else that learns (biases, norms, embeddings, tables, weights left at 16 bits): ``weight_lr`` times the median
           of those medians;
-        - steps: ``step_lr`` times their median, about the relative change per update;
+        - steps of inputs: ``step_lr`` times their median, about the relative change per update;
+        - steps of weights: that times ``2^(4 - bits)``. A weight keeps its level while its step learns, so that a change of the step by
+          a share moves a weight by as many steps as that share of its level: the outermost one moves as far, in steps, as that
+          of a 4-bit grid, whatever the bits;
         - offsets: ``step_lr`` times the median range, so that both move a grid's ends alike.
 
         So a small tensor of steps moves as fast, relative to its size, as a large one, and no median over the model starves it; within
@@ -132,7 +139,7 @@ class QATMethod(PTQMethod):
             vlm: a model that :meth:`prepare` returned.
             weight_lr: learning rate of weights, in quantization steps per update.
             weight_decay: decoupled, of all with two or more axes.
-            step_lr: learning rate of steps, relative to their size.
+            step_lr: learning rate of steps of inputs, and of 4-bit weights, relative to their size.
 
         Returns:
             Groups with a ``name``, one of ``weights``, ``matrices``, ``vectors``, ``weight_steps``, ``activation_steps``,
@@ -157,7 +164,9 @@ class QATMethod(PTQMethod):
                 add("weights", [layer.weight], weight_lr * step, weight_decay)  # type: ignore[list-item]
         for kind, quantizer in learned_quantizers(vlm):
             step = quantizer.scale.detach().median().item()
-            add(f"{kind}_steps", [quantizer.scale], step_lr * step)
+            levels = (quantizer.qmax - quantizer.qmin + 1) / 2
+            rate = step_lr * LEVELS / levels if kind == "weight" else step_lr
+            add(f"{kind}_steps", [quantizer.scale], rate * step)
             if quantizer.offset is not None:
                 add(f"{kind}_offsets", [quantizer.offset], step_lr * step * (quantizer.qmax - quantizer.qmin))
         typical = torch.tensor(medians).median().item() if medians else 0.0
