@@ -76,11 +76,17 @@ def deviation(replicates: Array) -> float:
     return float(defined.std(ddof=1)) if len(defined) > 1 else float("nan")
 
 
-def standard_error(replicates: Array, is_share: bool, n: int, scale: float = 1.0) -> float:
-    """The replicates' :func:`deviation`; where no resample of a share of samples differs, 1 / (n + 2).
+def unanimous_error(n: int) -> float:
+    """Standard error of a share of ``n`` samples that are all alike: 1 / (n + 2).
 
     That none of n samples flips, or is wrong, is no proof that none would. Half a sample more in each cell of the paired counts (Agresti
     & Min 2005, Statistics in Medicine 24, 729) gives a difference without discordant pairs that standard error.
+    """
+    return 1 / (n + 2)
+
+
+def standard_error(replicates: Array, is_share: bool, n: int, scale: float = 1.0) -> float:
+    """The replicates' :func:`deviation`; where no resample of a share of samples differs, :func:`unanimous_error`.
 
     Args:
         replicates: ``[R]``.
@@ -89,4 +95,4 @@ def standard_error(replicates: Array, is_share: bool, n: int, scale: float = 1.0
         scale: what a share of one is in the replicates' unit.
     """
     spread = deviation(replicates)
-    return scale / (n + 2) if is_share and spread < 1e-12 else spread
+    return scale * unanimous_error(n) if is_share and spread < 1e-12 else spread

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_vlmq.evaluation.estimates import unanimous_error
 from lightning_vlmq.evaluation.records import Columns, SampleMatrix
 from lightning_vlmq.metrics.functional import BinSums, TrajectoryBins, equal_width_bin_sums, trajectory_bins
 
@@ -18,7 +19,7 @@ _SUMS = ("count", "confidence", "correct")
 
 
 class Accuracy(NamedTuple):
-    """A share of correct predictions with its binomial standard error."""
+    """A share of correct predictions with its binomial standard error; that of one sample where all are alike."""
 
     value: float
     stderr: float
@@ -132,4 +133,4 @@ def _fold(sums: Tensor) -> Tensor:
 
 def _accuracy(correct: NDArray[np.bool_]) -> Accuracy:
     accuracy = float(np.mean(correct))
-    return Accuracy(accuracy, float(np.sqrt(accuracy * (1 - accuracy) / len(correct))))
+    return Accuracy(accuracy, float(np.sqrt(accuracy * (1 - accuracy) / len(correct))) or unanimous_error(len(correct)))
