@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from lightning_vlmq import callbacks, data, modules
 from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.callbacks.loggers import forgive
+from lightning_vlmq.callbacks.printing import clear_bars
 from lightning_vlmq.callbacks.whole import require_place
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.configs import config_folder, config_names, config_summary, find_config
@@ -154,6 +155,7 @@ class VLMQCLI(LightningCLI):
         """The trainer, with loggers that end no run, and checkpoints that are whole."""
         trainer = super().instantiate_trainer(**kwargs)
         forgive(trainer)
+        clear_bars(trainer)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = WholeCheckpoints()
         return trainer

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from rich import box
 from rich import print as rich_print
 from rich.table import Table
@@ -77,6 +78,22 @@ class HeadlinePrinter(Callback):
             )
 
     on_test_end = on_validation_end
+
+
+class PassingBar(RichProgressBar):
+    """Lightning's bar, gone when its stage has ended: what stays of a stage of one batch is a line that says ``0.00it/s``."""
+
+    def _init_progress(self, trainer: Trainer) -> None:
+        super()._init_progress(trainer)
+        if self.progress is not None:
+            self.progress.live.transient = True
+
+
+def clear_bars(trainer: Trainer) -> None:
+    """Make the trainer's bars, where they are Lightning's own, :class:`PassingBar`."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if type(callback) is RichProgressBar:
+            callback.__class__ = PassingBar
 
 
 def headline_table(lines: Sequence[HeadlineLine], titles: Sequence[str], has_change: bool) -> Table:

@@ -6,10 +6,12 @@ import re
 import pytest
 from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.demos.boring_classes import BoringModel
 from rich.console import Console
 
 from lightning_vlmq.callbacks import CoveragePrinter, HeadlinePrinter, ResultsWriter
-from lightning_vlmq.callbacks.printing import headline_table
+from lightning_vlmq.callbacks.printing import clear_bars, headline_table
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.evaluation.headline import HeadlineLine
 from lightning_vlmq.evaluation.measures import dimensions
@@ -78,3 +80,18 @@ def test_full_precision_covers_nothing_and_changes_nothing(tmp_path, capsys, mon
 def test_the_whole_coverage_on_request(tmp_path, capsys):
     validate(tmp_path, every_layer_type=True, quant=Quantization(method="minmax"))
     assert capsys.readouterr().out.count("Quantization coverage") == 1
+
+
+def test_the_bar_leaves_no_line(capsys):
+    """Lightning's own leaves "1/1 0:00:00 0.00it/s" after the results."""
+    said = []
+    for clears in (False, True):
+        bar = RichProgressBar()
+        trainer = Trainer(
+            accelerator="cpu", logger=False, callbacks=[bar], enable_checkpointing=False, limit_val_batches=1
+        )
+        if clears:
+            clear_bars(trainer)
+        trainer.validate(BoringModel(), verbose=False)
+        said.append(capsys.readouterr().out)
+    assert "it/s" in said[0] and "it/s" not in said[1]
