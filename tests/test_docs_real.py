@@ -38,8 +38,8 @@ def test_options_exist(command, capsys):
 
 
 def test_names_of_the_study_are_known():
-    study, paper = [c for c in COMMANDS if c.startswith("vlmq-study")]
-    assert "study=paper" in paper
+    study, *papers = [c for c in COMMANDS if c.startswith("vlmq-study")]
+    assert papers and all("study=paper" in paper for paper in papers)
     names = re.search(r"vlm=\[(.*?)\]", study)[1].split(",")
     for name in names:
         known_vlm(*split_name(name))

@@ -16,7 +16,8 @@ from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.metrics import OOD_SCORES
 from lightning_vlmq.metrics.scores import ScoreInputs
 from lightning_vlmq.quant import METHODS
-from lightning_vlmq.study.run.grid import Study
+from lightning_vlmq.study.run.app import WORDS
+from lightning_vlmq.study.run.config import Study
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -49,7 +50,8 @@ def test_vlmq_command_is_accepted(command, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", commands("vlmq-study"), ids=" ".join)
 def test_study_command_composes(command):
-    overrides = [word for word in command[1:] if not word.startswith(("-", "hydra/"))]
+    words = [WORDS.get(word, word) for word in command[1:]]
+    overrides = [word for word in words if not word.startswith(("-", "hydra/"))]
     if "-m" in command:  # commas outside brackets separate the jobs of a multirun: take the first
         overrides = [re.split(r",(?![^\[]*\])", word)[0] for word in overrides]
     GlobalHydra.instance().clear()

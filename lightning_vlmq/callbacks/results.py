@@ -22,7 +22,8 @@ from lightning_vlmq.core.identity import describe, digest
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.quant import save_quantized
 from lightning_vlmq.results.identity import run_identity
-from lightning_vlmq.results.store import ResultsStore, code_version
+from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.results.version import code_version
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +66,7 @@ class ResultsWriter(Callback):
         self.partial = ""
         if not hasattr(pl_module, "run_key"):
             return
-        if getattr(pl_module.cache, "folder", None) is None:
-            pl_module.cache.folder = self.root / "cache"
+        pl_module.cache.settle(self.root / "cache")
         if trainer.state.fn == "predict":
             return
         self.partial = partial_reason(trainer, f"nothing is filed in '{self.root}'")
@@ -174,6 +174,12 @@ class ResultsWriter(Callback):
             module.statistics,
             self._identity,
             companions,
+            {
+                "seconds": time.perf_counter() - self._start,
+                "forward_seconds": module.cache.seconds,
+                "cache_hits": module.cache.hits,
+                "cache_misses": module.cache.misses,
+            },
         )
 
 

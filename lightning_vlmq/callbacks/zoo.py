@@ -13,7 +13,7 @@ from lightning_vlmq.callbacks.whole import partial_reason, require_place
 from lightning_vlmq.core.atomic import write_text
 from lightning_vlmq.models import require_finite
 from lightning_vlmq.quant.checkpoint import write_tensors
-from lightning_vlmq.results.store import code_version
+from lightning_vlmq.results.version import code_version
 
 
 class ZooExport(Callback):

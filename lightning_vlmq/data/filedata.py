@@ -15,6 +15,7 @@ from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.images.encoded import OnBadImage
 from lightning_vlmq.data.images.files import FileImages, decode_all
+from lightning_vlmq.data.images.mapped import file_bytes, map_decoded
 from lightning_vlmq.data.images.pixels import Decoder, Orientation, Preprocess
 from lightning_vlmq.data.readers.base import Reader, Reading, shorten
 from lightning_vlmq.data.readers.names import TEMPLATES, name_classes, resolve_class_names, resolve_templates
@@ -53,6 +54,9 @@ class FileData(ReliabilityDataModule):
         batch_size: images a batch when evaluating.
         train_batch_size: image-caption pairs a batch when training or calibrating.
         num_workers: loader processes.
+        decoded: folder to decode evaluation images into, once for all runs that want them in the same size and manner; processes share
+            its pages. ``None`` decodes them in every run.
+        decoded_gb: at most this many GB there; sets that go beyond, in order, are decoded in every run, and it is said.
     """
 
     def __init__(
@@ -73,6 +77,8 @@ class FileData(ReliabilityDataModule):
         batch_size: int = 128,
         train_batch_size: int = 125,
         num_workers: int = 4,
+        decoded: str | None = None,
+        decoded_gb: float = 100.0,
     ) -> None:
         super().__init__(batch_size, train_batch_size, num_workers)
         self.save_hyperparameters()
@@ -92,6 +98,7 @@ class FileData(ReliabilityDataModule):
         self.given_names = class_names
         if class_names is not None and not isinstance(class_names, Mapping):
             resolve_class_names(class_names)  # what is wrong with them is said at once
+        self.decoded, self.decoded_gb = decoded, decoded_gb
         self.given_templates = None if templates is None else resolve_templates(templates)
 
     def setup(self, stage: str | None = None) -> None:
@@ -100,9 +107,33 @@ class FileData(ReliabilityDataModule):
             raise VLMQError("data.sets is empty; add a config (vlmq list data names them), or readers of your own")
         self.follow(self.framing)
         self.take([s for reader in self.readers for s in reader.read(self.reading)])
+        if self.decoded is not None:
+            self._keep_decoded(Path(self.decoded))
         if self.pair_reader is not None:
             self.pairs = decode_all(self.read_pairs(), self.num_workers, "calibration images")
             self.require_disjoint_pairs()
+
+    def _keep_decoded(self, folder: Path) -> None:
+        """Take evaluation images from where they are decoded once, as far as there is room; where the disk fails, from their files."""
+        left, rest, kept = 1e9 * self.decoded_gb, [], []
+        for s in self.eval_sets:
+            images = s.images
+            if isinstance(images, FileImages) and (needed := file_bytes(images)) <= left:
+                left -= needed
+                try:
+                    images = map_decoded(images, folder, self.num_workers)
+                except OSError as error:
+                    log.warning("'%s' cannot be written (%s): images are decoded in every run", folder, error.strerror)
+                    left = 0
+            elif isinstance(images, FileImages):
+                rest.append(s.name)
+            kept.append(replace(s, images=images))
+        if rest:
+            log.warning(
+                "decoded_gb %g holds %d of %d sets; %s are decoded in every run",
+                *(self.decoded_gb, len(kept) - len(rest), len(kept), shorten(rest)),
+            )
+        self.eval_sets = kept
 
     def follow(self, framing: Framing | None) -> None:
         """Decode images as a model wants them framed; another ``image_size`` than its own is said. ``None`` changes nothing."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,12 +18,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_vlmq.core.atomic import replacing
+from lightning_vlmq.core.atomic import is_alive, replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.data.sets import EvalSet
 
 log = logging.getLogger(__name__)
+
+Kept = Literal["all", "reference", "none"]
+TEXTS = "texts_"
+_HOST = platform.node()
 
 
 class FeatureCache:
@@ -31,11 +38,29 @@ class FeatureCache:
 
     Args:
         folder: where the files lie; ``None`` keeps nothing.
+        kept: which image features: of ``"all"`` towers; of ``"reference"`` ones, see :attr:`lasting`, those of any other only
+            until this process files those of the next, so that scopes that share a vision tower share its features; or ``"none"``.
+            Features of texts are few, and are kept unless nothing is.
+
+    Attributes:
+        lasting: digests of the towers whose image features stay under ``"reference"``: full precision's.
+        hits: look-ups that found something.
+        misses: those that did not.
+        seconds: spent in the model on images that were not known.
     """
 
-    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self.folder = None if folder is None else Path(folder)
+    def __init__(self, folder: str | os.PathLike[str] | None, kept: Kept = "all") -> None:
+        self.folder = None if folder is None or kept == "none" else Path(folder)
+        self.kept = kept
+        self.lasting: set[str] = set()
+        self.hits = self.misses = 0
+        self.seconds = 0.0
         self._warned = False
+
+    def settle(self, folder: Path) -> None:
+        """Take a folder where none was given and features are to be kept."""
+        if self.folder is None and self.kept != "none":
+            self.folder = folder
 
     def get(self, tower: str, dataset: str, n: int | None = None) -> Tensor | None:
         """Features ``[n, ...]`` in sample order, or ``None`` where nothing (or nothing sound) is kept.
@@ -45,8 +70,17 @@ class FeatureCache:
             dataset: the digest of what it was run on.
             n: number of samples that there have to be.
         """
-        path = self._path(tower, dataset)
-        if path is None or not path.is_file():
+        found = self._read(tower, dataset, n)
+        if found is None:
+            self.misses += 1
+        else:
+            self.hits += 1
+        return found
+
+    def _read(self, tower: str, dataset: str, n: int | None) -> Tensor | None:
+        places = (self._path(tower, dataset), self._passing(tower, dataset))
+        path = next((place for place in places if place is not None and place.is_file()), None)
+        if path is None:
             return None
         try:
             with safe_open(str(path), "pt") as file:
@@ -66,6 +100,9 @@ class FeatureCache:
     def put(self, tower: str, dataset: str, features: Tensor) -> None:
         """Keep features ``[n, ...]``, written whole or not at all; those that are not finite are not kept."""
         path = self._path(tower, dataset)
+        if self.kept == "reference" and tower not in self.lasting and not dataset.startswith(TEXTS):
+            path = self._passing(tower, dataset)
+            self._pass_on(tower)
         if path is None or not torch.isfinite(features).all():
             return
         kept = {"features": features.detach().cpu().contiguous()}
@@ -137,6 +174,27 @@ class FeatureCache:
     def _path(self, tower: str, dataset: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{tower}_{dataset}.safetensors"
 
+    def _passing(self, tower: str, dataset: str) -> Path | None:
+        """Where this process keeps features that do not stay."""
+        if self.folder is None or self.kept != "reference":
+            return None
+        return self.folder / "passing" / f"{_HOST}-{os.getpid()}" / f"{tower}_{dataset}.safetensors"
+
+    def _pass_on(self, tower: str) -> None:
+        """Delete features of this process's earlier towers, and all of processes of this machine that are gone."""
+        place = self._passing(tower, "")
+        if place is None or not place.parent.parent.is_dir():
+            return
+        for folder in place.parent.parent.iterdir():
+            host, _, pid = folder.name.rpartition("-")
+            is_left = host == _HOST and pid.isdigit() and int(pid) != os.getpid() and not is_alive(int(pid))
+            with suppress(OSError):
+                for path in folder.glob("*.safetensors"):
+                    if is_left or (folder == place.parent and not path.name.startswith(f"{tower}_")):
+                        path.unlink(missing_ok=True)
+                if is_left:
+                    folder.rmdir()
+
     def _warn(self, path: Path, error: Exception) -> None:
         if not self._warned:
             self._warned = True
@@ -205,7 +263,9 @@ class SetFeatures:
         if self._known is not None:
             found = self._known[index]
             return (found.pin_memory() if device.type == "cuda" else found).to(device, non_blocking=True)
+        start = time.perf_counter()
         features = encode()
+        self.cache.seconds += time.perf_counter() - start
         require_unit(features, f"images of '{self.set.name}'")
         if self.cache.folder is not None:
             self._fresh.append(features.detach().cpu())

@@ -145,16 +145,16 @@ class Judged:
         """As it came, and tuned if it is."""
         return [self.own] if self.tuned is None else [self.own, self.tuned]
 
-    def record(self, s: EvalSet, batch: Mapping[str, Any], reference: Tensor | None = None) -> Tensor:
+    def record(self, s: EvalSet, batch: Mapping[str, Any], reference: Tensor | None = None) -> ScoreInputs:
         """Add a batch.
 
         Args:
             s: the set that it is of.
             batch: ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]``.
-            reference: full precision's logits ``[b, C]`` of the same batch, which this returned there; ``None`` where this is it.
+            reference: full precision's logits ``[b, C]`` of the same batch, which this returns there; ``None`` where this is it.
 
         Returns:
-            Logits ``[b, C]``, with the scale that the model came with.
+            What scores see of it: its features, and logits ``[b, C]`` with the scale that the model came with, among them.
         """
         inputs = self._inputs(s, batch)
         full = inputs.logits if reference is None else reference
@@ -162,7 +162,7 @@ class Judged:
             own = inputs if variant is self.own else replace(inputs, logits=variant.scale.logits(inputs.cosine))
             columns = self._columns(own, batch["target"]) | {"kl": kl_divergence(full, own.logits)}
             variant.update(s, batch["index"], own.logits, batch["target"], columns)
-        return inputs.logits
+        return inputs
 
     def columns(self, s: EvalSet, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The record columns of one batch that follow from this model alone (all but ``kl``), each ``[b]``."""

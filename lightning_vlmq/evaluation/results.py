@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -21,6 +22,13 @@ from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.statistics import Statistics
 
 log = logging.getLogger(__name__)
+
+OUTPUT_SQNR = "output_sqnr_db"
+"""Of a quantized model: signal-to-quantization-noise ratio of its unit-norm image features of the in-distribution images against full
+precision's, -10 log10 of the mean over images of ``|z_q - z|^2``, in dB; not there where they are equal."""
+
+BITS_PER_WEIGHT = "bits_per_weight"
+"""Of a quantized model: mean bits of a matrix weight of both towers, by the scheme's own width; scales and zero points not counted."""
 
 
 class Outcome(NamedTuple):
@@ -90,7 +98,14 @@ def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, sche
     if coverage is None or scheme is None:
         return []
     weights, macs = coverage.weight_share(scheme.towers), coverage.mac_share(scheme.towers)
-    return model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs})
+    all_weights = coverage.weight_share()
+    bits = all_weights * scheme.weight_bits + (1 - all_weights) * 32
+    return model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs, BITS_PER_WEIGHT: bits})
+
+
+def damage_rows(sets: Sequence[EvalSet], noise: float) -> list[Row]:
+    """:data:`OUTPUT_SQNR` from the mean over images of ``|z_q - z|^2``; none where the features are equal."""
+    return model_rows(sets, {OUTPUT_SQNR: -10 * math.log10(noise)}) if noise > 0 else []
 
 
 def require_complete(sets: Sequence[EvalSet], records: Records) -> None:

@@ -42,7 +42,7 @@ from lightning_vlmq.quant.checkpoint import (
     write_tensors,
 )
 from lightning_vlmq.quant.description import described
-from lightning_vlmq.results.store import code_version
+from lightning_vlmq.results.version import code_version
 
 WARM_UP = 3
 """Untimed calls before the first timed one."""

@@ -8,15 +8,16 @@ from typing import Any, Literal
 
 from lightning import LightningModule
 from torch import Tensor
+from torchmetrics import MeanMetric
 
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
 from lightning_vlmq.evaluation.digests import tower_digests
 from lightning_vlmq.evaluation.evaluators import Evaluator, default_evaluators
-from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.features import FeatureCache, Kept
 from lightning_vlmq.evaluation.judged import Judged, Records
-from lightning_vlmq.evaluation.results import coverage_rows, outcome, require_complete, warn_of_collapse
+from lightning_vlmq.evaluation.results import coverage_rows, damage_rows, outcome, require_complete, warn_of_collapse
 from lightning_vlmq.evaluation.rows import Row, headline
 from lightning_vlmq.evaluation.subject import quantized, restored, run_key, with_outliers
 from lightning_vlmq.metrics import ood_score
@@ -54,7 +55,8 @@ class EvaluationModule(LightningModule):
             streams, :func:`~lightning_vlmq.quant.rotation.concentrate.concentrate_streams`. The model is then called
             ``<name>+outliers<factor>``; 1 leaves it as it is.
         statistics: bins, resamples and seed of every statistic; stored with the run, for whoever compares it with others.
-        cache: folder for image features, shared by runs; ``None`` keeps none.
+        cache: folder for features, shared by runs; ``None`` takes that of the results, if any are filed.
+        kept_features: which image features stay there: ``all``, full precision's (``reference``), or ``none``; moves no number.
 
     Raises:
         VLMQError: unknown names, values out of range, damaged checkpoints, coverage below ``quant.minimum_coverage``.
@@ -70,6 +72,7 @@ class EvaluationModule(LightningModule):
         lst: bool = False,
         evaluators: list[Evaluator] | None = None,
         cache: str | None = None,
+        kept_features: Kept = "all",
         trained_like: str | None = None,
         activation: Activation | None = None,
         outliers: float | Literal["stream"] = 1.0,
@@ -84,7 +87,7 @@ class EvaluationModule(LightningModule):
         self.lst = lst
         self.evaluators = default_evaluators() if evaluators is None else evaluators
         self.statistics = statistics
-        self.cache = FeatureCache(cache)
+        self.cache = FeatureCache(cache, kept_features)
         self.checkpoint = checkpoint
         loaded = load_vlm(vlm, pretrained, trained_like, activation) if isinstance(vlm, str) else vlm
         self.vlm, self.outliers = with_outliers(loaded, outliers), outliers
@@ -155,6 +158,7 @@ class EvaluationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Take the models under judgement: the model itself, and its full-precision reference where there is one."""
         tunes = self.lst and not (self.trainer.sanity_checking or self.trainer.predicting)
+        self._damage = MeanMetric().to(self.vlm.mean.device)
         self._judged = self._judge(self.vlm, self.scheme, self.quant.text, tunes)
         self._reference = None if self.reference is None else self._judge(self.reference, None, FULL_PRECISION, False)
 
@@ -165,13 +169,19 @@ class EvaluationModule(LightningModule):
 
     def _judge(self, vlm: VLM, scheme: QuantScheme | None, method: str, tunes: bool) -> Judged:
         towers = tower_digests(vlm, scheme, FULL_PRECISION if scheme is None else method, self.trainer)
+        if scheme is None:
+            self.cache.lasting |= set(towers.values())
         return Judged(vlm, self.data, self.cache, towers, self.scores, self.statistics, tunes)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """Record one batch of ``image`` uint8 ``[b, 3, h, w]``, ``target`` and ``index`` int64 ``[b]`` for every model."""
         s = self.eval_sets[dataloader_idx]
         full = None if self._reference is None else self._reference.record(s, batch)
-        self._judged.record(s, batch, full)
+        own = self._judged.record(s, batch, None if full is None else full.logits)
+        if full is not None and s.role == "id" and len(batch["index"]):
+            assert full.features is not None and own.features is not None
+            noise = (own.features - full.features).square().sum(-1)
+            self._damage.update(noise / full.features.square().sum(-1))
 
     def on_validation_epoch_end(self) -> None:
         """Gather the records of all processes, evaluate them, log the rows."""
@@ -192,6 +202,8 @@ class EvaluationModule(LightningModule):
         found = outcome(*self.judged, self.eval_sets, self.evaluators, self.statistics)
         self.rows, self.tuned_rows, self.records, self.reference_records, self.tuned_records = found
         self.rows = self.rows + coverage_rows(self.eval_sets, self.coverage, self.scheme)
+        if self.judged[1] is not None:
+            self.rows = self.rows + damage_rows(self.eval_sets, float(self._damage.compute()))
         self.log_dict(headline(self.rows), sync_dist=True)
         self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 

@@ -19,15 +19,17 @@ PARTS = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA
 """Folders below a store's root, each with a file for each run, and the columns that these have at least."""
 PREFIX = b"lightning_vlmq."
 DIGEST = b"lightning_vlmq.digest"
+SHARED_COLUMNS = frozenset(SAMPLE_SCHEMA.names)
+"""Columns that samples always have; the others are OOD scores."""
 _MAY_BE_UNDEFINED = {"value", "stderr", "confidence", "nll", "brier", "kl", "x", "y", "y_reference"}
 
 
-def read_part(path: Path, kind: str, advice: str) -> pa.Table:
+def read_part(path: Path, schema: pa.Schema, advice: str) -> pa.Table:
     """A part's table, what is said about it in its schema's metadata.
 
     Args:
         path: the file.
-        kind: one of :data:`PARTS`.
+        schema: columns that it has at least.
         advice: what to do where it cannot be read, the end of the message.
 
     Raises:
@@ -42,7 +44,7 @@ def read_part(path: Path, kind: str, advice: str) -> pa.Table:
     except (pa.ArrowException, OSError, ValueError, MemoryError, TypeError, OverflowError, LookupError) as error:
         reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
         raise VLMQError(f"{path} cannot be read ({reason}); {advice}") from error
-    missing = [name for name in PARTS[kind].names if name not in table.column_names]
+    missing = [name for name in schema.names if name not in table.column_names]
     if missing:
         raise VLMQError(f"{path} lacks the columns {', '.join(missing)}; {advice}")
     return table

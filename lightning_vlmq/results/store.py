@@ -6,6 +6,9 @@ Three files belong to a run, under the store's root (``logs/<study>``):
 * ``samples/<run_id>.parquet``: per-sample records (:data:`SAMPLE_SCHEMA` and one float column per OOD score);
 * ``curves/<run_id>.parquet``: curves such as singular-value spectra (:data:`CURVE_SCHEMA`).
 
+Runs that :meth:`ResultsStore.compact` has packed lie in ``packs/``, many in one file, see :mod:`~lightning_vlmq.results.packs`; whoever
+reads sees no difference.
+
 Each is written under a temporary name and moved into place, the results last, with checksums of its pages and a digest of its
 content: **a run is done if and only if all its files are there and hold what was written**. Writers need no lock, because no two
 runs share a file.
@@ -13,12 +16,10 @@ runs share a file.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import os
 import re
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -27,12 +28,15 @@ from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-import lightning_vlmq
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import describe, first_difference
 from lightning_vlmq.core.names import one_line
 from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.results.counting import evaluations_in
+from lightning_vlmq.results.packs import Packs
 from lightning_vlmq.results.parts import DIGEST, PARTS, as_table, read_part, write_part
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
 from lightning_vlmq.statistics import Statistics
@@ -48,27 +52,7 @@ _COMPANIONS = b"lightning_vlmq.companions"
 _SIBLINGS = b"lightning_vlmq.siblings"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}")
 _CORES = b"lightning_vlmq.cpu_count"
-
-
-@functools.cache
-def code_version() -> str:
-    """The package's version, with the commit where the package runs from a git checkout.
-
-    Returns:
-        ``"0.1.0"`` when installed, ``"0.1.0+g1a2b3c4"`` in a checkout, ``"0.1.0+g1a2b3c4.dirty"`` with changed files.
-    """
-    version = lightning_vlmq.__version__
-    checkout = Path(lightning_vlmq.__file__).resolve().parent.parent
-    if not (checkout / ".git").exists():
-        return version
-    # `--exclude *` ignores tags: the version already says the release, the hash says the commit.
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        described = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return version
-    commit = described.stdout.strip().replace("-", ".")
-    return f"{version}+g{commit}" if described.returncode == 0 and commit else version
+_FACTS = b"lightning_vlmq.facts"
 
 
 class ResultsStore:
@@ -80,6 +64,7 @@ class ResultsStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
+        self._packs = Packs(self.root)
 
     def write(
         self,
@@ -91,6 +76,7 @@ class ResultsStore:
         statistics: Statistics = AS_PUBLISHED,
         identity: Mapping[str, Any] | None = None,
         companions: Sequence[str] = (),
+        facts: Mapping[str, float] | None = None,
     ) -> None:
         """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
 
@@ -103,6 +89,7 @@ class ResultsStore:
             statistics: the settings that the rows were computed with.
             identity: what decides the numbers, see :func:`~lightning_vlmq.results.identity.run_identity`.
             companions: runs filed before as parts of this one, without which it does not count as done.
+            facts: numbers about the making of the run, see :meth:`facts`; its evaluation runs are counted here.
 
         Raises:
             VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
@@ -119,11 +106,14 @@ class ResultsStore:
         for role in sorted((set(rows["role"].unique()) - {""}) | sample_roles):
             if role not in ROLES:
                 raise unknown("role", role, ROLES)
+        now = datetime.now(UTC)
+        numbers = {**(facts or {}), "evaluations": evaluations_in(row_table), "written": now.timestamp()}
         metadata = {
-            _WRITTEN: datetime.now(UTC).isoformat().encode(),
+            _WRITTEN: now.isoformat().encode(),
             _STATISTICS: json.dumps(asdict(statistics)).encode(),
             _IDENTITY: json.dumps(describe(identity or {})).encode(),
             _COMPANIONS: json.dumps(list(companions)).encode(),
+            _FACTS: json.dumps(numbers).encode(),
             _SIBLINGS: json.dumps(
                 {
                     "samples": write_part(self._path("samples", run_id), sample_table, {}),
@@ -145,11 +135,18 @@ class ResultsStore:
 
     def problems(self, run_id: str) -> list[str]:
         """Why a run does not count: one line for each part of it that is bad, with the file's path. Empty for a sound run."""
+        found, packed = self._problems_loose(run_id), self._packs.runs().get(run_id)
+        if packed is None or not found:
+            return found
+        own = [why] if (why := self._packs.problem_of(packed.pack)) else []
+        return own + [why for name in json.loads(packed.said[_COMPANIONS]) for why in self.problems(name)]
+
+    def _problems_loose(self, run_id: str) -> list[str]:
         found: list[str] = []
         tables: dict[str, pa.Table] = {}
         for kind in PARTS:
             try:
-                tables[kind] = self._read(kind, run_id)
+                tables[kind] = self._read_loose(kind, run_id)
             except VLMQError as error:
                 if (
                     self._path(kind, run_id).exists() or not found
@@ -174,8 +171,8 @@ class ResultsStore:
 
     def sound(self) -> tuple[list[str], list[str]]:
         """Run ids that count, sorted, and one line for each bad part of the others and for each foreign file."""
-        runs, bad = [], []
-        ids = set()
+        runs, bad = [], self._packs.problems()
+        ids = set(self._packs.runs())
         for kind in PARTS:
             for path in sorted((self.root / kind).glob("[!.]*")):
                 if path.suffix != ".parquet" or not _NAME.fullmatch(path.stem):
@@ -216,7 +213,42 @@ class ResultsStore:
 
     def run_ids(self) -> list[str]:
         """Run ids with a results file, sorted. Empty for a store nothing was written to."""
+        return sorted({*self._loose(), *self._packs.runs()})
+
+    def _loose(self) -> list[str]:
         return sorted(path.stem for path in (self.root / "results").glob("[!.]*.parquet"))
+
+    def compact(self, keeps_samples: bool = True) -> int:
+        """Pack the runs that lie in files of their own; returns how many. Others may read and file runs meanwhile.
+
+        Whoever is killed on the way leaves every run in its own files, in a pack, or in both, which counts once.
+
+        Args:
+            keeps_samples: whether per-sample records are packed too; without, a report takes what it can from the rows.
+
+        Raises:
+            VLMQError: the disk does not take it, or somebody else packs at this moment.
+        """
+        with self._packs.packing() as packer:
+            loose = [
+                run_id for run_id in self._loose() if not self._is_packed(run_id) and not self._problems_loose(run_id)
+            ]
+            packer.pack(loose, self._read_loose, keeps_samples)
+            for run_id in filter(self._is_packed, self._loose()):
+                for kind in PARTS:
+                    self._path(kind, run_id).unlink(missing_ok=True)
+            for kind in PARTS:  # what somebody who was killed here has left
+                for path in (self.root / kind).glob("[!.]*.parquet"):
+                    if self._is_packed(path.stem) and not self._lies_loose(path.stem):
+                        path.unlink(missing_ok=True)
+        return len(loose)
+
+    def _is_packed(self, run_id: str) -> bool:
+        packed = self._packs.runs().get(run_id)
+        return packed is not None and not self._packs.problem_of(packed.pack)
+
+    def _lies_loose(self, run_id: str) -> bool:
+        return self._path("results", run_id).exists()
 
     def written(self, run_id: str) -> datetime:
         """When the run was filed (UTC), by the clock of the machine that filed it. Raises :class:`VLMQError` like :meth:`rows`."""
@@ -252,6 +284,23 @@ class ResultsStore:
             )
         return float(metadata[_SECONDS]), int(metadata[_CORES])
 
+    def facts(self, run_id: str) -> dict[str, float]:
+        """Numbers about the making of a run, by name.
+
+        ``evaluations`` (evaluation runs in its rows), ``written`` (when, seconds of the epoch), and what its
+        writer counted and timed. Read from the file's end alone; whether the rest is sound is not looked at.
+
+        Raises:
+            VLMQError: the file is not there or damaged.
+        """
+        path = self._path("results", run_id)
+        packed = None if path.exists() else self._packs.runs().get(run_id)
+        try:
+            metadata = pq.read_schema(path).metadata or {} if packed is None else packed.said
+            return {str(name): float(value) for name, value in json.loads(metadata.get(_FACTS, b"{}")).items()}
+        except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
+            raise VLMQError(f"{path} cannot be read ({type(error).__name__}); run the study again") from error
+
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:
         """Results rows of the given runs (default: all that are sound, see :meth:`sound`), with the columns of :data:`ROW_SCHEMA`.
 
@@ -264,8 +313,37 @@ class ResultsStore:
                 log.warning("left out: %s", problem)
         else:
             names = list(run_ids)
-        tables = [self._read("results", run_id).replace_schema_metadata(None) for run_id in names]
-        return pa.concat_tables(tables or [ROW_SCHEMA.empty_table()]).to_pandas()
+        return self.table(names, ROW_SCHEMA.names).cast(ROW_SCHEMA).to_pandas()
+
+    def table(self, run_ids: Sequence[str], columns: Sequence[str], keep: pc.Expression | None = None) -> pa.Table:
+        """Columns of the rows of runs, text as dictionaries: what a large store is read by.
+
+        Args:
+            run_ids: the runs; those in files of their own come first, packed ones after them.
+            columns: names of :data:`ROW_SCHEMA`.
+            keep: which rows, an expression over any columns; all if not given.
+
+        Raises:
+            VLMQError: like :meth:`rows`.
+        """
+        packed = [run_id for run_id in run_ids if not self._lies_loose(run_id) and run_id in self._packs.runs()]
+        own = set(packed)
+        names = [name for name in columns if pa.types.is_string(ROW_SCHEMA.field(name).type)]
+        text = {name: pa.dictionary(pa.int32(), pa.string()) for name in names}
+        schema = pa.schema([pa.field(name, text.get(name, ROW_SCHEMA.field(name).type)) for name in columns])
+        tables = []
+        for run_id in run_ids:
+            if run_id not in own:
+                table = self._read("results", run_id)
+                tables.append((table if keep is None else table.filter(keep)).select(list(columns)))
+        tables += self._packs.batches(packed, columns, keep)
+        cast = [table.replace_schema_metadata(None).cast(schema) for table in tables]
+        return pa.concat_tables(cast or [schema.empty_table()]).unify_dictionaries()
+
+    def keeps_samples(self, run_id: str) -> bool:
+        """Whether the run's samples are there: packing may leave them out."""
+        packed = None if self._lies_loose(run_id) else self._packs.runs().get(run_id)
+        return packed is None or "samples" in packed.spans
 
     def samples(self, run_id: str) -> pd.DataFrame:
         """Per-sample records of one run; text columns are categorical. Raises like :meth:`rows`."""
@@ -281,13 +359,19 @@ class ResultsStore:
         return self.root / kind / f"{run_id}.parquet"
 
     def _read(self, kind: str, run_id: str) -> pa.Table:
+        if run_id in self._packs.runs() and (not self._lies_loose(run_id) or self._problems_loose(run_id)):
+            return self._packs.read(kind, run_id)
+        return self._read_loose(kind, run_id)
+
+    def _read_loose(self, kind: str, run_id: str) -> pa.Table:
         path = self._path(kind, run_id)
         if not path.exists():
             raise VLMQError(f"the store has no {kind} of run '{run_id}': {path} is missing; run it (again)")
-        return read_part(path, kind, f"delete {self._path('results', run_id)} and run the study again")
+        return read_part(path, PARTS[kind], f"delete {self._path('results', run_id)} and run the study again")
 
     def _metadata(self, run_id: str) -> dict[bytes, bytes]:
-        return self._read("results", run_id).schema.metadata or {}
+        packed = None if self._lies_loose(run_id) else self._packs.runs().get(run_id)
+        return (self._read("results", run_id).schema.metadata or {}) if packed is None else dict(packed.said)
 
 
 def _check_rows(run_id: str, rows: pd.DataFrame) -> None:

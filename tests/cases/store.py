@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lightning_vlmq.results.schema import RunKey
-from lightning_vlmq.results.store import code_version
+from lightning_vlmq.results.version import code_version
 
 KEY = RunKey("vit_clean", "clean", "vision", "minmax", 4, 8, seed=3)
 

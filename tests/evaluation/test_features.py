@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 
 import numpy as np
@@ -44,6 +45,29 @@ def test_damage_is_told_deleted_and_made_anew(damage, tmp_path, caplog):
     assert cache.get("tower", "set", 5 if damage == "rows" else 4) is None
     assert not path.exists() and "damaged" in caplog.text
     assert torch.equal(cache.of("tower", "set", lambda: FEATURES, 4), FEATURES) and path.exists()
+
+
+def test_what_is_kept_is_said(tmp_path):
+    """Full precision's images and all texts stay, a quantized tower's images until this process's next one; or nothing is kept."""
+    cache = FeatureCache(tmp_path, "reference")
+    cache.lasting.add("full")
+    for tower in ("full", "first"):
+        cache.put(tower, "set", FEATURES)
+        cache.put(tower, "texts_x", FEATURES)
+    assert all(cache.get(tower, what) is not None for tower in ("full", "first") for what in ("set", "texts_x"))
+    gone = tmp_path / "passing" / f"{platform.node()}-4194303"
+    gone.mkdir()
+    save_file({"features": FEATURES}, gone / "first_set.safetensors")
+    cache.put("second", "set", FEATURES)
+    cache.put("second", "other", FEATURES)
+    assert cache.get("first", "set") is None and cache.get("first", "texts_x") is not None
+    assert all(cache.get("second", name) is not None for name in ("set", "other")) and not gone.exists()
+    assert cache.get("full", "set") is not None and (cache.hits, cache.misses) == (8, 1)
+    assert FeatureCache(tmp_path).get("second", "set") is None  # another study's runs do not see what passes
+    nothing = FeatureCache(tmp_path / "none", "none")
+    nothing.put("full", "set", FEATURES)
+    nothing.settle(tmp_path / "none")
+    assert nothing.folder is None and nothing.get("full", "set") is None and not (tmp_path / "none").exists()
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path):

@@ -12,7 +12,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.evaluation.digests import tower_digest
 from lightning_vlmq.evaluation.features import FeatureCache
-from lightning_vlmq.models import load_vlm
+from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
 from lightning_vlmq.results.store import ResultsStore
 
@@ -55,7 +55,7 @@ def test_every_metric_of_every_role_has_value_and_stderr(quantized):
     gaps = {"rsg", "common", "counter"}
     detection = {"auroc", "aupr_in", "aupr_out", "fpr95", "fpr95_openood"}
     expected = {
-        "id": whole | {"coverage_weights", "coverage_macs", "logit_scale"},
+        "id": whole | {"coverage_weights", "coverage_macs", "bits_per_weight", "output_sqnr_db", "logit_scale"},
         "corruption": labelled | {"mean_corruption_error", "relative_mean_corruption_error"},
         "shift": whole,
         "near_ood": detection | {f"delta_{m}" for m in detection},
@@ -141,6 +141,37 @@ def test_cached_features_change_nothing_and_are_used(quantized, tmp_path, monkey
     second = EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path))
     monkeypatch.setattr(FeatureCache, "put", lambda *_: pytest.fail("a forward pass was run again"))
     assert values(validate(second)) == values(first) == values(quantized)
+
+
+def test_a_score_added_later_costs_no_forward_pass(tmp_path, monkeypatch):
+    settings = Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
+    validate(EvaluationModule("vit_clean", quant=settings, scores=["msp"], cache=str(tmp_path)))
+    encoded: list[int] = []
+    for name in ("encode_image", "encode_text"):
+        run = getattr(VLM, name)
+        monkeypatch.setattr(VLM, name, lambda vlm, x, run=run: encoded.append(len(x)) or run(vlm, x))
+    more = EvaluationModule(
+        "vit_clean", quant=settings, scores=["msp", "energy", "mcm(temperature=0.5)"], cache=str(tmp_path)
+    )
+    begin = EvaluationModule.on_validation_epoch_start
+    monkeypatch.setattr(EvaluationModule, "on_validation_epoch_start", lambda m: (encoded.clear(), begin(m)))
+    validate(more)
+    assert encoded == [] and more.cache.misses == 0 and more.cache.hits > 0 and more.cache.seconds == 0
+    assert {"energy", "mcm(temperature=0.5)"} <= {row.score for row in more.rows}
+    validate(EvaluationModule("vit_clean", quant=settings, scores=["msp"], kept_features="none"))
+    assert sum(encoded) > 0  # the counter counts
+
+
+def test_scopes_share_a_vision_tower_and_full_precision_is_encoded_once(tmp_path):
+    """Under ``reference``: the second scope encodes no image at all, and only full precision's features stay."""
+    cached = []
+    for scope in ("vision", "vision_text"):
+        settings = Quantization(method="minmax", scope=scope, weight_bits=4, act_bits=8)
+        options = {"scores": ["msp"], "cache": str(tmp_path), "kept_features": "reference"}
+        cached.append(validate(EvaluationModule("vit_clean", quant=settings, **options)).cache)
+    assert cached[0].seconds > 0 == cached[1].seconds
+    own = {path.name.partition("_")[0] for path in tmp_path.glob("*.safetensors") if "_texts_" not in path.name}
+    assert len(own) == 1 and own < cached[0].lasting
 
 
 def test_patches_and_parameters_of_scores(tmp_path, monkeypatch):

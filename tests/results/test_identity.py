@@ -108,7 +108,10 @@ def test_every_argument_of_the_evaluation_module(saved, tmp_path):
             "statistics": Statistics(n_bins=5),
             "outliers": 50.0,
         },
-        {"cache": ("elsewhere", "where features are kept decides no number")},
+        {
+            "cache": ("elsewhere", "where features are kept decides no number"),
+            "kept_features": ("none", "nor which of them are"),
+        },
         REAL_MODELS_ONLY,
     )
     assert digest(EvaluationModule("vit_clean", checkpoint=str(saved[0]))) != digest(
@@ -165,6 +168,7 @@ def test_every_argument_of_training():
         },
         {
             "cache": ("elsewhere", "where features are kept decides no number"),
+            "kept_features": ("reference", "nor which of them are"),
             "pretrained": (None, "as in the evaluation module"),
             "checkpoint": (None, "as in the evaluation module"),
         },

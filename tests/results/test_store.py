@@ -18,7 +18,8 @@ from cases.store import make_curves, make_rows, make_samples
 import lightning_vlmq
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA
-from lightning_vlmq.results.store import ResultsStore, code_version
+from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.results.version import code_version
 
 
 def test_what_is_written_comes_back(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare, over_samples, relative
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
 from lightning_vlmq.study.analysis.runs import Setting, StoredRun, StudyResults, align, reference_of
+from lightning_vlmq.study.analysis.stored import comparisons_from_rows
 
 Key = tuple[str, Setting, Measure]
 
@@ -85,15 +87,21 @@ class StudyAnalysis:
         """
         return [
             comparison
-            for (name, which, what), comparison in self.comparisons.items()
-            if what == measure
-            and vlm in (None, name)
+            for name, which, comparison in self.changed.get(measure, ())
+            if vlm in (None, name)
             and which.is_tuned == is_tuned
             and which.is_quantization
-            and comparison.effect is not None
-            and not np.isnan(comparison.effect.estimate)
             and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
         ]
+
+    @cached_property
+    def changed(self) -> dict[Measure, list[tuple[str, Setting, Comparison]]]:
+        """Comparisons that have an effect, with VLM and setting, by measure."""
+        found: dict[Measure, list[tuple[str, Setting, Comparison]]] = defaultdict(list)
+        for (vlm, setting, measure), comparison in self.comparisons.items():
+            if comparison.effect is not None and not np.isnan(comparison.effect.estimate):
+                found[measure].append((vlm, setting, comparison))
+        return dict(found)
 
     def joint_gains(self) -> dict[tuple[str, Setting], dict[str, float]]:
         """By how much ``top1``, ``ece`` and ``auroc`` (the mean of near- and far-OOD's) got better, together, each in its own unit.
@@ -142,9 +150,13 @@ class StudyAnalysis:
 def average_effect(comparisons: list[Comparison]) -> Interval:
     """Mean effect of several comparisons of one measure.
 
-    Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images.
+    Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images. Where there are
+    none, the comparisons' errors count as one and the same, which is the most that they can be.
     """
     effects = [(c.effect, c.effects) for c in comparisons if c.effect]
+    if not all(len(drawn) for _, drawn in effects):
+        estimates, errors = zip(*((own.estimate, own.stderr) for own, _ in effects))
+        return Interval.normal(float(np.mean(estimates)), float(np.mean(errors)))
     common = over_samples(
         float(np.mean([own.estimate for own, _ in effects])), np.mean([drawn for _, drawn in effects], axis=0)
     )
@@ -170,6 +182,9 @@ def analyse(results: StudyResults) -> StudyAnalysis:
         VLMQError: a part of the store cannot be read, or a run saw other samples than full precision.
     """
     settings_of_all = results.statistics
+    if not results.takes_samples:
+        stored, unreferenced = comparisons_from_rows(results)
+        return _analysis(results, stored, {}, {}, unreferenced)
     found: dict[Key, list[Pair]] = defaultdict(list)
     diagnostics: dict[tuple[str, Setting], list[Diagnostics]] = defaultdict(list)
     trajectories: dict[tuple[str, Setting], list[TrajectoryBins]] = defaultdict(list)
@@ -197,13 +212,29 @@ def analyse(results: StudyResults) -> StudyAnalysis:
                 if len(stages) > 1 and (followed := trajectory(sets, list(stages), settings_of_all.n_bins)):
                     trajectories[vlm, setting].append(followed)
     comparisons = {key: compare(key[1], key[2], pairs) for key, pairs in found.items()}
-    comparisons = _corrected({key: c for key, c in comparisons.items() if not np.isnan(c.value)})
+    return _analysis(
+        results,
+        {key: c for key, c in comparisons.items() if not np.isnan(c.value)},
+        {key: merge(seeds) for key, seeds in diagnostics.items()},
+        {key: merge_trajectories(_alike(seeds)) for key, seeds in trajectories.items()},
+        unreferenced,
+    )
+
+
+def _analysis(
+    results: StudyResults,
+    comparisons: dict[Key, Comparison],
+    diagnostics: dict[tuple[str, Setting], Diagnostics],
+    trajectories: dict[tuple[str, Setting], TrajectoryBins],
+    unreferenced: list[str],
+) -> StudyAnalysis:
+    comparisons = _corrected(comparisons)
     return StudyAnalysis(
         results=results,
-        statistics=settings_of_all,
+        statistics=results.statistics,
         comparisons=_with_tested_changes(comparisons),
-        diagnostics={key: merge(seeds) for key, seeds in diagnostics.items()},
-        trajectories={key: merge_trajectories(_alike(seeds)) for key, seeds in trajectories.items()},
+        diagnostics=diagnostics,
+        trajectories=trajectories,
         unreferenced=unreferenced,
         score=next((measure.score for _, _, measure in comparisons if measure.score and not measure.dataset), ""),
     )

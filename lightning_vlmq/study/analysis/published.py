@@ -189,15 +189,9 @@ for _title, _method, _bits, _gap, _vulnerability, _expects in _GAPS:
 
 def _compared(analysis: StudyAnalysis, measure: Measure) -> Iterator[tuple[str, Setting, Comparison]]:
     """Every comparison of a measure that is known, controls left out."""
-    for (vlm, setting, what), comparison in analysis.comparisons.items():
-        if (
-            what != measure
-            or _is_control(setting)
-            or comparison.effect is None
-            or math.isnan(comparison.effect.estimate)
-        ):
-            continue
-        yield vlm, setting, comparison
+    for vlm, setting, comparison in analysis.changed.get(measure, ()):
+        if not _is_control(setting):
+            yield vlm, setting, comparison
 
 
 def _is_control(setting: Setting) -> bool:

@@ -10,17 +10,21 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as pc
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.names import bits_text
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
 from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import METHODS
-from lightning_vlmq.quant.scheme import SCOPES
-from lightning_vlmq.results.schema import RunKey
+from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES
+from lightning_vlmq.results.counting import evaluations_in
+from lightning_vlmq.results.schema import ROW_SCHEMA, RunKey
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
 
+MANY_RUNS = 600
+"""With more runs, a study is analysed from their rows alone: all samples of all runs would not fit into memory."""
 CLOCK_TOLERANCE = timedelta(days=1)
 """How far ahead of this machine's clock another's may be."""
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
@@ -138,7 +142,8 @@ class StudyResults:
     Attributes:
         root: the study's folder.
         runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
-        rows: the results rows of these runs.
+        rows: the results rows of these runs; of more than :data:`MANY_RUNS` without those of single sets, but of full precision, of the
+            in-distribution set, and of AUROC.
         superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
         problems: one line for each part of the store that is damaged, incomplete or foreign, and left out.
         notes: one line for each run whose date lies in the future; it stays.
@@ -163,7 +168,7 @@ class StudyResults:
         if not run_ids:
             found = f" ({problems[0]})" if problems else ""
             raise VLMQError(f"no results in '{root}'{found}; run the study first, e.g. vlmq-study study=demo")
-        rows = store.rows(run_ids)
+        rows = store.rows(run_ids) if len(run_ids) <= MANY_RUNS else _needed_rows(store, run_ids)
         names = [field.name for field in fields(RunKey)]
         newest: dict[RunKey, StoredRun] = {}
         firsts = rows.drop_duplicates("run_id").set_index("run_id")[names]
@@ -212,6 +217,17 @@ class StudyResults:
         return next(iter(found), Statistics())
 
     @cached_property
+    def takes_samples(self) -> bool:
+        """Whether comparisons are made from samples: where all runs kept theirs, and there are not too many of them."""
+        return len(self.runs) <= MANY_RUNS and all(run.store.keeps_samples(run.run_id) for run in self.runs)
+
+    @cached_property
+    def evaluations(self) -> int:
+        """Evaluation runs (model, data set, score) in these runs, see :mod:`lightning_vlmq.results.counting`."""
+        counted = [run.store.facts(run.run_id).get("evaluations") for run in self.runs]
+        return evaluations_in(self.rows) if None in counted else int(sum(filter(None, counted)))
+
+    @cached_property
     def vlms(self) -> list[str]:
         """Names of the VLMs, with ``@weights`` only where one architecture comes with several weights. Sorted."""
         return sorted({self.vlm_of(run) for run in self.runs})
@@ -239,6 +255,14 @@ class StudyResults:
         """Every quantized setting that some VLM was run with, in display order; without those that differ by the logit scale alone."""
         found = {run.setting for run in self.runs if not run.key.is_full_precision and not run.setting.is_tuned}
         return sorted(found, key=lambda s: s.sort_key)
+
+
+def _needed_rows(store: ResultsStore, run_ids: list[str]) -> pd.DataFrame:
+    """The rows that a report of many runs is made of."""
+    is_full = (pc.field("method") == FULL_PRECISION) & ~pc.field("is_tuned")
+    of_roles = (pc.field("dataset") == "") | (pc.field("role") == "id")
+    keep = of_roles | is_full | pc.field("metric").isin(["auroc", "delta_auroc"])
+    return store.table(run_ids, ROW_SCHEMA.names, keep).cast(ROW_SCHEMA).to_pandas()
 
 
 def reference_of(run: StoredRun, references: list[StoredRun]) -> StoredRun | None:

@@ -77,6 +77,7 @@ def _facts(analysis: StudyAnalysis) -> str:
     facts = {
         "runs": f"{len(results.runs) - tuned:,}",
         "VLMs": f"{len(results.vlms):,}",
+        "evaluation runs": f"{results.evaluations:,}",
         "quantized settings": f"{len(results.settings):,}",
         **({"logit scales tuned": f"{tuned:,}"} if tuned else {}),
         "result rows": f"{len(results.rows):,}",
@@ -89,6 +90,11 @@ def _facts(analysis: StudyAnalysis) -> str:
 def _warnings(analysis: StudyAnalysis) -> str:
     notes = [f"Left out: {escape(problem)}" for problem in analysis.results.problems]
     notes += map(escape, analysis.results.notes)
+    if not analysis.results.takes_samples:
+        notes.append(
+            f"Made from the rows of {len(analysis.results.runs):,} runs alone, not from their samples: every value, change and test is as "
+            "with them; means over VLMs have the widest interval that common images allow, and figures that need samples are left out."
+        )
     if analysis.unreferenced:
         names = ", ".join(escape(vlm) for vlm in analysis.unreferenced)
         notes.append(f"No full-precision run of {names}: nothing of theirs is compared.")

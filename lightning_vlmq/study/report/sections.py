@@ -11,16 +11,19 @@ from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
 from lightning_vlmq.study.analysis.published import held_against
-from lightning_vlmq.study.report import figures, improvement, tables
+from lightning_vlmq.study.report import figures, improvement, tables, tradeoffs
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
 from lightning_vlmq.study.report.figures.spectra import read_spectra
 from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, verdict_table
 
+MOST_CELLS = 20_000
+"""With more comparisons, the page leaves the tables of all of them to the file beside it."""
 Section = tuple[str, str, str]
 """Anchor, heading, and content; without content the section is left out."""
 
 LINKS = {"spurious": "Spurious", "tables": "Tables", "published": "Published", "zero-shot": "Zero-shot"}
 """Shorter names of sections, by anchor."""
+LINKS |= {"damage": "Damage"}
 LINKS |= {"mechanism": "Mechanism", "coverage": "Coverage", "how": "How"}
 
 
@@ -72,6 +75,13 @@ def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
         "Accuracy change by corruption and setting",
         "Change of top-1 accuracy by corruption in points, mean over severities and VLMs.",
     )
+    damage = _figure(
+        figures.effects_over_damage(analysis),
+        "Change in each reliability dimension over the damage to the image features",
+        "Every VLM and setting by what quantization did to its image features, not by its bits: the change in each dimension over the "
+        "output's signal-to-quantization-noise ratio, −10 log₁₀ of the mean over in-distribution images of |z<sub>q</sub> − z|² of "
+        "unit-norm features. <b>Up is worse, right is more damage</b>; models at the same place of the axis are equally damaged.",
+    )
     flips = _figure(
         figures.prediction_flips(analysis),
         "Share of changed predictions by kind",
@@ -84,8 +94,28 @@ def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
         ("spurious", "Spurious correlation", slopes),
         ("corruption", "Corruption", curves + changes),
         ("flips", "Flips", flips),
+        ("damage", "At equal damage", damage + _tradeoffs(analysis)),
         ("mechanism", "Is the spectral filter the cause?", _mechanism(analysis)),
     ]
+
+
+def _tradeoffs(analysis: StudyAnalysis) -> str:
+    """Models that no other of their VLM beats, and seeds beside samples."""
+    front, seeds = tradeoffs.pareto_table(analysis), tradeoffs.seed_table(analysis)
+    found = ""
+    if front:
+        note = (
+            "<p class='note'>Of each VLM the models that none of its others beats in one of accuracy, ECE, OOD detection (mean of near and "
+            "far) and size without losing in another, by the values as measured. Size: mean bits of the matrix weights of both towers.</p>"
+        )
+        found += f"<details><summary>Pareto fronts: accuracy, calibration, OOD detection, size</summary>{note}{front}</details>"
+    if seeds:
+        note = (
+            "<p class='note'>Standard deviation over seeds (of calibration, training and their data order) beside the standard error over "
+            "test images, each as root mean square over (VLM, setting) pairs. Intervals elsewhere are over images alone.</p>"
+        )
+        found += f"<details><summary>Seeds beside test images</summary>{note}{seeds}</details>"
+    return found
 
 
 def _mechanism(analysis: StudyAnalysis) -> str:
@@ -194,11 +224,17 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
         "corrected over the whole grid; hover over a cell for interval and p-value, over a heading for its convention. Changes of ECE, "
         "adaptive and class-wise ECE are of the debiased errors; MCE is not tested.</p>"
     )
+    is_large = len(analysis.comparisons) > MOST_CELLS
     by_vlm = "".join(
         f"<details{'' if position else ' open'}><summary>{escape(vlm)}</summary>{tables.vlm_table(analysis, vlm)}</details>"
-        for position, vlm in enumerate(analysis.vlms)
+        for position, vlm in enumerate([] if is_large else analysis.vlms)
     )
-    detection = tables.detection_table(analysis)
+    detection = "" if is_large else tables.detection_table(analysis)
+    if is_large:
+        legend = (
+            f"<p class='note'>{len(analysis.comparisons):,} comparisons are too many for a page: every one, with interval, p-value and "
+            "convention, is a line of <a href='comparisons.csv'>comparisons.csv</a> beside it.</p>"
+        )
     if detection:
         detection = f"<details><summary>AUROC by data set and score (DeLong)</summary>{detection}</details>"
     claims = held_against(analysis)
@@ -221,7 +257,7 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
     if spectrum:
         coverage += f"<details><summary>Spectral summaries by layer group</summary>{spectrum}</details>"
     return [
-        ("tables", "Every metric against full precision", legend + by_vlm + detection if by_vlm else ""),
+        ("tables", "Every metric against full precision", legend + by_vlm + detection if by_vlm or is_large else ""),
         ("published", "Beside the published results", published),
         ("zero-shot", "Zero-shot accuracy in full precision", zero_shot),
         ("coverage", "What was quantized", coverage),

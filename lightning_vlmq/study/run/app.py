@@ -4,7 +4,9 @@ Hydra composes argument lists and launches jobs; it never builds a model. Usage:
 
     vlmq-study study=demo
     vlmq-study study=demo study.axes.vlm=[vit_clean] seed=1
-    vlmq-study -m study=demo study.axes.vlm=[vit_clean],[vit_noisy]    # jobs share one store
+    vlmq-study -m study=demo study.shard=1/2,2/2 hydra/launcher=joblib    # jobs share one store
+    vlmq-study study=demo --dry-run                                       # what it holds and costs
+    vlmq-study status study=demo                                          # where it stands, from any terminal
     vlmq-study study=demo report_only=true
 """
 
@@ -26,10 +28,8 @@ if TYPE_CHECKING:
     from lightning_vlmq.study.run.execute import Outcome
 
 ROOT_CONFIG = "sweep"
-
-
-class RunsFailedError(RuntimeError):
-    """Some runs of a study failed; the others finished."""
+WORDS = {"status": "status=true", "--status": "status=true", "--dry-run": "dry_run=true", "--dry_run": "dry_run=true"}
+"""What may be said in place of an entry of the config."""
 
 
 def find_configs(arguments: list[str]) -> Path:
@@ -57,6 +57,7 @@ def find_configs(arguments: list[str]) -> Path:
 
 def entry_point() -> None:
     """The console script. Exit code 0: everything ran; 1: some runs failed; 2: bad input, said in one line; 128 + n: signal n."""
+    sys.argv[1:] = [WORDS.get(word, word) for word in sys.argv[1:]]
     with stoppable("vlmq-study", "what is stored stays, the same command goes on where it stopped"):
         _run()
 
@@ -68,6 +69,7 @@ def _run() -> None:
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
 
+    from lightning_vlmq.study.run.execute import RunsFailedError
     from lightning_vlmq.study.run.study import run_study
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands errors on, and they are said in one line below

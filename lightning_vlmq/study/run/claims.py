@@ -86,6 +86,21 @@ class Claims:
             ended.set()
             self._release(path, own)
 
+    def held(self) -> dict[str, Holder]:
+        """Who computes what now, by run: claims whose holder is alive. Of this process's own too."""
+        found = {}
+        for path in sorted(self.folder.glob("[!.]*.json")):
+            with suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    holder = _read(descriptor)
+                    is_own = holder is not None and holder.host == platform.node() and holder.pid == os.getpid()
+                    if holder is not None and (is_own or not _is_dead(holder, descriptor)):
+                        found[path.stem] = holder
+                finally:
+                    os.close(descriptor)
+        return found
+
     def _take(self, path: Path, own: Holder) -> Holder | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         while True:

@@ -32,6 +32,10 @@ POLL_SECONDS = 1.0
 STAGES = {"fp32": "full precision", "ptq": "post-training quantization", "qat": "quantization-aware training"}
 
 
+class RunsFailedError(RuntimeError):
+    """Some runs of a study failed; the others finished."""
+
+
 @dataclass
 class Outcome:
     """What became of a grid.

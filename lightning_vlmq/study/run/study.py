@@ -18,15 +18,22 @@ from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.page import write_report
 from lightning_vlmq.study.report.terminal import summary_table, timing_table
+from lightning_vlmq.study.run.config import Study
 from lightning_vlmq.study.run.execute import Outcome, execute, screen
-from lightning_vlmq.study.run.grid import Study, compose
+from lightning_vlmq.study.run.grid import Run, compose
+from lightning_vlmq.study.run.inputs import data_digest
+from lightning_vlmq.study.run.plan import measure, plan, plan_table
+from lightning_vlmq.study.run.shards import shard_of
+from lightning_vlmq.study.run.status import status_of
 
 
 def run_study(config: DictConfig, config_folder: Path, writes_report: bool = True) -> Outcome:
     """Run a composed study config.
 
     Args:
-        config: ``study`` (see :class:`~lightning_vlmq.study.run.grid.Study`), ``seed`` and ``report_only``.
+        config: ``study`` (see :class:`~lightning_vlmq.study.run.grid.Study`), ``seed``, ``report_only``,
+            ``status`` (say where it stands, and stop), ``dry_run`` (say what it holds and costs, and stop) and ``compact`` (pack what is
+            stored, and stop).
         config_folder: the folder that the config came from.
         writes_report: build the report at the end; jobs of a multirun leave that to ``report_only=true``.
 
@@ -37,19 +44,32 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
     study = Study.from_config(plain["study"])
     console = screen()
-    if plain["report_only"]:
-        outcome = Outcome()
-    else:
-        seed = plain["seed"]
-        if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-            raise VLMQError(f"seed must be a whole number from 0, got {seed!r}; use -m seed=0,1 for several")
-        runs = compose(study, seed, config_folder)
+    outcome = Outcome()
+    if plain["compact"]:
+        if plain["compact"] not in (True, "rows"):
+            raise VLMQError(f"compact must be true, or rows to leave samples out; got {plain['compact']!r}")
+        packed = ResultsStore(study.root).compact(keeps_samples=plain["compact"] is True)
+        console.print(f"{packed:,} runs packed in {escape(study.root)}", highlight=False)
+        return outcome
+    if not plain["report_only"]:
+        runs = grid_of(study, plain["seed"], config_folder)
+        own = shard_of(runs, study.shard)
+        if plain["status"]:
+            say_status(study, own, console)
+            return outcome
+        found, sets = plan(own)
+        part = f" (shard {escape(study.shard)} of {len(runs):,})" if study.shard else ""
+        console.print(
+            f"[bold]{escape(study.name)}[/]: {len(own):,} runs{part}, {found.evaluations:,} evaluation runs, "
+            f"results in {escape(study.root)}",
+            highlight=False,
+        )
+        if plain["dry_run"]:
+            console.print(plan_table(found, measure(found, sets), study.cache))
+            return outcome
         require_writable(Path(study.root))
         remove_leftovers(Path(study.root), below=True)
-        console.print(
-            f"[bold]{escape(study.name)}[/]: {len(runs)} runs, results in {escape(study.root)}", highlight=False
-        )
-        outcome = execute(runs, ResultsStore(study.root), cli.main, console)
+        outcome = execute(own, ResultsStore(study.root), cli.main, console)
     if writes_report:
         report(study, outcome, console)
     else:
@@ -60,6 +80,26 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
             f"[red]failed[/] {escape(run.label)}: {escape(reason)}\n       {escape(str(traceback))}", soft_wrap=True
         )
     return outcome
+
+
+def grid_of(study: Study, seed: Any, config_folder: Path) -> list[Run]:
+    """A study's whole grid. Data in files count by what they are: other data below another root make other runs.
+
+    Raises:
+        VLMQError: the config names something unknown, or data are missing.
+    """
+    seeds = study.seeds_or(seed)
+    runs = compose(study, seeds, config_folder)
+    return compose(study, seeds, config_folder, data_digest(runs[0].arguments)) if study.data else runs
+
+
+def say_status(study: Study, runs: list[Run], console: Console) -> None:
+    """Print where a study stands: one line, then one for each run that is being computed and for each that failed."""
+    found = status_of(Path(study.root), runs)
+    console.print(f"[bold]{escape(study.name)}[/]: {escape(str(found))}", highlight=False, soft_wrap=True)
+    for title, runs_of in (("running", found.running), ("failed ", found.failed)):
+        for run_id, about in runs_of.items():
+            console.print(f"{title}  {escape(run_id)}: {escape(about)}", highlight=False, soft_wrap=True)
 
 
 def report(study: Study, outcome: Outcome, console: Console) -> None:

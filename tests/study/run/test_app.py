@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from cases.small_data import SMALL_DATA
 from cases.study import grid, write_study
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.results.counting import evaluations_in
+from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.run import app as runner
 
 REPOSITORY = Path(__file__).parents[3]
@@ -107,7 +110,7 @@ def test_help_shows_studies_and_config(vlmq_study):
     assert code == 0 and "study: " in output and "axes:" in output and "demo" in output
 
 
-def test_a_small_study_with_a_failing_vlm(tmp_path):
+def test_a_small_study_with_a_failing_vlm(tmp_path, vlmq_study):
     """Two VLMs, one of which cannot be loaded: its runs fail and are named, the others end in the report."""
     quoted = ",".join(f'"--data.{key}={value}"'.replace("'", "").replace(" ", "") for key, value in SMALL_DATA.items())
     arguments = [
@@ -133,3 +136,13 @@ def test_a_small_study_with_a_failing_vlm(tmp_path):
     )
     assert "minmax W4A8 vision" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert list((tmp_path / "tensorboard" / "vit_clean-fp32-s0").rglob("events.out.*"))
+    planned = re.search(r"4 runs, (\d+) evaluation runs", done.stdout)
+    store = ResultsStore(tmp_path)
+    assert int(planned[1]) == 2 * evaluations_in(store.rows())  # of two VLMs, one of which has no results
+    assert store.rows(sorted(own)).query("metric == 'output_sqnr_db'")["value"].between(5, 60).sum() == 1
+    code, output, _ = vlmq_study("study=demo", *arguments, "--status")
+    assert code == 0 and f"2 of 4 runs done, 2 failed, 0 running, {int(planned[1]) // 2} evaluation runs" in output
+    assert len(re.findall(r"failed +local_dir_nowhere", output)) == 2 and "running  " not in output
+    code, output, error = vlmq_study("study=demo", *arguments, "study.axes.vlm=[vit_clean]", "--dry-run")
+    assert code == 0, error
+    assert f"{int(planned[1]) // 2:,}" in output and "hours" in output and "disk, features (cache=all)" in output

@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant import METHODS
-from lightning_vlmq.study.run.grid import Study, compose
+from lightning_vlmq.study.run.config import Study
+from lightning_vlmq.study.run.grid import compose
+from lightning_vlmq.study.run.shards import shard_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 
@@ -34,16 +36,14 @@ def demo() -> dict:
     return config("study=demo")
 
 
-def runs(plain: dict, seed: int = 0, folder: Path = CONFIGS):
-    return compose(Study.from_config(plain), seed, folder)
+def runs(plain: dict, seed: int = 0, folder: Path = CONFIGS, data: str = ""):
+    return compose(Study.from_config(plain), [seed], folder, data)
 
 
 def test_the_demo_is_four_vlms_in_eight_settings_and_full_precision(demo):
     grid = runs(demo)
     assert len(grid) == 4 * (1 + 2 * 2 * 2)
-    for start in range(0, 36, 9):  # each VLM's full precision comes before what is compared with it
-        assert grid[start].kind == "fp32" and len({run.vlm for run in grid[start : start + 9]}) == 1
-        assert all(run.kind != "fp32" for run in grid[start + 1 : start + 9])
+    assert [run.kind for run in grid[:4]] == ["fp32"] * 4  # what all else is compared with
     assert len({run.run_id for run in grid}) == 36
     assert {run.kind for run in grid if run.method == "lsq_contrastive"} == {"qat"}
     assert {run.kind for run in grid if run.method == "minmax"} == {"ptq"}
@@ -57,6 +57,7 @@ def test_argument_lists(demo):
         *("--seed_everything=3", "--model.vlm=vit_clean", "--model.quant.method=fp32"),
         *("--results.root=logs/demo", f"--results.run_id={full.run_id}"),
         *(
+            "--model.kept_features=all",
             "--trainer.logger.init_args.save_dir=logs/demo/tensorboard",
             "--trainer.logger.init_args.name=vit_clean-fp32-s3",
         ),
@@ -67,7 +68,7 @@ def test_argument_lists(demo):
         "--model.vlm=convnext_noisy",
         "--model.quant.method=lsq_contrastive",
         "--model.quant.scope=vision_text",
-        "--model.quant.weight_bits=4",
+        "--model.quant.weight_bits=8",
         "--model.quant.act_bits=8",
     }
 
@@ -80,6 +81,65 @@ def test_committed_studies_are_complete(path):
     grid = runs(plain)
     cells = len(plain["axes"]["method"]) * len(plain["axes"]["bits"]) * len(plain["axes"]["scope"])
     assert len(grid) == len(plain["axes"]["vlm"]) * (1 + cells)
+    assert plain["seeds"] is None or path == "embedded"
+
+
+def test_every_beginning_is_a_balanced_study():
+    """Seed by seed; inside a seed every VLM and method as often as any other, up to the group that is being worked on."""
+    plain = config("study=embedded")
+    study = Study.from_config(plain)
+    grid = compose(study, study.seeds_or(0), CONFIGS)
+    methods, n_vlms, n_scopes = plain["axes"]["method"], len(plain["axes"]["vlm"]), len(plain["axes"]["scope"])
+    one_seed = n_vlms * (1 + len(methods) * len(plain["axes"]["bits"]) * n_scopes)
+    assert [run.seed for run in grid] == [seed for seed in (0, 1, 2) for _ in range(one_seed)]
+    for end in range(n_vlms, one_seed + 1, n_vlms * n_scopes):
+        begun = grid[:end]
+        assert {sum(run.vlm == vlm for run in begun) for vlm in plain["axes"]["vlm"]} == {end // n_vlms}
+        counts = [sum(run.method == method for run in begun) for method in methods]
+        assert max(counts) - min(counts) <= n_vlms * n_scopes
+        widths = [sum(run.bits == bits for run in begun) for bits in plain["axes"]["bits"]]
+        assert max(widths) - min(widths) <= n_vlms * n_scopes
+    pairs = grid[n_vlms:one_seed]
+    assert all(a.scope == "vision" and b.scope == "vision_text" for a, b in zip(pairs[::2], pairs[1::2]))
+    assert all((a.vlm, a.method, a.bits) == (b.vlm, b.method, b.bits) for a, b in zip(pairs[::2], pairs[1::2]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 100])
+def test_shards_are_disjoint_and_together_the_grid(demo, n):
+    grid = runs(demo)
+    parts = [shard_of(grid, f"{i}/{n}") for i in range(1, n + 1)]
+    assert sorted(run.run_id for part in parts for run in part) == sorted(run.run_id for run in grid)
+    home = {}
+    for number, part in enumerate(parts):
+        for run in part:  # scopes that differ in nothing else stay together
+            assert home.setdefault((run.seed, run.vlm, run.method, run.bits), number) == number
+        assert part == [run for run in grid if run in part]
+    assert max(map(len, parts)) - min(map(len, parts)) <= 2 + len(grid) // n // 2
+    assert shard_of(grid, None) == grid
+
+
+@pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])
+def test_what_is_no_shard_is_refused(demo, shard):
+    with pytest.raises(VLMQError, match=r"is not of the form 2/8"):
+        shard_of(runs(demo), shard)
+
+
+def test_seeds_of_a_study_and_of_the_command_line(demo):
+    study = Study.from_config(demo | {"seeds": [4, 4, 2]})
+    assert study.seeds_or(0) == [4, 2] and Study.from_config(demo).seeds_or(7) == [7]
+    with pytest.raises(VLMQError, match=r"give study\.seeds=\[3\] alone"):
+        study.seeds_or(3)
+    for bad in ([], [-1], ["a"], [True], 3):
+        with pytest.raises(VLMQError, match=r"study\.seeds must be a list"):
+            Study.from_config(demo | {"seeds": bad})
+
+
+def test_other_data_make_other_runs(demo):
+    """What lies below the folder decides, not where it lies."""
+    plain = config("study=demo", "study.data=[imagenet,cc3m]", "study.data_root=/a")
+    first = [run.run_id for run in runs(plain, data="1")]
+    assert first == [run.run_id for run in runs({**plain, "data_root": "/b"}, data="1")]
+    assert set(first).isdisjoint(run.run_id for run in runs(plain, data="2"))
 
 
 def test_where_output_goes_does_not_change_what_a_run_is(demo):
@@ -141,9 +201,8 @@ def test_an_outermost_axis_changes_last(demo):
     before = runs(demo)
     demo["outermost"] = "bits"
     order = [(run.vlm, run.method, run.bits) for run in runs(demo)]
-    first = [("fp32", "W32A32"), ("minmax", "W4A8")]
-    assert order[:4] == [(vlm, *rest) for vlm in demo["axes"]["vlm"] for rest in first]
-    assert [bits for _, _, bits in order[4:]] == ["W8A8", "W8A8"]
+    stages = [("fp32", "W32A32"), ("minmax", "W4A8"), ("minmax", "W8A8")]
+    assert order == [(vlm, *rest) for rest in stages for vlm in demo["axes"]["vlm"]]
     assert {run.run_id for run in runs(demo)} == {run.run_id for run in before}
     demo["outermost"] = "bit"
     with pytest.raises(VLMQError, match="outermost"):

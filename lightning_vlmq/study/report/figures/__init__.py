@@ -1,5 +1,6 @@
 """The report's figures: each a function of the analysis that returns a matplotlib figure, or ``None`` without data."""
 
+from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.reliability import reliability_diagrams, reliability_trajectories
@@ -12,6 +13,7 @@ __all__ = [
     "as_svg",
     "corruption_changes",
     "corruption_curves",
+    "effects_over_damage",
     "overview",
     "prediction_flips",
     "reliability_diagrams",

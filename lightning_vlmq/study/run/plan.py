@@ -1,0 +1,245 @@
+"""What a study holds and what it will cost, said before anything starts."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.data.filedata import FileData
+from lightning_vlmq.data.images import FileImages
+from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.models import VLM, load_vlm, split_name
+from lightning_vlmq.models.provenance import RANDOM
+from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.results.counting import evaluations_a_model
+from lightning_vlmq.study.run.grid import Run
+from lightning_vlmq.study.run.inputs import data_of, model_setting, sets_of, setting
+
+PASSES: Mapping[str, float] = {
+    "minmax": 1.25,
+    "smoothquant": 1.2,
+    "awq": 7.6,
+    "gptq": 3.0,
+    "percentile": 2.9,
+    "mse": 3.8,
+}
+"""Seconds to quantize, in forward passes over the calibration pairs: of ViT-B-32 by ``benchmarks/quantize.py``, the last two scaled from
+``docs/methods.md``; of others as :data:`TYPICAL`."""
+TYPICAL = 3.0
+FAKE_QUANTIZED = 1.2
+"""A forward pass with fake quantization in passes without, by ``benchmarks/fake_quant.py`` (1.0 to 1.3)."""
+STEP = 3.0
+"""A training step in forward passes of its batch (forward and backward), by the same."""
+SAMPLE_BYTES, ROW_BYTES = 40.0, 14.0
+"""On disk for each image of each model, and for each row of results; measured on stores of the embedded study."""
+ROWS_A_SET = 60
+"""Rows for each set of a model: metrics and their changes."""
+TIMED_IMAGES = 8
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Unit costs, measured on this machine.
+
+    Attributes:
+        decode: seconds to read and decode an image; 0 where images are in memory.
+        pixels: bytes of a decoded image; 0 where images are in memory.
+        forward: seconds to encode an image in full precision, by VLM.
+        width: features an image, by VLM.
+        unmeasured: VLMs that cannot be built here, which the mean of the others stands for.
+    """
+
+    decode: float
+    pixels: int
+    forward: Mapping[str, float]
+    width: Mapping[str, int]
+    unmeasured: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study holds.
+
+    Attributes:
+        runs: the grid.
+        images: number of images, by role.
+        n_sets: number of evaluation sets.
+        n_pairs: number of caption pairs.
+        evaluations_a_model: see :func:`~lightning_vlmq.results.counting.evaluations_a_model`.
+        models_a_run: 2 where every run is judged with its logit scale tuned too.
+        epochs: over the pairs, of methods that train.
+        decoded_gb: room for images that are decoded once, ``--data.decoded_gb``; 0 where they are not kept.
+    """
+
+    runs: Sequence[Run] = field(repr=False)
+    images: Mapping[str, int]
+    n_sets: int
+    n_pairs: int
+    evaluations_a_model: int
+    models_a_run: int
+    epochs: int
+    decoded_gb: float = 0.0
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluation runs: quantized model times data-set configuration times score."""
+        return len(self.runs) * self.models_a_run * self.evaluations_a_model
+
+    def bytes_on_disk(self, costs: Costs, cache: str) -> dict[str, float]:
+        """Bytes of the store, by what they are for."""
+        n = sum(self.images.values())
+        decoded = self._decoded(costs) * costs.pixels * n * len(costs.width)
+        models = len(self.runs) * self.models_a_run
+        features = {vlm: 4.0 * costs.width[vlm] * n for vlm in costs.width}
+        towers = {
+            (run.vlm, run.method, run.bits, run.seed, run.scope if run.kind == "qat" else "") for run in self.runs
+        }
+        kept = {"all": [vlm for vlm, *_ in towers], "reference": list(features), "none": []}[cache]
+        return {
+            "results": ROW_BYTES * ROWS_A_SET * self.n_sets * models,
+            "samples": SAMPLE_BYTES * n * models,
+            "features": sum(features[vlm] for vlm in kept),
+            **({"decoded images": decoded} if decoded else {}),
+        }
+
+    def _decoded(self, costs: Costs) -> float:
+        """Share of the images that are decoded once for each VLM (those that want the same size and manner share even that)."""
+        wanted = sum(self.images.values()) * costs.pixels * len(costs.width)
+        return min(1.0, 1e9 * self.decoded_gb / wanted) if wanted else 0.0
+
+    def seconds(self, costs: Costs, cache: str) -> dict[str, float]:
+        """Seconds of one process, by what they are for; statistics are not in it."""
+        n, kept = sum(self.images.values()), self._decoded(costs)
+        found: defaultdict[str, float] = defaultdict(float)
+        for run in self.runs:
+            forward = costs.forward[run.vlm]
+            times = (1 - kept) + kept * (run.kind == "fp32")  # with each VLM's first run, if kept
+            found["decoding"] += costs.decode * (n * times + self.n_pairs)
+            if run.kind == "fp32":
+                found["full precision"] += forward * n
+                continue
+            shares_tower = run.kind == "ptq" and run.scope == "vision_text" and cache != "none"
+            found["quantized models"] += 0.0 if shares_tower else forward * FAKE_QUANTIZED * n
+            found["full precision"] += forward * n if cache == "none" else 0.0
+            passes = PASSES.get(run.method, TYPICAL)
+            if METHODS[run.method].needs_training:
+                passes = PASSES["gptq"] + 1 + STEP * FAKE_QUANTIZED * self.epochs
+            found["quantizing and training"] += passes * forward * self.n_pairs
+        return dict(found)
+
+
+def plan(runs: Sequence[Run]) -> tuple[Plan, list[EvalSet]]:
+    """What a grid holds: its data sets are listed (embedded ones made), no model is loaded.
+
+    Raises:
+        VLMQError: the grid is empty, or data are missing or damaged.
+    """
+    if not runs:
+        raise VLMQError("there is nothing to run: the shard has no runs; use fewer shards")
+    arguments = runs[0].arguments
+    data = data_of(arguments)
+    sets = sets_of(data)
+    pairs = data.read_pairs() if isinstance(data, FileData) and data.pair_reader is not None else data.pairs
+    images: Counter[str] = Counter()
+    for s in sets:
+        images[s.role] += len(s.images)
+    count = evaluations_a_model([s.role for s in sets], len(model_setting(arguments, "scores")))
+    tuned = 2 if model_setting(arguments, "lst") else 1
+    trained = next((run.arguments for run in runs if run.kind == "qat"), arguments)
+    epochs = int(setting(trained, "trainer", "max_epochs", 0) or 0)
+    gb = float(setting(arguments, "data", "decoded_gb", 100.0)) if setting(arguments, "data", "decoded", None) else 0.0
+    return Plan(runs, dict(images), len(sets), 0 if pairs is None else len(pairs), count, tuned, epochs, gb), sets
+
+
+def measure(found: Plan, sets: Sequence[EvalSet]) -> Costs:
+    """Time decoding on a few of the images, and each VLM on a few more, with random weights where its own would have to be fetched."""
+    files = next((s.images for s in sets if isinstance(s.images, FileImages)), None)
+    decode, pixels = 0.0, 0
+    if files is not None:
+        some = list(range(min(TIMED_IMAGES, len(files))))
+        files.__getitems__(some)  # opens files and libraries
+        start = time.perf_counter()
+        files.__getitems__(some)
+        decode, pixels = (time.perf_counter() - start) / len(some), 3 * files.preprocess.size**2
+    forward: dict[str, float] = {}
+    width: dict[str, int] = {}
+    for name in dict.fromkeys(run.vlm for run in found.runs):
+        try:
+            vlm = _built(name)
+        except (VLMQError, OSError, ImportError):
+            continue
+        forward[name], width[name] = _timed(vlm)
+    if not forward:
+        raise VLMQError("none of the study's VLMs can be built here, so nothing can be measured; check study.axes.vlm")
+    unmeasured = [name for name in dict.fromkeys(run.vlm for run in found.runs) if name not in forward]
+    for name in unmeasured:
+        forward[name] = sum(forward.values()) / len(forward)
+        width[name] = max(width.values())
+    return Costs(decode, pixels, forward, width, unmeasured)
+
+
+def plan_table(found: Plan, costs: Costs, cache: str) -> Table:
+    """A plan for a terminal."""
+    table = Table(title="plan", title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
+    table.add_column("")
+    table.add_column("", justify="right")
+    n, models = sum(found.images.values()), len(found.runs) * found.models_a_run
+    table.add_row("runs (one process's work each)", f"{len(found.runs):,}")
+    table.add_row(
+        "models judged" + (" (logit scale as it came, and tuned)" if found.models_a_run > 1 else ""), f"{models:,}"
+    )
+    table.add_row(f"images of {found.n_sets} sets", f"{n:,}")
+    for role, count in found.images.items():
+        table.add_row(f"  {ROLES[role].title}", f"{count:,}")
+    table.add_row("caption pairs", f"{found.n_pairs:,}")
+    table.add_row("evaluation runs (model × data set × score)", f"[bold]{found.evaluations:,}[/]")
+    table.add_section()
+    for what, number in (disk := found.bytes_on_disk(costs, cache)).items():
+        table.add_row(f"disk, {what}" + (f" (cache={cache})" if what == "features" else ""), size(number))
+    table.add_row("disk, all", f"[bold]{size(sum(disk.values()))}[/]")
+    table.add_section()
+    for what, taken in (seconds := found.seconds(costs, cache)).items():
+        table.add_row(f"hours of this machine, one process, {what}", f"{taken / 3600:,.1f}")
+    table.add_row("hours, all but statistics", f"[bold]{sum(seconds.values()) / 3600:,.1f}[/]")
+    slowest, fastest = max(costs.forward.values()), min(costs.forward.values())
+    caption = f"measured here: {1e3 * fastest:.3g} to {1e3 * slowest:.3g} ms per image encoded, {1e3 * costs.decode:.3g} ms decoded"
+    if costs.unmeasured:
+        caption += f"; not built here, taken as the mean of the others: {', '.join(costs.unmeasured)}"
+    table.caption, table.caption_justify = escape(caption), "left"
+    return table
+
+
+def size(number: float) -> str:
+    """Bytes in words, e.g. ``"3.2 GB"``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.3g} TB"
+
+
+def _built(name: str) -> VLM:
+    """The VLM with its own weights where it is embedded or in a folder, else of its architecture with random ones."""
+    architecture, pretrained = split_name(name.partition("+outliers")[0])
+    if architecture.startswith("hf-hub:"):
+        raise VLMQError(f"'{name}' would have to be fetched")
+    return load_vlm(architecture, RANDOM if pretrained else None)
+
+
+@torch.no_grad()
+def _timed(vlm: VLM) -> tuple[float, int]:
+    side = vlm.preprocessing.framing.size
+    images = torch.randint(256, (TIMED_IMAGES, 3, side, side), dtype=torch.uint8)
+    vlm.eval().encode_image(images[:1])
+    start = time.perf_counter()
+    features = vlm.encode_image(images)
+    return (time.perf_counter() - start) / TIMED_IMAGES, int(features.shape[-1])

@@ -1,0 +1,118 @@
+"""What runs read and record, found out without running one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from cases.files import write_image, write_tree
+
+from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.study.run.grid import Run
+from lightning_vlmq.study.run.inputs import data_digest, model_setting, setting
+from lightning_vlmq.study.run.plan import Costs, Plan, measure, plan
+
+CONFIG = """
+data:
+  class_path: lightning_vlmq.data.FileData
+  init_args:
+    image_size: 32
+    num_workers: 0
+    sets:
+      - class_path: lightning_vlmq.data.readers.Folder
+        init_args: {name: mine, path: mine, role: id}
+      - class_path: lightning_vlmq.data.readers.Folder
+        init_args: {name: else, path: else, role: far_ood}
+model:
+  class_path: lightning_vlmq.modules.EvaluationModule
+  init_args: {scores: [msp, energy, knn], lst: true}
+trainer: {max_epochs: 5}
+"""
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """Of a run on two folders of images below ``data``."""
+    rng = np.random.default_rng(0)
+    write_tree(tmp_path / "data" / "mine", rng, [f"{c}/{k}.png" for c in ("bag", "coat") for k in range(4)])
+    write_tree(tmp_path / "data" / "else", rng, [f"a/{k}.png" for k in range(5)])
+    (tmp_path / "data.yaml").write_text(CONFIG)
+    return ["validate", "--config", str(tmp_path / "data.yaml"), f"--data.root={tmp_path / 'data'}"]
+
+
+def test_data_are_what_lies_there_not_where_it_lies(arguments, tmp_path):
+    first = data_digest(arguments)
+    shutil.copytree(tmp_path / "data", tmp_path / "moved")  # copies times of change too
+    moved = [*arguments[:-1], f"--data.root={tmp_path / 'moved'}"]
+    assert data_digest(moved) == first == data_digest(arguments)
+    write_image(tmp_path / "moved" / "mine" / "bag" / "9.png", np.random.default_rng(1))
+    more = data_digest(moved)
+    assert more != first
+    image = tmp_path / "data" / "mine" / "bag" / "0.png"
+    status = image.stat()
+    write_image(image, np.random.default_rng(2))
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    assert data_digest(arguments) not in (first, more)
+    with pytest.raises(VLMQError, match="nowhere"):
+        data_digest([*arguments[:-1], "--data.root=/nowhere"])
+
+
+def test_settings_come_from_the_command_line_then_configs_then_defaults(arguments):
+    assert model_setting(arguments, "scores") == ["msp", "energy", "knn"] and model_setting(arguments, "lst") is True
+    assert model_setting([*arguments, "--model.scores=[mcm]"], "scores") == ["mcm"]
+    assert model_setting(["validate"], "lst") is False
+    assert setting(arguments, "trainer", "max_epochs", 1) == 5 and setting(["fit"], "trainer", "max_epochs", 1) == 1
+
+
+def test_a_plan_counts_without_decoding(arguments, monkeypatch):
+    from lightning_vlmq.data.images.files import FileImages
+
+    def refuse(self, i):
+        raise AssertionError("decoded")
+
+    runs = [
+        Run("vit_clean", scope, method, "W4A8", kind, 0, f"{method}{scope}", tuple(arguments))
+        for method, kind, scope in (
+            ("fp32", "fp32", "none"),
+            ("minmax", "ptq", "vision"),
+            ("minmax", "ptq", "vision_text"),
+        )
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(FileImages, "decode", refuse)
+        found, sets = plan(runs)
+    assert found.images == {"id": 8, "far_ood": 5} and (found.n_sets, found.models_a_run, found.epochs) == (2, 2, 5)
+    assert found.evaluations == 3 * 2 * (1 + 1 * 3)  # runs, logit scales, sets under their scores
+    costs = measure(found, sets)
+    assert costs.decode > 0 and costs.forward["vit_clean"] > 0 and costs.width["vit_clean"] > 8
+    with pytest.raises(VLMQError, match="nothing to run"):
+        plan([])
+
+
+def test_what_is_shared_costs_once():
+    """By hand: an image a second, 10 images, 4 pairs; 64 features an image."""
+    runs = [
+        Run("vit_clean", scope, method, "W4A8", kind, 0, f"{method}{scope}", ())
+        for method, kind, scope in (
+            ("fp32", "fp32", "none"),
+            ("minmax", "ptq", "vision"),
+            ("minmax", "ptq", "vision_text"),
+        )
+    ]
+    found = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0)
+    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64})
+    seconds = {cache: found.seconds(costs, cache) for cache in ("all", "reference", "none")}
+    assert seconds["reference"]["full precision"] == 10 and seconds["none"]["full precision"] == 30
+    assert seconds["none"]["quantized models"] == pytest.approx(2 * seconds["reference"]["quantized models"])
+    assert {cache: found.bytes_on_disk(costs, cache)["features"] for cache in seconds} == {
+        "all": 2 * 10 * 64 * 4.0,
+        "reference": 10 * 64 * 4.0,
+        "none": 0.0,
+    }
+    costs = Costs(2.0, 100, {"vit_clean": 1.0}, {"vit_clean": 64})
+    assert found.seconds(costs, "all")["decoding"] == 2.0 * 3 * (10 + 4)  # in every run
+    half = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, decoded_gb=5e-7)  # room for 5 of 10 images
+    assert half.seconds(costs, "all")["decoding"] == pytest.approx(2.0 * (3 * (5 + 4) + 5))
+    assert half.bytes_on_disk(costs, "all")["decoded images"] == pytest.approx(500)
