@@ -16,6 +16,9 @@ from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 
 log = logging.getLogger(__name__)
 
+TEXTS = "texts_"
+"""How the names of texts' features begin."""
+
 
 @dataclass(frozen=True)
 class Computation:
@@ -105,4 +108,4 @@ def tower_digests(vlm: VLM, scheme: QuantScheme | None, method: str, trainer: Tr
 
 def text_digest(texts: Sequence[str], *more: Sequence[str]) -> str:
     """A hash of lists of texts, to keep their features under."""
-    return f"texts_{digest([list(texts), *map(list, more)])}"
+    return f"{TEXTS}{digest([list(texts), *map(list, more)])}"

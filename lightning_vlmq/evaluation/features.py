@@ -22,11 +22,11 @@ from lightning_vlmq.core.atomic import is_alive, replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.evaluation.digests import TEXTS
 
 log = logging.getLogger(__name__)
 
 Kept = Literal["all", "reference", "none"]
-TEXTS = "texts_"
 _HOST = platform.node()
 
 
