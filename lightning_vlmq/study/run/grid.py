@@ -94,13 +94,11 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
         bits = list(widths)[(turn + place) % len(widths)]
         scopes = dict.fromkeys(study.axes["scope"])
         cells += [(vlm, method, bits, scope, *widths[bits]) for vlm in vlms for scope in scopes]
-    if study.outermost is not None:
-        places = {name: k for k, name in enumerate(study.axes[study.outermost])}
+    if (axis := study.outermost) is not None:
+        places = {name: k for k, name in enumerate(study.axes[axis])}
         where = {"method": 1, "bits": 2, "scope": 3}
         full, rest = cells[: len(vlms)], cells[len(vlms) :]
-        cells = full + sorted(
-            rest, key=lambda cell: places[cell[0][0] if study.outermost == "vlm" else str(cell[where[study.outermost]])]
-        )
+        cells = full + sorted(rest, key=lambda cell: places[cell[0][0] if axis == "vlm" else str(cell[where[axis]])])
     environment = {vlm: [*_environment(split_name(vlm)[0]), data] for vlm, _ in vlms}
     contents: dict[str, Any] = {}
     runs = []
