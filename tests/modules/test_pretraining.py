@@ -10,6 +10,7 @@ from lightning import Trainer, seed_everything
 from torch import nn
 
 from lightning_vlmq.callbacks import ZooExport
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.models import load_vlm, zoo
 from lightning_vlmq.modules import PretrainingModule, QATModule, Quantization
@@ -99,11 +100,22 @@ def test_a_teacher_draws_both_towers_to_its_own():
         assert module._to_teacher(teacher, other, images, CAPTIONS).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_prototypes_that_are_not_learned_stay_out_of_the_optimizer():
-    for learned in (True, False):
-        module = PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, learn_prototypes=learned)
+def test_fixed_dimensions_of_prototypes_stay_as_drawn_and_keep_their_share():
+    for fixed in (0, 16):
+        module = PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=fixed)
+        dim = module.vlm.encode_text(module.vlm.tokenize(["a"])).shape[-1]
         trained = {id(p) for group in _groups(module) for p in group["params"]}
-        assert (id(module.prototypes) in trained) == learned and all(id(p) in trained for p in module.vlm.parameters())
+        assert id(module.prototypes) in trained and all(id(p) in trained for p in module.vlm.parameters())
+        assert module.prototypes.shape == (3, dim - fixed) and not module.fixed_code.requires_grad
+        torch.testing.assert_close(module.fixed_code.square().sum(-1), torch.full((3,), fixed / dim))
+        features = nn.functional.normalize(torch.randn(2, dim), dim=-1)
+        outputs = {"image_features": features, "text_features": features}
+        loss = module._to_prototypes(outputs, torch.tensor([2, -1]))
+        whole = nn.functional.normalize(module.prototypes, dim=-1) * (1 - fixed / dim) ** 0.5
+        logits = module.vlm.logit_scale() * features @ torch.cat([module.fixed_code, whole], dim=1).T
+        torch.testing.assert_close(loss, 2 * -logits.log_softmax(-1)[0, 2])
+    with pytest.raises(VLMQError, match="fixed_dims"):
+        PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=dim)
 
 
 def _groups(module):
