@@ -112,7 +112,7 @@ def test_fixed_dimensions_of_prototypes_stay_as_drawn_and_keep_their_share():
         outputs = {"image_features": features, "text_features": features}
         loss = module._to_prototypes(outputs, torch.tensor([2, -1]))
         whole = nn.functional.normalize(module.prototypes, dim=-1) * (1 - fixed / dim) ** 0.5
-        logits = module.vlm.logit_scale() * features @ torch.cat([module.fixed_code, whole], dim=1).T
+        logits = 16 * features @ torch.cat([module.fixed_code, whole], dim=1).T
         torch.testing.assert_close(loss, 2 * -logits.log_softmax(-1)[0, 2])
     with pytest.raises(VLMQError, match="fixed_dims"):
         PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=dim)
