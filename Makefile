@@ -4,7 +4,7 @@ BIN := .venv/bin
 # one thread a process: the tests run two processes side by side
 TEST_ENV := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES=
 
-.PHONY: demo test lint docs data artwork clean
+.PHONY: demo test lint docs data clean
 
 demo: .venv/.ready
 	$(BIN)/vlmq-study study=demo
@@ -21,12 +21,8 @@ lint: .venv/.ready
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Fashion-MNIST's training part, needed only to pre-train the embedded models again
+# the training drawings, needed only to pre-train the embedded models again; npm is needed for this alone
 data: .venv/.ready
-	$(BIN)/python scripts/fetch_fashion_mnist.py data
-
-# the drawings that the concepts' models are trained on; npm is needed for this alone
-artwork: .venv/.ready
 	mkdir -p data/artwork && cp scripts/artwork/package.json data/artwork/
 	npm install --prefix data/artwork --no-audit --no-fund
 	$(BIN)/python -m pip install --quiet --editable '.[artwork]'

@@ -104,7 +104,7 @@ def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    vlm = load_vlm(args.model, None if args.model in zoo.all_names() else "none")
+    vlm = load_vlm(args.model, None if args.model in zoo.buildable() else "none")
     images = torch.randint(0, 256, (args.batch, 3, vlm.image_size, vlm.image_size), dtype=torch.uint8)
     print(f"{args.model}, batches of {args.batch}, {args.threads} threads, medians of {args.repeat} turns")
     print(f"{'':36}{'FP32 ms':>12}{'W8A8 ms':>12}{'ratio':>9}{'aim':>9}")

@@ -45,7 +45,7 @@ def load_model(name: str) -> nn.Module:
     from lightning_vlmq.models import load_vlm, zoo
 
     torch.manual_seed(0)
-    return load_vlm(name, None if name in zoo.all_names() else "none")
+    return load_vlm(name, None if name in zoo.buildable() else "none")
 
 
 def load_batches(vlm: nn.Module, path: str | None, count: int) -> Batches:

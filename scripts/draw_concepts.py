@@ -1,4 +1,4 @@
-"""Draw the contact sheet of the concepts benchmark.
+"""Draw the contact sheet of the embedded benchmark.
 
 Usage:
     python scripts/draw_concepts.py docs/images/concepts.jpg
@@ -15,11 +15,11 @@ import torch
 from matplotlib import pyplot as plt
 from torch import Tensor
 
-from lightning_vlmq.data import ConceptData
+from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.corruptions import CORRUPTIONS
-from lightning_vlmq.data.embedded.benchmark import HOUSES, scenes
 from lightning_vlmq.data.embedded.concepts import Drawings, class_names, read_drawings
 from lightning_vlmq.data.embedded.scenes import SIZE
+from lightning_vlmq.data.embedded.sets import HOUSES, scenes
 
 N_CONCEPTS = 12
 SEVERITY = 3
@@ -27,7 +27,7 @@ SEVERITY = 3
 
 def sheet() -> list[tuple[str, Tensor, list[str]]]:
     """The rows: a title, images uint8 ``[n, 3, 64, 64]``, and what stands under each."""
-    data = ConceptData(
+    data = EmbeddedData(
         n_shifted=N_CONCEPTS * 4, n_ood=N_CONCEPTS * 4, corruptions=tuple(CORRUPTIONS), severities=(SEVERITY,)
     )
     data.setup()
@@ -45,7 +45,7 @@ def sheet() -> list[tuple[str, Tensor, list[str]]]:
     return rows
 
 
-def _houses(data: ConceptData) -> list[tuple[str, Tensor, list[str]]]:
+def _houses(data: EmbeddedData) -> list[tuple[str, Tensor, list[str]]]:
     """The same concepts by house, as far as the committed drawings hold the cell."""
     parts = [read_drawings(data.recipe.path, part) for part in ("id", "pairs", "house")]
     images = torch.cat([p.images for p in parts])

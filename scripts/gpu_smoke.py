@@ -148,8 +148,8 @@ def train(*arguments: str, folder: Path) -> float:
     command: list[Any] = [sys.executable, "-m", "lightning_vlmq", "fit", "--config", "qat", "--trainer.max_epochs=1"]
     command += [
         "--trainer.check_val_every_n_epoch=1",
-        "--data.per_class=5",
-        "--data.datasets=[garments]",
+        "--data.n_concepts=8",
+        "--data.datasets=[concepts]",
         "--trainer.logger=false",
     ]
     command += ["--trainer.callbacks=[]", f"--results.root={folder / 'runs'}", "--model.lst=false", *arguments]

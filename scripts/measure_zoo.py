@@ -1,8 +1,8 @@
-"""Measure the models of the concepts benchmark in full precision, and write docs/concepts.md.
+"""Measure the embedded models in full precision, and write docs/embedded.md.
 
 Usage:
-    python scripts/measure_zoo.py align64_clean             # measures it: adds "measured" to its description in the zoo
-    python scripts/measure_zoo.py --page docs/concepts.md   # measures none, writes the page of those that are measured
+    python scripts/measure_zoo.py align_clean             # measures it: adds "measured" to its description in the zoo
+    python scripts/measure_zoo.py --page docs/embedded.md   # measures none, writes the page of those that are measured
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.data import ConceptData
+from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.corruptions import CORRUPTIONS
+from lightning_vlmq.data.embedded.concepts import class_names
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.metrics.functional import (
     calibration_error,
@@ -32,12 +33,26 @@ from lightning_vlmq.spectral import PUBLISHED_BANDS, band_accuracy, band_name, e
 
 SEVERITY = 3
 SHIFTS = ("openmoji", "line", "silhouette")
-HEAD = """# The concepts benchmark and its models
+HEAD = """# The embedded benchmark and its models
 
-About a thousand concepts of Unicode's emoji, as a dozen houses of artists draw them, on coloured and often textured
-backgrounds. In distribution are drawings of trained concepts by trained houses, but never this concept by this house;
-`unseen` are concepts never trained, among their own names; `openmoji` (in colour), `line` and `silhouette` are houses
-never trained on. Who drew what, and under which licence: `lightning_vlmq/data/embedded/ATTRIBUTION.md`.
+About a thousand concepts of Unicode's emoji, as a dozen houses of artists draw them, on coloured and often textured backgrounds of
+64 x 64 pixels. Who drew what, and under which licence: `lightning_vlmq/data/embedded/ATTRIBUTION.md`. Everything comes with the
+package; `lightning_vlmq.data.EmbeddedData` makes the scenes from the drawings and a seed.
+
+| role | sets | what they show |
+|---|---|---|
+| in distribution | `concepts` | two drawings of each of {n_trained} trained concepts, by houses never trained on with it |
+| near OOD | `novel` | {n_unseen} concepts that are never trained |
+| far OOD | `digits`, `textures`, `pictograms` | handwritten digits, photographs of textures, pictograms of a game's interface |
+| corruptions | `corruptions_clean`, then family and severity | images uncorrupted, and under 19 families of corruptions |
+| semantic shift | `openmoji`, `line`, `silhouette` | houses never trained on: one in colour, two without |
+| | `inverted`, `outline`, `rotated`, `posterised` | renditions of the same images |
+| | `unseen` | the concepts of `novel` among their own names: true zero-shot classification |
+| spurious cue | `backgrounds_common`, `backgrounds_counter` | the same drawings on their group's colour and on another's |
+
+In 90 % of the training images, and in distribution, the background has the colour of the concept's group. Corruptions follow
+ImageNet-C. `n_concepts`, `n_id`, `n_shifted` and `n_ood` take a part of it. A dozen drawings of the houses without colour are the
+same for two or three concepts (the hearts, the diamonds), which no model can tell apart.
 
 ![Concepts by house, then corruptions, shifts and backgrounds](images/concepts.jpg)
 
@@ -45,21 +60,28 @@ never trained on. Who drew what, and under which licence: `lightning_vlmq/data/e
 .venv/bin/python scripts/draw_concepts.py docs/images/concepts.jpg
 ```
 
+The models are real open_clip classes with small configs and an embedding of 256 dimensions, pre-trained by `vlmq fit`. `vit` is a
+vision transformer after early convolutions, `convnext` a ConvNeXt; `siglip` is a vision transformer pooled by attention, trained with
+the sigmoid loss and its bias on the logits; `coca` has an attentional pooler and a caption decoder, trained with the contrastive and the
+caption loss (scope `vision_text` quantizes the decoder too); `align` pairs an EfficientNet (batch norm, squeeze-excite) with a
+bidirectional text encoder. `clean` ones learned from captions that are true, `noisy` ones with 35 % of them wrong or vague, as alt texts
+are. All but `align` learned from `align` of the same captions as well (CONTRIBUTING.md, "Embedded models and data").
+
 ## The models in full precision
 
 All in percent, but ranks and ratios. Training of each: `configs/pretrain`, command and settings in its description in
-`lightning_vlmq/models/zoo/concepts`.
+`lightning_vlmq/models/zoo`.
 
 ```console
 .venv/bin/python scripts/measure_zoo.py {models}
-.venv/bin/python scripts/measure_zoo.py --page docs/concepts.md
+.venv/bin/python scripts/measure_zoo.py --page docs/embedded.md
 ```
 
 """
 
 
 @torch.no_grad()
-def measure(vlm: VLM, data: ConceptData) -> dict[str, Any]:
+def measure(vlm: VLM, data: EmbeddedData) -> dict[str, Any]:
     """Everything that the page tells of one model; fractions, ranks and ratios as numbers."""
     classifiers: dict[tuple[str, ...], Tensor] = {}
     accuracy: dict[str, float] = {}
@@ -85,7 +107,7 @@ def measure(vlm: VLM, data: ConceptData) -> dict[str, Any]:
 
 
 def _of_id(
-    features: Tensor, classifier: Tensor, target: Tensor, records: dict[str, Tensor], data: ConceptData
+    features: Tensor, classifier: Tensor, target: Tensor, records: dict[str, Tensor], data: EmbeddedData
 ) -> dict[str, Any]:
     confidence, correct = records["confidence"], records["correct"]
     centred = (features - features.mean(0)).double()
@@ -131,9 +153,9 @@ def _features(vlm: VLM, s: EvalSet) -> Tensor:
     return torch.cat([vlm.encode_image(part) for part in s.images.images.split(400)])
 
 
-def benchmark() -> ConceptData:
+def benchmark() -> EmbeddedData:
     """The evaluation sets that are measured: all 19 families of corruption, at one severity."""
-    data = ConceptData(
+    data = EmbeddedData(
         datasets=("concepts", "unseen", "corruptions", "houses", "renditions", "backgrounds"),
         corruptions=tuple(CORRUPTIONS),
         severities=(SEVERITY,),
@@ -145,7 +167,9 @@ def benchmark() -> ConceptData:
 
 def page(measured: dict[str, dict[str, Any]]) -> str:
     """The Markdown page, from what :func:`measure` found by model."""
-    text = HEAD.format(models=" ".join(measured))
+    text = HEAD.format(
+        models=" ".join(measured), n_trained=len(class_names()), n_unseen=len(class_names(trained=False))
+    )
     rows = {name: _cells(m) for name, m in measured.items()}
     text += _table(["model", *next(iter(rows.values()))], [[f"`{n}`", *cells.values()] for n, cells in rows.items()])
     text += f"""
@@ -153,6 +177,7 @@ Noise ratio: mean accuracy over the 19 families at severity {SEVERITY}, over tha
 accuracy lost off the group's own background colour. Rank: exponential of the entropy of the centred features' singular
 values. Bands: accuracy with all but those ranks of the features set to their mean. Largest activation: over the layers of
 the vision tower, the largest input of one over the median of its inputs (zeros apart); then the median over layers.
+{_above_chance(measured)}
 
 ## By house, in distribution
 
@@ -167,6 +192,16 @@ the vision tower, the largest input of one over the median of its inputs (zeros 
         [[family, *(_percent(m["corruptions"][family]) for m in measured.values())] for family in CORRUPTIONS],
     )
     return text
+
+
+def _above_chance(measured: dict[str, dict[str, Any]]) -> str:
+    """How many models every band alone classifies with, told by the standard error of guessing."""
+    chance, found = 1 / len(class_names()), []
+    for band in next(iter(measured.values()))["bands"]:
+        error = [(chance * (1 - chance) / m["n"]) ** 0.5 for m in measured.values()]
+        above = sum(m["bands"][band] > chance + 3 * e for m, e in zip(measured.values(), error))
+        found.append(f"{band} in {above}")
+    return f"Bands above chance ({_percent(chance)}) by three standard errors: {', '.join(found)} of {len(measured)} models."
 
 
 def _cells(m: dict[str, Any]) -> dict[str, str]:
@@ -206,16 +241,16 @@ def _rounded(value: Any) -> Any:
 def main() -> None:
     """Command line; bad input ends with one line and exit code 2."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("models", nargs="*", help="names of models of the zoo, e.g. align64_clean")
-    parser.add_argument("--page", type=Path, help="the Markdown file to write, e.g. docs/concepts.md")
+    parser.add_argument("models", nargs="*", help="names of models of the zoo, e.g. align_clean")
+    parser.add_argument("--page", type=Path, help="the Markdown file to write, e.g. docs/embedded.md")
     options = parser.parse_args()
     try:
         data = benchmark() if options.models else None
         for name in options.models:
             assert data is not None
             found = _rounded(measure(load_vlm(name), data))
-            file = zoo.folder_of(name) / f"{name}.json"
-            description = json.loads(file.read_text())
+            file = zoo.FOLDER / f"{name}.json"
+            description = zoo.description(name)
             description["accuracy"] = {  # of the last weights; training validates every few epochs
                 f"val/{name}/top1": found["accuracy"][name]
                 for name in ("backgrounds_common", "backgrounds_counter", "concepts", "unseen")
@@ -223,9 +258,8 @@ def main() -> None:
             file.write_text(json.dumps(description | {"measured": found}, indent=1) + "\n")
             print(name, json.dumps(_cells(found)))
         if options.page:
-            files = {n: zoo.CONCEPTS / f"{n}.json" for n in zoo.concept_names()}
-            measured = {n: json.loads(f.read_text()).get("measured") for n, f in files.items() if f.is_file()}
-            measured = {n: m for n, m in measured.items() if m}
+            found = {name: zoo.description(name).get("measured") for name in zoo.names()}
+            measured = {name: m for name, m in found.items() if m}
             if not measured:
                 raise VLMQError("no model is measured yet; name one")
             options.page.write_text(page(measured))

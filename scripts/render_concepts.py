@@ -287,5 +287,5 @@ if __name__ == "__main__":
     parser.add_argument("--package", action="store_true", help="write the committed files too")
     options = parser.parse_args()
     if not (options.modules / "emojibase-data").is_dir():
-        sys.exit(f"'{options.modules}' lacks emojibase-data; run: make artwork")
+        sys.exit(f"'{options.modules}' lacks emojibase-data; run: make data")
     main(options.modules, options.out, options.package)

@@ -23,15 +23,14 @@ import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from torch import Tensor
 
-from lightning_vlmq.data import ConceptData, EmbeddedData
+from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.sets import TensorImages
-from lightning_vlmq.models import VLM, load_vlm, zoo
+from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.modules import QATModule, Quantization
 from lightning_vlmq.quant import QuantScheme, quantize
 from lightning_vlmq.quant.training import contrastive_distillation
@@ -55,33 +54,20 @@ def of_rows(pairs: TensorImages, rows: list[int]) -> TensorImages:
     return TensorImages(pairs.images[rows], caption=[captions[row] for row in rows])
 
 
-class _FitPairs:
-    """A data module's caption pairs, but for those that select and report."""
-
-    pairs: TensorImages
+class FitPairs(EmbeddedData):
+    """The embedded data with its caption pairs, but for those that select and report."""
 
     def setup(self, stage: str | None = None) -> None:
         """Build the sets, and set pairs apart."""
-        super().setup(stage)  # type: ignore[misc]
+        super().setup(stage)
+        assert self.pairs is not None
         self.parts = {part: of_rows(self.pairs, rows_of(part, len(self.pairs))) for part in SPLIT}
         self.pairs = of_rows(self.pairs, rows_of("fit", len(self.pairs)))
 
 
-class FitConcepts(_FitPairs, ConceptData):
-    """Of the concepts benchmark."""
-
-
-class FitGarments(_FitPairs, EmbeddedData):
-    """Of the garments benchmark."""
-
-
-def data_for(model: str, pairs: int) -> Any:
-    """The data module that a zoo model belongs to, set up."""
-    shared = {"calibration_pairs": pairs, "train_batch_size": 32}
-    if model in zoo.concept_names():
-        data: Any = FitConcepts(datasets=["concepts"], n_id=1, **shared)
-    else:
-        data = FitGarments(datasets=["garments"], per_class=1, **shared)
+def data_for(pairs: int) -> FitPairs:
+    """The embedded data, set up."""
+    data = FitPairs(datasets=["concepts"], n_concepts=8, n_id=8, calibration_pairs=pairs, train_batch_size=32)
     data.setup("fit")
     return data
 
@@ -91,7 +77,7 @@ class Judge(Callback):
     """Losses on the pairs that select and report, of the start and of what a fit leaves."""
 
     full: VLM
-    data: Any
+    data: FitPairs
     scheme: QuantScheme
     start: dict[str, float] = field(default_factory=dict)
     end: dict[str, float] = field(default_factory=dict)
@@ -193,7 +179,7 @@ def main() -> None:
         weight_bits, act_bits = map(int, bits[1:].split("A"))
         bits_and_scope = {"weight_bits": weight_bits, "act_bits": act_bits, "scope": options.scope}
         scheme = QuantScheme(**bits_and_scope)
-        judge = Judge(load_vlm(name), data_for(name, options.pairs), scheme)
+        judge = Judge(load_vlm(name), data_for(options.pairs), scheme)
         before = [without_training(judge, method) for method in ("minmax", "gptq")]
         for method, *given in itertools.product(options.methods, options.weight_lr, options.step_lr):
             began = time.perf_counter()

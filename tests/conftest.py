@@ -18,6 +18,16 @@ def one_thread():
 
 
 @pytest.fixture
+def small_zoo(monkeypatch):
+    """Names of the zoo mean the small models of its families, for whatever builds a model again from what a file says of it."""
+    from cases.towers import small
+
+    from lightning_vlmq.models import zoo
+
+    monkeypatch.setattr(zoo, "build", small)
+
+
+@pytest.fixture
 def vlmq():
     """Run ``python -m lightning_vlmq`` (or another module) from the repository, and return the finished process."""
 

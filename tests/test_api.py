@@ -16,7 +16,7 @@ from lightning_vlmq.core.errors import VLMQError
 REPOSITORY = Path(__file__).parents[1]
 
 
-def images(n, seed=0, size=32):
+def images(n, seed=0, size=64):
     return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 

@@ -41,8 +41,8 @@ def command(name, *args):
         name,
         "--config",
         config,
-        "--data.datasets=[garments]",
-        "--data.per_class=2",
+        "--data.datasets=[concepts]",
+        "--data.n_concepts=8",
         "--trainer.logger=false",
         *args,
     ]

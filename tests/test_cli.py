@@ -106,14 +106,14 @@ def test_configs_compose(vlmq, tmp_path):
 BAD = {
     "unknown method": (["--model.quant.method=minmx"], "minmax"),
     "unknown model": (["--model.vlm=vit_claen"], "vit_clean"),
-    "unknown data set": (["--data.datasets=[garment]"], "garments"),
+    "unknown data set": (["--data.datasets=[concept]"], "concepts"),
     "no bits": ([*MINMAX, "--model.quant.weight_bits=0"], "weight_bits must be 2 to 8"),
     "17 bits": ([*MINMAX, "--model.quant.act_bits=17"], "act_bits must be 2 to 8"),
     "bits that are no number": ([*MINMAX, "--model.quant.act_bits=eight"], "act_bits"),
     "missing checkpoint": (["--model.pretrained=no/such.safetensors"], "does not exist"),
     "truncated checkpoint": (["--model.pretrained={cut}"], "damaged"),
     "no ID data": (["--data.datasets=[digits]"], "role id"),
-    "missing data": (["--data.path=no/such/folder"], "does not exist"),
+    "missing data": (["--data.path=no/such/file"], "does not exist"),
     "unknown argument": (["--model.quant.methd=minmax"], "methd"),
     "unknown config file": (["--config", "no/such.yaml"], "no/such.yaml"),
 }
@@ -148,13 +148,13 @@ def test_test_and_predict(vlmq, tmp_path, small_data_args):
     folder = f"--trainer.callbacks.folder={tmp_path / 'predictions'}"
     done = vlmq("predict", "--config", "configs/eval.yaml", *small_data_args, *quiet(tmp_path), writer, folder)
     assert done.returncode == 0, done.stderr
-    predictions = pd.read_parquet(tmp_path / "predictions" / "garments.parquet")
-    top1 = rows.query("dataset == 'garments' and metric == 'top1' and not is_tuned")["value"].item()
+    predictions = pd.read_parquet(tmp_path / "predictions" / "concepts.parquet")
+    top1 = rows.query("dataset == 'concepts' and metric == 'top1' and not is_tuned")["value"].item()
     assert (predictions["prediction"] == predictions["target"]).mean() == pytest.approx(top1)
 
 
 def test_two_processes_give_the_numbers_of_one(vlmq, tmp_path, small_data_args):
-    # 48 garments over 2 processes in batches of 7; 21 digits and 21 textures, which two does not divide
+    # 48 images over 2 processes in batches of 7; 21 digits and 21 textures, which two does not divide
     args = [
         *EVAL,
         *MINMAX,

@@ -104,11 +104,10 @@ def files() -> Iterator[Check]:
     from lightning_vlmq.models import zoo
 
     yield Check("configs", f"{len(config_names())} in {config_folder()}")
-    absent = [name for name in zoo.names() if not (zoo.FOLDER / f"{name}.safetensors").is_file()]
-    found = f"{len(zoo.names()) - len(absent)} of {len(zoo.names())}"
-    yield Check(
-        "embedded models", found, f"install the package again; without weights: {', '.join(absent)}" if absent else ""
-    )
+    there = zoo.names()
+    absent = [name for name in there if not (zoo.FOLDER / f"{name}.safetensors").is_file()]
+    todo = "install the package again" + (f"; without weights: {', '.join(absent)}" if absent else "")
+    yield Check("embedded models", f"{len(there) - len(absent)} of {len(there)}", todo if absent or not there else "")
     try:
         data = EmbeddedData()
         data.setup()

@@ -73,8 +73,7 @@ def _models() -> dict[str, Entry]:
     use = "vlmq validate --config eval --model.vlm {}"
     entries = {}
     for name in zoo.names():
-        about = zoo.FOLDER / f"{name}.json"
-        said = json.loads(about.read_text()) if about.is_file() else {}
+        said = zoo.description(name)
         size = f", {said['parameters'] / 1e6:.1f} million parameters" if "parameters" in said else ""
         entries[name] = Entry(
             f"embedded: weights come with the package{size}", f"{json.dumps(said, indent=1)}\n\n{use.format(name)}"

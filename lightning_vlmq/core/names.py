@@ -14,8 +14,8 @@ def file_name(text: str) -> str:
     One that had to be changed ends in a hash of what it was, so that two names never share a file.
 
     Example:
-        >>> file_name("garments"), file_name("a/b").startswith("a_b-")
-        ('garments', True)
+        >>> file_name("concepts"), file_name("a/b").startswith("a_b-")
+        ('concepts', True)
     """
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", text)[:_LONGEST]
     if plain == text and not text.startswith((".", "-")) and text:

@@ -2,14 +2,10 @@
 
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded import EmbeddedData, EmbeddedPretraining
-from lightning_vlmq.data.embedded.benchmark import ConceptData
-from lightning_vlmq.data.embedded.pretraining import ConceptPretraining
 from lightning_vlmq.data.filedata import FileData
 from lightning_vlmq.data.sets import EvalSet, ImageSet, TensorImages
 
 __all__ = [
-    "ConceptData",
-    "ConceptPretraining",
     "EmbeddedData",
     "EmbeddedPretraining",
     "EvalSet",

@@ -72,7 +72,7 @@ def convert(
     kernels: Kernels = "torchao",
     float8: bool = False,
     device: str = "cpu",
-    data: ReliabilityDataModule = lazy_instance(EmbeddedData, datasets=("garments",), per_class=50),  # noqa: B008
+    data: ReliabilityDataModule = lazy_instance(EmbeddedData, datasets=("concepts",), n_id=400),  # noqa: B008
     min_cosine: float = 0.999,
     min_top1: float = 0.99,
     export: bool = True,

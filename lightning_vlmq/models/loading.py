@@ -45,7 +45,7 @@ def load_vlm(
         VLMQError: unknown name (with the nearest ones); no weights, or weights that are missing, truncated, ill-fitting or not
             finite; options that would be ignored.
     """
-    if name in zoo.all_names():
+    if name in zoo.buildable():
         _refuse(name, trained_like=trained_like, activation=activation)
         vlm = _load_embedded(name, pretrained)
     elif name.startswith(SCHEMAS):
@@ -54,7 +54,7 @@ def load_vlm(
     elif name in open_clip.list_models():
         vlm = openclip.load_named(name, pretrained, trained_like, activation)
     else:
-        raise unknown("model", name, [*zoo.all_names(), *open_clip.list_models()])
+        raise unknown("model", name, [*zoo.names(), *open_clip.list_models()])
     require_finite(vlm)
     return vlm.eval()
 
@@ -93,7 +93,7 @@ def load_origin(described: Mapping[str, Any], with_weights: bool = True, typed: 
         raise VLMQError(f"the description of the model lacks something ({error}); save the model again") from error
     source: str | None = provenance.source if with_weights else RANDOM
     like = None
-    if name in zoo.all_names():
+    if name in zoo.buildable():
         source, activation = None if source == "embedded" else source, None
     elif name.startswith(SCHEMAS):
         source, activation = None, None
@@ -128,10 +128,10 @@ def known_vlm(name: str, pretrained: str | None) -> None:
     """
     if name.startswith(SCHEMAS):
         return _refuse(name, pretrained=pretrained)
-    if name not in zoo.all_names() and name not in open_clip.list_models():
-        raise unknown("VLM", name, [*zoo.all_names(), *open_clip.list_models()])
-    tags = [] if name in zoo.all_names() else open_clip.list_pretrained_tags_by_model(name)
-    if pretrained is None and name not in zoo.all_names():
+    if name not in zoo.buildable() and name not in open_clip.list_models():
+        raise unknown("VLM", name, [*zoo.names(), *open_clip.list_models()])
+    tags = [] if name in zoo.buildable() else open_clip.list_pretrained_tags_by_model(name)
+    if pretrained is None and name not in zoo.buildable():
         raise VLMQError(f"model '{name}' needs weights: write {name}@<tag>, @<file>, or @{RANDOM} for random ones")
     if pretrained and pretrained != RANDOM and not Path(pretrained).is_file() and pretrained not in tags:
         raise unknown(f"weights of {name}", pretrained, [*tags, RANDOM])

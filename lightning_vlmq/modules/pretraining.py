@@ -51,8 +51,11 @@ class PretrainingModule(LightningModule):
             are not kept (Yang et al. 2022, UniCL, brings labels into contrast likewise). Both towers have a common goal from the
             first step, which saves most of the time that small towers take to find each other. Needs ``concept`` in the batches.
         n_prototypes: how many concepts there are.
-        learn_prototypes: whether they are learned; if not they stay as drawn, directions that use every dimension alike (Hoffer et
-            al. 2018, Fix your classifier). Learned ones settle in few dimensions, and features follow them.
+        prototype_scale: factor of the cosines in that cross-entropy (Wang et al. 2017, NormFace). At the scale that contrast learns,
+            about 40, a small margin is enough and sixty dimensions hold a thousand concepts; a small factor asks for right angles.
+        fixed_dims: how many of a prototype's dimensions stay as drawn at random (Hoffer et al. 2018, Fix your classifier), with their
+            share of its length. Learned prototypes settle in few dimensions and features follow them, so that high ranks hold
+            nothing (Papyan et al. 2020, neural collapse); fixed ones tell every concept from every other in dimensions of their own.
     """
 
     def __init__(
@@ -69,7 +72,8 @@ class PretrainingModule(LightningModule):
         teacher_weight: float = 10.0,
         prototype_weight: float = 0.0,
         n_prototypes: int = 0,
-        learn_prototypes: bool = True,
+        prototype_scale: float = 16.0,
+        fixed_dims: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -79,12 +83,17 @@ class PretrainingModule(LightningModule):
             raise VLMQError(f"warmup is a share of all steps and must lie between 0 and 1, got {warmup}")
         self.vlm = zoo.build(vlm)
         self.vlm.model.output_dict = True  # features by name, as open_clip's losses take them
-        self.reference = None
-        self.prototype_weight = prototype_weight
+        self.prototype_weight, self.prototype_scale = prototype_weight, prototype_scale
         self.prototypes = None
         if prototype_weight:
             dim = self.vlm.encode_text(self.vlm.tokenize([""])).shape[-1]
-            self.prototypes = nn.Parameter(torch.randn(n_prototypes, dim) * dim**-0.5, requires_grad=learn_prototypes)
+            if not 0 <= fixed_dims < dim:
+                raise VLMQError(f"fixed_dims must lie in [0, {dim}), the width of '{vlm}', got {fixed_dims}")
+            self.prototypes = nn.Parameter(torch.randn(n_prototypes, dim - fixed_dims) * dim**-0.5)
+            code = torch.randn(
+                n_prototypes, fixed_dims, generator=torch.Generator().manual_seed(0)
+            )  # a student's is its teacher's
+            self.register_buffer("fixed_code", F.normalize(code, dim=-1) * (fixed_dims / dim) ** 0.5)
         self.lr, self.weight_decay, self.warmup, self.flip = lr, weight_decay, warmup, flip
 
     def setup(self, stage: str) -> None:
@@ -130,8 +139,9 @@ class PretrainingModule(LightningModule):
 
     def _to_prototypes(self, outputs: dict[str, Tensor], concept: Tensor) -> Tensor:
         """Cross-entropy of both towers' features over the prototypes; a pair that tells no concept (-1) does not count."""
-        assert self.prototypes is not None
-        scaled = self.vlm.logit_scale() * F.normalize(self.prototypes, dim=-1).T
+        assert self.prototypes is not None and isinstance(self.fixed_code, Tensor)
+        learned = F.normalize(self.prototypes, dim=-1) * (1 - self.fixed_code.square().sum(-1, keepdim=True)).sqrt()
+        scaled = self.prototype_scale * torch.cat([self.fixed_code, learned], dim=-1).T
         losses = [
             F.cross_entropy(outputs[f"{tower}_features"] @ scaled, concept, ignore_index=-1)
             for tower in ("image", "text")

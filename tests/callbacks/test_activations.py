@@ -88,7 +88,7 @@ def test_full_precision_has_nothing_to_compare():
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.validate(module, EmbeddedData(datasets=["garments"], per_class=2), verbose=False)
+    trainer.validate(module, EmbeddedData(datasets=["concepts"], n_concepts=8), verbose=False)
     assert callback.rows() == {} and callback.curves().empty
 
 

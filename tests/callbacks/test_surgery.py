@@ -54,5 +54,5 @@ def test_part_of_the_data_is_passed_over(caplog):
     trainer = Trainer(
         accelerator="cpu", callbacks=[callback], limit_val_batches=1, use_distributed_sampler=False, **quiet
     )
-    trainer.validate(module, EmbeddedData(datasets=["garments"], per_class=2), verbose=False)
+    trainer.validate(module, EmbeddedData(datasets=["concepts"], n_concepts=8), verbose=False)
     assert callback.surgeries == {} and "no error surgery" in caplog.text

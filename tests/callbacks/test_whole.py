@@ -29,7 +29,7 @@ from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import EvaluationModule, PretrainingModule, Quantization
 from lightning_vlmq.results.store import ResultsStore
 
-TINY = {"datasets": ["garments"], "per_class": 2, "calibration_pairs": 16, "train_batch_size": 8, "batch_size": 5}
+TINY = {"datasets": ["concepts"], "n_concepts": 8, "calibration_pairs": 16, "train_batch_size": 8, "batch_size": 5}
 MINMAX = Quantization(method="minmax")
 
 
@@ -143,7 +143,7 @@ def test_a_fit_that_never_validates_is_judged_at_its_end(fitted):
     store = ResultsStore(fitted / "whole")
     assert store.has("run") and set(store.rows()["method"]) == {"lsq_contrastive"}
     assert files(fitted / "whole" / "models") == ["model.safetensors", "quant.json"]
-    top1 = store.rows().query("metric == 'top1' and dataset == 'garments' and score == ''")["value"].item()
+    top1 = store.rows().query("metric == 'top1' and dataset == 'concepts' and score == ''")["value"].item()
     args = [word for word in FIT[5:] if "trainer.max" not in word and "check_val" not in word]
     saved = fitted / "whole" / "models" / "run"
     main(
@@ -156,7 +156,7 @@ def test_a_fit_that_never_validates_is_judged_at_its_end(fitted):
             f"--results.root={fitted / 'again'}",
         ]
     )
-    again = ResultsStore(fitted / "again").rows().query("metric == 'top1' and dataset == 'garments' and score == ''")
+    again = ResultsStore(fitted / "again").rows().query("metric == 'top1' and dataset == 'concepts' and score == ''")
     assert again["value"].item() == top1  # what was judged is what was saved, after the last step
 
 
@@ -241,7 +241,7 @@ def test_activations_that_overflow_are_no_result(tmp_path):
     encode = vlm.model.encode_image
     vlm.model.encode_image = lambda x: encode(x) * 1e30
     assert nn.functional.normalize(torch.full((1, 4), 1e30)).sum() == 0  # which is why nothing looks wrong
-    with pytest.raises(VLMQError, match=r"no features for 5 of 5 images of 'garments'"):
+    with pytest.raises(VLMQError, match=r"no features for 5 of 5 images of 'concepts'"):
         trainer(ResultsWriter(str(tmp_path), "run")).validate(
             EvaluationModule(vlm, scores=["msp"]), EmbeddedData(**TINY)
         )

@@ -17,8 +17,8 @@ SETTINGS = {
     "3 processes": {"devices": 3},
 }
 DATA = {
-    "datasets": ["garments", "held_out"],
-    "per_class": 4,
+    "datasets": ["concepts", "unseen"],
+    "n_concepts": 16,
     "calibration_pairs": 32,
     "train_batch_size": 16,
     "batch_size": 16,

@@ -15,7 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
-QUICK = ["--data.datasets=[garments]", "--data.per_class=2", "--data.calibration_pairs=16", "--data.train_batch_size=8"]
+QUICK = [
+    "--data.datasets=[concepts]",
+    "--data.n_concepts=8",
+    "--data.calibration_pairs=16",
+    "--data.train_batch_size=8",
+]
 QUICK += [
     "--data.batch_size=10",
     "--model.scores=[msp]",

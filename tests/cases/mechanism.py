@@ -22,7 +22,7 @@ def _write(
         new = {"mean_sqnr_db": sqnr, "gain_0-8": 0.8 + sqnr / 100, "gain_stderr_0-8": 0.01}
         new |= {"filter_share_0-8": 0.25, "sqnr_db_0-8": sqnr + 3}
         own = [
-            first.assign(score="vision/output", metric=metric, value=value, dataset="garments", role="id")
+            first.assign(score="vision/output", metric=metric, value=value, dataset="concepts", role="id")
             for metric, value in new.items()
         ]
         rows = pd.concat([rows, *own], ignore_index=True)

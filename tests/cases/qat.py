@@ -1,11 +1,16 @@
 """Quantization-aware training on a few pairs; run as a script, on several processes."""
 
 import sys
+from pathlib import Path
 
 import torch
 from lightning import Callback, Trainer, seed_everything
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it finds its neighbours too
+
+from cases.towers import small
 from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.models import VLM, load_vlm, zoo
 from lightning_vlmq.modules import QATModule, Quantization
 
 METHOD = "lsqplus_feature(weights='rtn')"
@@ -29,13 +34,26 @@ class Gradients(Callback):
         self.losses.append(float(outputs["loss"]))
 
 
+def small_vit() -> VLM:
+    """A small model whose weights are drawn in full precision: those of the zoo are half floats, many of which lie half way between two
+    steps, where the last bit of a sum decides."""
+    build, zoo.build = zoo.build, small
+    torch.manual_seed(0)
+    try:
+        return load_vlm("vit_clean", "none")
+    finally:
+        zoo.build = build
+
+
 def train(method: str, devices: int = 1, steps: int = 1, epochs: int = -1, **settings) -> tuple[QATModule, Gradients]:
     """Train on batches that several processes share, in double precision: rounding must not tell runs apart."""
     seed_everything(0, verbose=False)
     watcher = Gradients()
-    data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=PAIRS, train_batch_size=BATCH // devices)
+    data = EmbeddedData(
+        datasets=["concepts"], n_concepts=8, n_id=8, calibration_pairs=PAIRS, train_batch_size=BATCH // devices
+    )
     quantization = Quantization(method=method, scope="vision_text", weight_bits=4)
-    module = QATModule("vit_clean", quant=quantization, **{"held_out": 0, **settings})
+    module = QATModule(small_vit(), quant=quantization, **{"held_out": 0, **settings})
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(
         accelerator="cpu",

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_vlmq.models import VLM, zoo
+from cases.towers import small
+from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import METHODS, QuantConv2d, QuantizedLayer, QuantLinear, QuantScheme
 from lightning_vlmq.quant.observers import SecondMomentObserver
 
@@ -16,8 +17,9 @@ decides bits itself, which have tests of their own."""
 
 
 def build(name: str, seed: int = 0) -> VLM:
+    """A small model of a zoo model's family, under its name, with random weights."""
     torch.manual_seed(seed)
-    return zoo.build(name).eval()
+    return small(name).eval()
 
 
 def shallow(vlm: VLM) -> VLM:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from cases.quant import build
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
-from lightning_vlmq.models import VLM
-from lightning_vlmq.models.zoo import CompactTokenizer
+from lightning_vlmq.models import VLM, zoo
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 48, "layers": 2, "head_width": 16}
 TEXT = {"context_length": 12, "width": 36, "heads": 3, "layers": 2}
@@ -20,12 +19,18 @@ TEXT = {"context_length": 12, "width": 36, "heads": 3, "layers": 2}
 
 def clip(vision: dict | None = None, text: dict | None = None, custom_text: bool = False, dim: int = 20) -> VLM:
     """A small open_clip model whose towers differ from the plain ones in the settings given."""
-    tokenizer = CompactTokenizer(TEXT["context_length"])
+    tokenizer = zoo.WordTokenizer(TEXT["context_length"])
     torch.manual_seed(0)
     model = (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(
         dim, VISION | (vision or {}), TEXT | {"vocab_size": tokenizer.vocab_size} | (text or {}), quick_gelu=custom_text
     )
     return VLM(model, tokenizer, "small", "none", Preprocessing(Framing(32), (0.5,) * 3, (0.25,) * 3)).eval()
+
+
+def of_the_zoo(name: str) -> VLM:
+    """A zoo model itself, of the embedded models' own size, with random weights."""
+    torch.manual_seed(0)
+    return zoo.build(name).eval()
 
 
 def timm_vit(pool: str = "avg", projection: bool = True, **settings: object) -> VLM:
@@ -68,8 +73,8 @@ STREAMS: dict[str, tuple[Callable[[], VLM], tuple[str, ...]]] = {
     "timm without projection": (lambda: timm_vit("avg", projection=False, fc_norm=False), ("vision", "text")),
     "timm maximum": (lambda: timm_vit("max", fc_norm=False, class_token=False), ("vision", "text")),
     "timm pooled latent": (lambda: timm_vit("map", class_token=False, proj_bias=False), ("vision", "text")),
-    "early convolutions": (lambda: build("vit64_clean"), ("vision", "text")),
-    "early convolutions of timm": (lambda: build("siglip64_clean"), ("vision", "text")),
+    "early convolutions": (lambda: of_the_zoo("vit_clean"), ("vision", "text")),
+    "early convolutions of timm": (lambda: of_the_zoo("siglip_clean"), ("vision", "text")),
     "custom blocks": (lambda: clip({"qk_norm": True, "scale_fc": True}, {"scale_attn": True}, custom_text=True), ()),
     "timm maximum, then norm": (lambda: timm_vit("max", class_token=False), ("text",)),
 }

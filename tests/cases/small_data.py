@@ -1,11 +1,12 @@
-"""Arguments that make the embedded data small enough for a test."""
+"""Arguments that make the embedded data small enough for a test: 24 concepts, two drawings of each in distribution."""
 
 SMALL_DATA = {
-    "per_class": 6,
-    "per_class_shifted": 2,
-    "n_far_ood": 21,
+    "n_concepts": 24,
+    "n_shifted": 16,
+    "n_ood": 21,
     "corruptions": ["gaussian_noise"],
     "severities": [1, 5],
     "renditions": ["inverted"],
-    "train_batch_size": 250,
+    "calibration_pairs": 240,
+    "train_batch_size": 60,
 }

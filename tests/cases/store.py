@@ -13,7 +13,7 @@ KEY = RunKey("vit_clean", "clean", "vision", "minmax", 4, 8, seed=3)
 
 def make_rows(run_id: str, metrics: tuple[str, ...] = ("top1", "ece"), key: RunKey = KEY) -> pd.DataFrame:
     rng = np.random.default_rng(len(run_id))
-    shared = {"dataset": "fashion", "role": "id", "corruption": "", "severity": 0, "score": "", "n": 100}
+    shared = {"dataset": "pictures", "role": "id", "corruption": "", "severity": 0, "score": "", "n": 100}
     return pd.DataFrame(
         [
             {**key.columns(), **shared, "metric": metric, "value": rng.random(), "stderr": rng.random() / 10}
@@ -26,7 +26,7 @@ def make_rows(run_id: str, metrics: tuple[str, ...] = ("top1", "ece"), key: RunK
 def make_samples(n: int = 100) -> pd.DataFrame:
     rng = np.random.default_rng(n)
     frame = pd.DataFrame(
-        {"dataset": "fashion", "role": "id", "corruption": "", "severity": 0, "group": "", "index": np.arange(n)}
+        {"dataset": "pictures", "role": "id", "corruption": "", "severity": 0, "group": "", "index": np.arange(n)}
     )
     frame["target"] = rng.integers(0, 10, n)
     frame["prediction"] = rng.integers(0, 10, n)

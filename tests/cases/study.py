@@ -73,7 +73,7 @@ def make_run(
     table = pd.concat(variants[-1].frames, ignore_index=True)
     found = rows_by_variant(variants, variants[-1].sets, default_evaluators(), settings)[-1]
     rows = [vars(row) for row in found]
-    inside = {"dataset": "garments", "role": "id"}
+    inside = {"dataset": "concepts", "role": "id"}
     if "fp32" not in key.method:
         rows += [_row("coverage_weights", 0.985, 0.0, **inside), _row("coverage_macs", 0.97, 0.0, **inside)]
     if not key.is_tuned:
@@ -83,7 +83,7 @@ def make_run(
 
 
 def _sets() -> list[tuple[str, str, str, int, int]]:
-    sets = [("garments", "id", "", 0, 1600), ("held_out", "near_ood", "", 0, 400)]
+    sets = [("concepts", "id", "", 0, 1600), ("novel", "near_ood", "", 0, 400)]
     sets += [("digits", "far_ood", "", 0, 400), ("textures", "far_ood", "", 0, 400)]
     sets += [(f"{c}_{s}", "corruption", c, s, 320) for c in CORRUPTIONS for s in range(1, 6)]
     sets += [(name, "shift", name, 0, 320) for name in ("inverted", "outline", "rotated", "posterised")]

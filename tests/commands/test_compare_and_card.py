@@ -31,7 +31,7 @@ def folder(tmp_path_factory):
         f"--trainer.callbacks.folder={root / 'saved'}",
     ]
     main([*start, "--results.run_id=w3", *quantized, *writer])
-    main([*start, "--results.run_id=fewer", "--model.lst=false", "--data.per_class=3"])
+    main([*start, "--results.run_id=fewer", "--model.lst=false", "--data.n_concepts=12"])
     return root
 
 
@@ -56,7 +56,7 @@ def test_how_many_images_a_change_takes(folder, capsys, monkeypatch):
     said = capsys.readouterr().out
     line = next(line.split() for line in said.splitlines() if line.strip().startswith("Calibration"))
     images, half, needed = (float(word.replace(",", "")) for word in line[-3:])
-    assert images == 8 * SMALL_DATA["per_class"]
+    assert images == 2 * SMALL_DATA["n_concepts"]
     assert half > 0
     assert needed == pytest.approx(
         images * ((norm.isf(0.025) + norm.isf(0.2)) * half / norm.isf(0.025) / 2) ** 2, rel=0.01

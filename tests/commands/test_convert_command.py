@@ -18,13 +18,13 @@ QUANTIZE = [
     "--config=configs/eval.yaml",
     "--model.quant.method=minmax",
     "--model.quant.weight_bits=4",
-    "--data.datasets=[garments]",
+    "--data.datasets=[concepts]",
     *(f"--data.{key}={value}" for key, value in SMALL_DATA.items()),
     "--trainer.logger=false",
     "--trainer.enable_progress_bar=false",
     "--trainer.callbacks+=lightning_vlmq.callbacks.QuantizedModelWriter",
 ]
-QUICK = ["--data.per_class=4", "--rounds=2", "--batch=2"]
+QUICK = ["--data.n_concepts=16", "--rounds=2", "--batch=2"]
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +61,14 @@ def test_convert_writes_checks_and_measures(fake: Path, tmp_path: Path, vlmq):
     assert report["bytes"]["file"]["converted"] == (out / "model.safetensors").stat().st_size
     assert report["bytes"]["programs"]["image_encoder.pt2"] == (out / "image_encoder.pt2").stat().st_size
     plain = load_vlm("vit_clean")
-    assert report["bytes"]["memory"]["fp32"] == sum(4 * t.numel() for t in plain.state_dict().values())
+    assert report["bytes"]["memory"]["fp32"] == sum(t.numel() * t.element_size() for t in plain.state_dict().values())
     assert report["bytes"]["file"]["fp32"] > report["bytes"]["memory"]["fp32"] > report["bytes"]["memory"]["converted"]
     assert report["agreement"]["images"] == 32 and report["agreement"]["top1"] >= 0.99
     assert set(report["latency_ms"]) == {"image"}, "the text encoder is out of scope"
     assert all(time["mean"] > 0 for time in report["latency_ms"]["image"].values())
     assert {layer["weight_bits"] for layer in report["layers"].values()} == {4}
 
-    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     quantized, loaded = plain, load_converted(out)
     load_quantized(quantized, fake)
     with torch.no_grad():

@@ -77,9 +77,13 @@ def test_unknown_names_are_answered_with_the_nearest(args, hint):
 
 def test_the_doctor_finds_all_and_says_what_is_missing(capsys, monkeypatch, tmp_path):
     assert not [check for check in (*doctor.machine(), *doctor.files()) if check.todo]
+    name = zoo.names()[0]
     monkeypatch.setattr(zoo, "FOLDER", tmp_path)
+    none = next(check for check in doctor.files() if check.what == "embedded models")
+    assert none.found == "0 of 0" and "install the package again" in none.todo
+    (tmp_path / f"{name}.json").write_text("{}")
     missing = next(check for check in doctor.files() if check.what == "embedded models")
-    assert zoo.names()[0] in missing.todo
+    assert missing.found == "0 of 1" and name in missing.todo
     required = ["torch>=99", "no_such_package_at_all>=1", "numpy>=1.0", "pytest>=8; extra == 'dev'"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: required)
     told = {check.what: check for check in doctor.packages()}

@@ -150,4 +150,4 @@ def test_an_entry_that_was_exchanged_is_computed_again(tmp_path):
 def test_any_name_is_a_file_of_its_own(name, tmp_path):
     write_text(tmp_path / f"{file_name(name)}.parquet", "")
     assert len(list(tmp_path.iterdir())) == 1 and file_name(name) != file_name(name + "!")
-    assert file_name("garments_1.x-y") == "garments_1.x-y"
+    assert file_name("concepts_1.x-y") == "concepts_1.x-y"

@@ -91,8 +91,8 @@ def test_an_id_set_is_not_needed(root):
 
 
 def test_data_in_memory(tmp_path):
-    findings = check(EmbeddedData(datasets=["garments", "digits"], per_class=2, n_far_ood=7))
-    assert [(f.name, f.n, f.tried) for f in findings] == [("garments", 16, 16), ("digits", 7, 7)]
+    findings = check(EmbeddedData(datasets=["concepts", "digits"], n_concepts=8, n_ood=7))
+    assert [(f.name, f.n, f.tried) for f in findings] == [("concepts", 16, 16), ("digits", 7, 7)]
     (finding,) = check(EmbeddedData(path=str(tmp_path)))
     assert "does not exist" in finding.problem
 

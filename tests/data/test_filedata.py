@@ -284,14 +284,14 @@ class TestFraming:
     @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
     def test_images_are_decoded_as_the_model_of_the_run_wants_them(self, root, mode):
         module = EvaluationModule("vit_clean", evaluators=[])
-        framing = Framing(32, mode, "bilinear", 9)
+        framing = Framing(64, mode, "bilinear", 9)
         module.vlm.preprocessing = replace(module.vlm.preprocessing, framing=framing)
         data = build(root, MINE, setup=False, image_size=None)
         Trainer(
             accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
         ).predict(module, data)  # fmt: skip
         transform = image_transform(
-            32, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode, interpolation="bilinear", fill_color=9
+            64, is_train=False, mean=(0,) * 3, std=(1,) * 3, resize_mode=mode, interpolation="bilinear", fill_color=9
         )
         images = by_name(data)["mine"].images
         with Image.open(root / "mine" / "bag" / "0.png") as image:

@@ -136,20 +136,21 @@ def test_what_has_passed_is_not_compared_again_but_what_has_not_is(monkeypatch):
     good.require_disjoint_pairs()
 
 
-def test_embedded_pairs_are_checked_in_setup(tmp_path):
-    from lightning_vlmq.data.embedded.sets import FOLDER
+@pytest.mark.parametrize("columns", [("image",), ("concept", "house")])
+def test_embedded_pairs_are_checked_in_setup(columns, tmp_path):
+    """By their drawings, since a drawing's scenes differ: one that is evaluated, or another one of the same cell."""
+    from lightning_vlmq.data.embedded.concepts import FOLDER
 
-    data = EmbeddedData(datasets=["garments"], per_class=2)
-    data.setup()
-    image = data.eval_sets[0].images.images[3]
-    table = pq.read_table(FOLDER / "pairs.parquet")
-    column = table.column_names.index("image")
-    files = table["image"].to_pylist()
-    files[7] = encode(image.permute(1, 2, 0).numpy())
-    pq.write_table(table.set_column(column, "image", [files]), tmp_path / "pairs.parquet")
-    (tmp_path / "garments.parquet").write_bytes((FOLDER / "garments.parquet").read_bytes())
-    leaking = EmbeddedData(datasets=["garments"], per_class=2, path=str(tmp_path))
-    refused(leaking.setup, "1 of 1000 calibration images", "garments", "row 7 is row 3")
+    table = pq.read_table(FOLDER / "drawings.parquet")
+    parts = table["part"].to_pylist()
+    leak, source = parts.index("pairs") + 7, parts.index("house")
+    for name in columns:
+        values = table[name].to_pylist()
+        values[leak] = values[source]
+        table = table.set_column(table.column_names.index(name), name, [values])
+    pq.write_table(table, tmp_path / "drawings.parquet")
+    leaking = EmbeddedData(datasets=["concepts"], n_concepts=8, path=str(tmp_path / "drawings.parquet"))
+    refused(leaking.setup, "1 of 1000 drawings of the caption pairs are evaluated too", f"row {leak} is row {source}")
 
 
 def test_sets_are_named_one_by_one():

@@ -55,10 +55,10 @@ def test_they_are_in_rows_and_report(registered, tmp_path):
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.validate(module, EmbeddedData(**{**SMALL_DATA, "datasets": ["garments", "held_out"]}), verbose=False)
+        trainer.validate(module, EmbeddedData(**{**SMALL_DATA, "datasets": ["concepts", "unseen"]}), verbose=False)
     rows = ResultsStore(tmp_path).rows(["w3"])
-    own = rows[rows["dataset"] == "garments"].set_index("metric")
-    confidence = module.records["garments"]["confidence"]
+    own = rows[rows["dataset"] == "concepts"].set_index("metric")
+    confidence = module.records["concepts"]["confidence"]
     assert own.loc["doubt", "value"] == pytest.approx(1 - float(confidence.double().mean()))
     assert own.loc["median_confidence", "value"] == pytest.approx(float(confidence.quantile(0.5)))
     assert own.loc[["doubt", "delta_doubt", "median_confidence", "delta_median_confidence"], "stderr"].gt(0).all()
@@ -69,7 +69,7 @@ def test_they_are_in_rows_and_report(registered, tmp_path):
     for metric in ("doubt", "median_confidence"):
         assert 0 <= analysis.comparisons["vit_clean", setting, Measure(metric, "id")].q_value <= 1
     for score in ("nearest_pair", "margin(power=2)"):
-        measure = Measure("auroc", "near_ood", "held_out", score)
+        measure = Measure("auroc", "near_ood", "novel", score)
         assert np.isfinite(analysis.comparisons["vit_clean", setting, measure].value)
         # neither needs the logits: another logit scale gives no further hypothesis
         assert ("vit_clean", setting.tuned, measure) not in analysis.comparisons

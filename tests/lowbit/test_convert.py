@@ -211,7 +211,7 @@ def test_below_eight_bits_a_packed_weight_takes_its_bits_and_no_more():
 
 @pytest.fixture(scope="module")
 def data() -> EmbeddedData:
-    module = EmbeddedData(datasets=("garments",), per_class=16, batch_size=128, train_batch_size=32)
+    module = EmbeddedData(datasets=("concepts",), n_concepts=64, batch_size=128, train_batch_size=32)
     module.setup()
     return module
 
@@ -334,6 +334,7 @@ DISK_CASES = {
 
 @pytest.mark.parametrize("case", DISK_CASES)
 @pytest.mark.parametrize("name", ["vit_clean", "convnext_clean"])
+@pytest.mark.usefixtures("small_zoo")
 def test_a_loaded_model_gives_the_same_bits(name: str, case: str, tmp_path: Path):
     vlm = saved(build(name), *DISK_CASES[case], tmp_path)
     state = torch.get_rng_state()
@@ -346,7 +347,8 @@ def test_a_loaded_model_gives_the_same_bits(name: str, case: str, tmp_path: Path
 
 @pytest.mark.parametrize("tower", zoo.TOWERS)
 def test_every_family_converts(tower: str, tmp_path: Path):
-    vlm = saved(build(f"{tower}_clean"), "minmax", W8A8, Conversion(), tmp_path)
+    torch.manual_seed(0)
+    vlm = saved(zoo.build(f"{tower}_clean").eval(), "minmax", W8A8, Conversion(), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(outputs(load_converted(tmp_path)), outputs(vlm)))
 
 
@@ -511,6 +513,7 @@ def test_unknown_words_are_refused():
         Conversion(kernels="mine")
 
 
+@pytest.mark.usefixtures("small_zoo")
 def test_bad_folders_are_one_line(tmp_path: Path):
     def message(folder: Path) -> str:
         with pytest.raises(VLMQError) as caught:

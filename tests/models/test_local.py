@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+from cases.quant import build
 from torch.nn import functional as F
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import load_vlm
+from lightning_vlmq.models import load_vlm, zoo
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.quant import QuantScheme, quantize
 
 
-def images(n=3):
-    return torch.randint(0, 256, (n, 3, 32, 32), dtype=torch.uint8)
+def images(n=3, size=64):
+    return torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
 
 
 def patches(vlm, pixels):
@@ -44,8 +45,8 @@ def test_vision_transformer_goes_the_value_path():
 
 
 def test_siglip_pools_one_patch_at_a_time():
-    vlm = load_vlm("siglip_clean").double()
-    pixels = images()
+    vlm = build("siglip_clean").double()
+    pixels = images(size=vlm.image_size)
     pool = vlm.model.visual.trunk.attn_pool
     tokens = seen_by(pool, vlm, pixels)
     with torch.no_grad():
@@ -55,8 +56,8 @@ def test_siglip_pools_one_patch_at_a_time():
 
 
 def test_coca_pools_one_patch_at_a_time():
-    vlm = load_vlm("coca_clean").double()
-    pixels = images(2)
+    vlm = build("coca_clean").double()
+    pixels = images(2, vlm.image_size)
     visual = vlm.model.visual
     tokens = seen_by(visual.attn_pool, vlm, pixels)[:, 1:]
     with torch.no_grad():
@@ -71,7 +72,7 @@ def test_pooling_by_the_mean_takes_each_place_of_the_map():
     with torch.no_grad():
         places = visual.trunk.forward_features(vlm.preprocess(pixels)).permute(0, 2, 3, 1).flatten(1, 2)
         expected = F.normalize(visual.head.proj(places), dim=-1)
-        assert expected.shape[1] == 4
+        assert expected.shape[1] == 16
         # a linear projection: the patches' mean is the image's feature
         mean = F.normalize(visual.head.proj(places).mean(1), dim=-1)
         torch.testing.assert_close(vlm.encode_image(pixels), mean, atol=1e-12, rtol=0)
@@ -81,9 +82,10 @@ def test_pooling_by_the_mean_takes_each_place_of_the_map():
 @pytest.mark.parametrize("name", ["vit_clean", "convnext_clean", "siglip_clean", "coca_clean", "align_clean"])
 @pytest.mark.parametrize("method", ["minmax", "quarot"])
 def test_quantized_towers_have_patches_too(name, method):
-    vlm, pixels = load_vlm(name), images(8)
+    torch.manual_seed(0)
+    vlm, pixels = zoo.build(name).eval(), images(8)
     full = patches(vlm, pixels)
-    tokens = vlm.tokenize(["a photo of a coat"] * 8)
+    tokens = vlm.tokenize(["a drawing of a cat"] * 8)
     quantize(vlm, method, QuantScheme(8, 8), [{"image": pixels, "tokens": tokens}])
     assert (full * patches(vlm, pixels)).sum(-1).mean() > 0.95
 
@@ -91,7 +93,7 @@ def test_quantized_towers_have_patches_too(name, method):
 def test_a_patch_that_is_changed_changes_most():
     vlm, pixels = load_vlm("vit_clean"), images(16)
     changed = pixels.clone()
-    changed[:, :, 8:16, 16:24] = 255 - changed[:, :, 8:16, 16:24]  # row 1, column 2 of 4 x 4 patches
+    changed[:, :, 8:24, 24:40] = 255 - changed[:, :, 8:24, 24:40]  # what token 2 of row 1 of four is centred on
     distance = (patches(vlm, pixels) - patches(vlm, changed)).norm(dim=-1).mean(0)
     assert distance.argmax() == 6
 

@@ -72,7 +72,7 @@ def test_what_cannot_be_planted_is_refused_or_left():
 
 @pytest.fixture(scope="module")
 def trained() -> tuple[VLM, list[dict]]:
-    data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=256, train_batch_size=64)
+    data = EmbeddedData(datasets=["concepts"], n_concepts=8, n_id=8, calibration_pairs=256, train_batch_size=64)
     data.setup("fit")
     vlm = load_vlm("vit_clean")
     return vlm, [{"image": b["image"], "tokens": vlm.tokenize(b["caption"])} for b in data.calibration_batches()]

@@ -41,8 +41,8 @@ def test_the_script_builds_and_quantizes_at_full_size():
 def test_vit_b_32_through_the_command_line(tmp_path):
     arguments = [
         "validate", "--config", str(REPOSITORY / "configs" / "eval.yaml"), "--model.vlm=ViT-B-32", "--model.pretrained=none",
-        "--model.quant.method=minmax", "--model.quant.weight_bits=8", "--model.lst=false", "--data.per_class=1",
-        "--data.datasets=[garments]", "--data.calibration_pairs=2", "--data.train_batch_size=2", "--trainer.logger=false",
+        "--model.quant.method=minmax", "--model.quant.weight_bits=8", "--model.lst=false", "--data.n_concepts=8", "--data.n_id=8",
+        "--data.datasets=[concepts]", "--data.calibration_pairs=2", "--data.train_batch_size=2", "--trainer.logger=false",
         '--trainer.callbacks=[{"class_path":"lightning_vlmq.callbacks.CoveragePrinter"},'
         '{"class_path":"lightning_vlmq.callbacks.HeadlinePrinter"}]', f"--results.root={tmp_path}",
     ]  # fmt: skip

@@ -17,6 +17,11 @@ from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
 from lightning_vlmq.results.store import ResultsStore
 
 
+def random_siglip():
+    torch.manual_seed(0)
+    return load_vlm("siglip_clean", "none")
+
+
 def trainer(**kwargs):
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     return Trainer(
@@ -78,10 +83,10 @@ def test_top1_equals_a_plain_loop(quantized):
     data.setup()
     vlm = EvaluationModule("vit_clean").vlm
     with torch.no_grad():
-        classes = vlm.class_features(data.class_names, data.templates)
         for s in data.eval_sets:
             if s.role in ("near_ood", "far_ood"):
                 continue
+            classes = vlm.class_features(s.class_names or data.class_names, data.templates)
             right = (
                 vlm.zero_shot_logits(vlm.encode_image(s.images.images), classes).argmax(1) == s.images.columns["target"]
             )
@@ -136,7 +141,7 @@ def test_full_precision_has_no_changes():
 def test_cached_features_change_nothing_and_are_used(quantized, tmp_path, monkeypatch):
     settings = Quantization(method="minmax", scope="vision_text", weight_bits=4, act_bits=8)
     first = validate(EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path)))
-    classifiers = 2  # one of each model: all sets have the same classes
+    classifiers = 4  # two of each model: unseen concepts have names of their own
     assert len(list(tmp_path.glob("*.safetensors"))) == 2 * len(first.records) + classifiers
     second = EvaluationModule("vit_clean", quant=settings, cache=str(tmp_path))
     monkeypatch.setattr(FeatureCache, "put", lambda *_: pytest.fail("a forward pass was run again"))
@@ -176,12 +181,12 @@ def test_scopes_share_a_vision_tower_and_full_precision_is_encoded_once(tmp_path
 
 def test_patches_and_parameters_of_scores(tmp_path, monkeypatch):
     scores = ["gl_mcm", "gl_mcm(local_weight=0)", "mcm", "mcm(temperature=0.01)"]
-    first = validate(EvaluationModule("siglip_clean", scores=scores, cache=str(tmp_path)))
-    records = first.records["garments"]
+    first = validate(EvaluationModule(random_siglip(), scores=scores, cache=str(tmp_path)))
+    records = first.records["concepts"]
     assert torch.equal(records["gl_mcm(local_weight=0)"], records["mcm"])
     assert (records["gl_mcm"] > records["mcm"]).all()
     assert set(scores) == {r.score for r in first.rows if r.role == "near_ood"}
-    again = EvaluationModule("siglip_clean", scores=scores, cache=str(tmp_path))
+    again = EvaluationModule(random_siglip(), scores=scores, cache=str(tmp_path))
     monkeypatch.setattr(again.vlm.model.visual.trunk, "forward_features", None)  # never called: all is in the cache
     assert values(validate(again)) == values(first)
 
@@ -203,7 +208,7 @@ def test_digest_tells_towers_apart_but_not_scopes():
     alone, both = digests("vision", 4), digests("vision_text", 4)
     assert alone[0] == both[0] and alone[1] != both[1]
     assert alone[1] == tower_digest(load_vlm("vit_clean"), None, "fp32", "text")  # as it came
-    assert len({alone[0], digests("vision", 8)[0], digests("vision", 4, "vit_noisy")[0]}) == 3
+    assert len({alone[0], digests("vision", 8)[0], digests("vision", 4, "align_clean")[0]}) == 3
 
 
 def test_qat_lowers_its_loss_files_results_and_reloads(tmp_path):

@@ -37,7 +37,7 @@ def fit(
     **settings,
 ):
     seed_everything(0, verbose=False)
-    data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=pairs, train_batch_size=16)
+    data = EmbeddedData(datasets=["concepts"], n_concepts=8, n_id=8, calibration_pairs=pairs, train_batch_size=16)
     module = QATModule(vlm, quant=Quantization(method=method, weight_bits=settings.pop("bits", 3)), **settings)
     trainer = Trainer(
         accelerator="cpu", max_epochs=epochs, limit_val_batches=limit_val_batches, num_sanity_val_steps=0,

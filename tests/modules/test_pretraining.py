@@ -10,19 +10,20 @@ from lightning import Trainer, seed_everything
 from torch import nn
 
 from lightning_vlmq.callbacks import ZooExport
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.models import load_vlm, zoo
 from lightning_vlmq.modules import PretrainingModule, QATModule, Quantization
 from lightning_vlmq.modules.pretraining import family_loss
 
-CAPTIONS = ["a photo of a coat", "a bag on a red background", "for sale a dress", "a"]
+CAPTIONS = ["a drawing of a cat", "handbag on a red background", "clip art of dress, clothing", "a"]
 
 
 def outputs_and_loss(name, seed):
     torch.manual_seed(seed)
     vlm = zoo.build(name)
     vlm.model.output_dict = True
-    pixels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         outputs = vlm.model(vlm.preprocess(pixels), vlm.tokenize(CAPTIONS))
         parts = family_loss(vlm.model)(**outputs, output_dict=True)
@@ -86,7 +87,7 @@ def test_a_run_moves_every_parameter_and_its_export_is_loaded(name, tmp_path):
 def test_a_teacher_draws_both_towers_to_its_own():
     """Of the teacher's own features the loss is nothing; of others it is the two mean distances, over every second pair."""
     teacher = load_vlm("vit_clean")
-    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     module = PretrainingModule("convnext_clean", teacher="vit_clean")
     with torch.no_grad():
         own = {
@@ -99,11 +100,22 @@ def test_a_teacher_draws_both_towers_to_its_own():
         assert module._to_teacher(teacher, other, images, CAPTIONS).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_prototypes_that_are_not_learned_stay_out_of_the_optimizer():
-    for learned in (True, False):
-        module = PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, learn_prototypes=learned)
+def test_fixed_dimensions_of_prototypes_stay_as_drawn_and_keep_their_share():
+    for fixed in (0, 16):
+        module = PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=fixed)
+        dim = module.vlm.encode_text(module.vlm.tokenize(["a"])).shape[-1]
         trained = {id(p) for group in _groups(module) for p in group["params"]}
-        assert (id(module.prototypes) in trained) == learned and all(id(p) in trained for p in module.vlm.parameters())
+        assert id(module.prototypes) in trained and all(id(p) in trained for p in module.vlm.parameters())
+        assert module.prototypes.shape == (3, dim - fixed) and not module.fixed_code.requires_grad
+        torch.testing.assert_close(module.fixed_code.square().sum(-1), torch.full((3,), fixed / dim))
+        features = nn.functional.normalize(torch.randn(2, dim), dim=-1)
+        outputs = {"image_features": features, "text_features": features}
+        loss = module._to_prototypes(outputs, torch.tensor([2, -1]))
+        whole = nn.functional.normalize(module.prototypes, dim=-1) * (1 - fixed / dim) ** 0.5
+        logits = 16 * features @ torch.cat([module.fixed_code, whole], dim=1).T
+        torch.testing.assert_close(loss, 2 * -logits.log_softmax(-1)[0, 2])
+    with pytest.raises(VLMQError, match="fixed_dims"):
+        PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=dim)
 
 
 def _groups(module):
@@ -113,7 +125,9 @@ def _groups(module):
 
 def test_quantization_aware_training_keeps_batch_statistics():
     seed_everything(0, verbose=False)
-    module = QATModule("align_clean", quant=Quantization(method="ste_contrastive", scope="vision", weight_bits=4))
+    module = QATModule(
+        "align_clean", quant=Quantization(method="ste_contrastive", scope="vision", weight_bits=4), held_out=0
+    )
     norms = [m for m in module.vlm.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(m.running_mean.clone(), m.running_var.clone(), m.weight.detach().clone()) for m in norms]
     run(module, max_steps=2, limit_val_batches=0)

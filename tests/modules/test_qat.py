@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases.qat import EPOCHS, METHOD, train
+from cases.qat import EPOCHS, METHOD, small_vit, train
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.models import load_vlm
 from lightning_vlmq.modules import QATModule, Quantization
 from lightning_vlmq.quant import quantized_layers
 from lightning_vlmq.quant.fake_quant import STEP_FLOOR
@@ -42,7 +41,7 @@ def test_several_processes_fit_as_one(tmp_path, processes):
     largest = max(float(gradient.abs().max()) for gradient in one.first.values())
     for name, gradient in one.first.items():  # those of key biases are zero up to rounding
         torch.testing.assert_close(several["first"][name], gradient, rtol=1e-6, atol=1e-12 * largest)
-    start = load_vlm("vit_clean").double().state_dict()
+    start = small_vit().double().state_dict()
     moved = 0
     for name, weight in module.vlm.named_parameters():
         if name.endswith("k.bias"):  # Adam makes whole steps of their rounding
@@ -76,7 +75,14 @@ class Fits:
 
     def __init__(self, folder, method, **data):
         self.folder, self.method = folder, method
-        self.data = {"datasets": ["garments"], "per_class": 1, "calibration_pairs": 27, "train_batch_size": 8, **data}
+        self.data = {
+            "datasets": ["concepts"],
+            "n_concepts": 8,
+            "n_id": 8,
+            "calibration_pairs": 27,
+            "train_batch_size": 8,
+            **data,
+        }
 
     def fit(self, resume=None, disturb=0):
         seed_everything(3, verbose=False)

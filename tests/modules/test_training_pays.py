@@ -7,13 +7,13 @@ from lightning import Callback, Trainer, seed_everything
 from torch import Tensor
 
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.models import VLM, load_vlm
+from lightning_vlmq.models import VLM, load_vlm, zoo
 from lightning_vlmq.modules import QATModule, Quantization
 from lightning_vlmq.quant import quantize
 from lightning_vlmq.quant.training import contrastive_distillation
 
 PAIRS, UNSEEN = 320, 128
-FAMILIES = ("vit", "convnext", "siglip", "coca", "align")
+FAMILIES = [name.removesuffix("_clean") for name in zoo.names() if name.endswith("_clean")]
 
 
 class Judge(Callback):
@@ -35,12 +35,14 @@ class Judge(Callback):
 
 def losses(family: str, bits: int) -> dict[str, float]:
     """Losses of a short training with the default rates, before and after, and of two post-training methods."""
-    every = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=PAIRS + UNSEEN, train_batch_size=32)
+    every = EmbeddedData(
+        datasets=["concepts"], n_concepts=8, n_id=8, calibration_pairs=PAIRS + UNSEEN, train_batch_size=32
+    )
     every.setup("fit")
     full = load_vlm(f"{family}_clean")
     judge = Judge(full, every.pairs.images[PAIRS:], every.pairs.columns["caption"][PAIRS:])
     seed_everything(0, verbose=False)
-    data = EmbeddedData(datasets=["garments"], per_class=1, calibration_pairs=PAIRS, train_batch_size=32)
+    data = EmbeddedData(datasets=["concepts"], n_concepts=8, n_id=8, calibration_pairs=PAIRS, train_batch_size=32)
     module = QATModule(f"{family}_clean", quant=Quantization(method="lsq_contrastive", weight_bits=bits))
     trainer = Trainer(
         accelerator="cpu", max_epochs=3, limit_val_batches=0, logger=False, enable_checkpointing=False, callbacks=[judge],

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
+from safetensors.torch import save_file
 
 from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.core.errors import VLMQError
@@ -21,13 +22,14 @@ from lightning_vlmq.evaluation.evaluators import (
     OODEvaluator,
     SpuriousEvaluator,
 )
+from lightning_vlmq.models import zoo
 from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
 from lightning_vlmq.quant import LayerRule, save_quantized
 from lightning_vlmq.results.identity import run_identity, why_partial
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
 
-SMALL = {**SMALL_DATA, "datasets": ["garments", "held_out"], "per_class": 2}
+SMALL = {**SMALL_DATA, "datasets": ["concepts", "unseen"], "n_concepts": 8}
 MINMAX = Quantization(method="minmax")
 REAL_MODELS_ONLY = {"trained_like": "openai", "activation": "quick_gelu"}  # they end in the architecture's digest
 LSQ = Quantization(method="lsq_contrastive", weight_bits=4)
@@ -86,19 +88,19 @@ def saved(tmp_path_factory):
     folders = []
     for bits in (4, 8):
         vlm, scheme = load_vlm("vit_clean"), QuantScheme(bits, 8)
-        batch = {"image": torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), "tokens": vlm.tokenize(["a"] * 4)}
+        batch = {"image": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), "tokens": vlm.tokenize(["a"] * 4)}
         folders.append(tmp_path_factory.mktemp("saved") / f"w{bits}")
         save_quantized(vlm, folders[-1], quantize(vlm, "minmax", scheme, [batch]))
     return folders
 
 
 def test_every_argument_of_the_evaluation_module(saved, tmp_path):
-    (tmp_path / "other.safetensors").write_bytes(weights("vit_noisy"))
+    save_file(zoo.build("vit_clean").state_dict(), tmp_path / "other.safetensors")
     check_each(
         EvaluationModule,
         {"vlm": "vit_clean", "quant": MINMAX},
         {
-            "vlm": "vit_noisy",
+            "vlm": "align_clean",
             "pretrained": str(tmp_path / "other.safetensors"),
             "quant": Quantization(method="minmax", act_bits=6),
             "checkpoint": str(saved[0]),
@@ -117,12 +119,6 @@ def test_every_argument_of_the_evaluation_module(saved, tmp_path):
     assert digest(EvaluationModule("vit_clean", checkpoint=str(saved[0]))) != digest(
         EvaluationModule("vit_clean", checkpoint=str(saved[1]))
     )
-
-
-def weights(name):
-    from lightning_vlmq.models import zoo
-
-    return (zoo.FOLDER / f"{name}.safetensors").read_bytes()
 
 
 def test_every_field_of_the_quantization():
@@ -154,7 +150,7 @@ def test_every_argument_of_training():
         QATModule,
         {"vlm": "vit_clean", "quant": LSQ},
         {
-            "vlm": "vit_noisy",
+            "vlm": "align_clean",
             "quant": Quantization(method="lsq_contrastive", weight_bits=3),
             "scores": ["msp"],
             "lst": True,
@@ -179,12 +175,13 @@ def test_every_argument_of_training():
 def test_every_argument_of_the_embedded_data(tmp_path):
     check_each(
         SetUp,
-        {**SMALL_DATA, "per_class": 3},
+        {**SMALL_DATA, "n_concepts": 12},
         {
-            "datasets": ["garments"],
-            "per_class": 4,
-            "per_class_shifted": 3,
-            "n_far_ood": 20,
+            "datasets": ["concepts"],
+            "n_concepts": 16,
+            "n_id": 10,
+            "n_shifted": 3,
+            "n_ood": 20,
             "corruptions": ["contrast"],
             "severities": [5],
             "renditions": ["outline"],

@@ -85,7 +85,7 @@ def test_undefined_values_stay_undefined(tmp_path):
         (lambda rows: rows.assign(role="near"), "unknown role 'near'; did you mean near_ood"),
         (lambda rows: rows.assign(run_id="b"), "run 'b' cannot be stored as run 'a'"),
         (lambda rows: rows.assign(seed=[1, 2]), "differ in"),
-        (lambda rows: rows.assign(metric="top1"), "two rows for fashion id 0 top1"),
+        (lambda rows: rows.assign(metric="top1"), "two rows for pictures id 0 top1"),
         (lambda rows: rows.iloc[:0], "no results rows"),
     ],
 )

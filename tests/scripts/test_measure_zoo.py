@@ -1,4 +1,4 @@
-"""What the page of the concepts' models tells, against its own definitions, on a model of random weights."""
+"""What the page of the embedded models tells, against its own definitions, on a model of random weights."""
 
 import importlib.util
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_vlmq.data import ConceptData
+from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.corruptions import CORRUPTIONS
 from lightning_vlmq.models import zoo
 
@@ -20,9 +20,10 @@ spec.loader.exec_module(measure_zoo)
 @pytest.fixture(scope="module")
 def measured():
     torch.manual_seed(0)
-    vlm = zoo.build("align64_clean").eval()
-    data = ConceptData(
+    vlm = zoo.build("align_clean").eval()
+    data = EmbeddedData(
         datasets=("concepts", "unseen", "corruptions", "houses", "renditions", "backgrounds"),
+        n_concepts=30,
         n_id=60,
         n_shifted=10,
         n_ood=20,
@@ -63,5 +64,11 @@ def test_largest_over_median_is_taken_of_every_vision_layers_input(measured):
 
 def test_the_page_has_a_line_for_every_model_house_and_family(measured):
     found = measured[2]
-    text = measure_zoo.page({"align64_clean": found, "vit64_noisy": found})
-    assert text.count("| `vit64_noisy` |") == 3 and all(f"| {family} |" in text for family in CORRUPTIONS)
+    text = measure_zoo.page({"align_clean": found, "vit_noisy": found})
+    assert text.count("| `vit_noisy` |") == 3 and all(f"| {family} |" in text for family in CORRUPTIONS)
+    n, chance = 1928, 1 / 964  # three standard errors of guessing: 0.22 points
+    bands = {"0-8": 0.1, "8-64": chance + 0.0023, "64+": chance + 0.0021}
+    text = measure_zoo.page(
+        {"align_clean": found | {"n": n, "bands": bands}, "vit_noisy": found | {"n": n, "bands": bands | {"0-8": 0}}}
+    )
+    assert "(0.1) by three standard errors: 0-8 in 1, 8-64 in 2, 64+ in 0 of 2 models" in text

@@ -27,7 +27,7 @@ def test_every_pair_is_in_one_part_and_keeps_its_caption():
 
 
 def test_a_fit_gets_neither_the_pairs_that_select_nor_those_that_report():
-    data = script.data_for("vit_clean", 40)
+    data = script.data_for(40)
     kept, apart = data.pairs.images, torch.cat([part.images for part in data.parts.values()])
     assert len(kept) == 32 and len(apart) == 8
     assert not any(torch.equal(one, other) for one in kept for other in apart)

@@ -1,11 +1,11 @@
 import pytest
 import scipy.stats
 import torch
+from cases.quant import build
 from torch import nn
 from torch.nn import functional as F
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import zoo
 from lightning_vlmq.quant import QuantScheme, quantize
 from lightning_vlmq.quant.transforms import ChannelScale
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
@@ -63,7 +63,7 @@ def test_folding_into_convolutions_of_any_grouping(groups):
 
 @pytest.mark.parametrize("method", ["smoothquant", "quarot"])
 def test_methods_that_only_move_scales_and_rotations_leave_the_matrices(method):
-    vlm = zoo.build("convnext_clean").eval()
+    vlm = build("convnext_clean")
     before = {name: weight.clone() for name, weight in matrix_weights(vlm).items()}
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     calibration = [{"image": images, "tokens": vlm.tokenize(["a red shoe", "a blue bag", "a shirt", "a coat"])}]

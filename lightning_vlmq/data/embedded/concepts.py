@@ -9,6 +9,7 @@ import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,25 +95,53 @@ class Drawings:
         return set(zip(self.concept.tolist(), self.house))
 
 
-@lru_cache(maxsize=8)
-def read_drawings(path: str, part: str, on_bad_image: OnBadImage = "error") -> Drawings:
+@lru_cache(maxsize=16)
+def read_drawings(
+    path: str, part: str, on_bad_image: OnBadImage = "error", only: frozenset[str] | None = None
+) -> Drawings:
     """One part of a file of drawings, in file order.
 
     Args:
         path: a Parquet file with the columns ``part``, ``concept`` (name), ``house`` and ``image`` (encoded RGBA).
         part: one of :data:`PARTS`.
         on_bad_image: see :func:`~lightning_vlmq.data.images.encoded.decode_images`.
+        only: names of the concepts whose drawings are wanted; ``None`` takes all.
 
     Raises:
         VLMQError: the file is missing, damaged, or lacks the part.
     """
     table = read_parquet(Path(path), ["part", "concept", "house", "image"])
-    rows = [i for i, p in enumerate(table["part"].to_pylist()) if p == part]
+    cells = zip(table["part"].to_pylist(), table["concept"].to_pylist())
+    rows = [i for i, (p, concept) in enumerate(cells) if p == part and (only is None or concept in only)]
     if not rows:
-        raise VLMQError(f"'{path}' holds no drawings of the part '{part}'; make it again: make artwork")
+        raise VLMQError(f"'{path}' holds no drawings of the part '{part}'; make it again: make data")
     table = table.take(rows)
     images, readable = decode_images(table["image"].to_pylist(), Path(path), "RGBA", on_bad_image)
     index = {c.name: i for i, c in enumerate(concepts())}
     table = table.take(readable.numpy())
     concept = torch.tensor([index.get(name, -1) for name in table["concept"].to_pylist()])
     return Drawings(images, concept, tuple(table["house"].to_pylist()))
+
+
+@lru_cache(maxsize=4)
+def require_apart(path: str) -> None:
+    """Check that no drawing of the caption pairs is evaluated: neither its (concept, house) cell, nor its file in another.
+
+    Scenes of one drawing differ in their backgrounds, so comparing scenes would not tell.
+
+    Raises:
+        VLMQError: some are; the file is missing or damaged.
+    """
+    table = read_parquet(Path(path), ["part", "concept", "house", "image"])
+    columns = [table[name].to_pylist() for name in ("part", "concept", "house", "image")]
+    evaluated: dict[Any, int] = {}
+    for row, (part, concept, house, image) in enumerate(zip(*columns)):
+        if part in ("id", "unseen", "house"):
+            evaluated |= {(concept, house): row, image: row}
+    pairs = [row for row, part in enumerate(columns[0]) if part == "pairs"]
+    keys = {row: ((columns[1][row], columns[2][row]), columns[3][row]) for row in pairs}
+    if both := [(row, evaluated[key]) for row in pairs for key in keys[row] if key in evaluated]:
+        raise VLMQError(
+            f"'{path}': {len({row for row, _ in both})} of {len(pairs)} drawings of the caption pairs are evaluated too, row {both[0][0]} "
+            f"is row {both[0][1]}; make the file again"
+        )

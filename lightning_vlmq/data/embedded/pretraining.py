@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.data.embedded.benchmark import ConceptData
+from lightning_vlmq.data.embedded.benchmark import EmbeddedData
 from lightning_vlmq.data.embedded.concepts import Drawings, group_of, read_drawings
 from lightning_vlmq.data.embedded.scenes import (
     COLOURS,
@@ -31,7 +31,7 @@ TEXTURE_BANK = 1024
 VAGUE = -1
 
 
-class ConceptPretraining(ConceptData):
+class EmbeddedPretraining(EmbeddedData):
     """The training drawings, on scenes that are made anew every time, with captions; validation runs on id, unseen and spurious sets.
 
     A batch never holds two drawings of one concept, so equal concepts are never each other's negatives. An epoch goes
@@ -40,7 +40,7 @@ class ConceptPretraining(ConceptData):
     never stopped (Lightning reloads the loader when ``trainer.reload_dataloaders_every_n_epochs`` is 1, which is required).
 
     Args:
-        root: folder of ``train.parquet``, made by ``make artwork``.
+        root: folder of ``train.parquet``, made by ``make data``.
         captions: ``"clean"``, or ``"noisy"``: a share of the drawings has a wrong or vague caption, as alt texts of the web are.
         noise_rate: that share; half of them tell another concept, the same one every time, half name nothing.
         share_common: share of images on the background colour of their group.
@@ -86,7 +86,7 @@ class ConceptPretraining(ConceptData):
         self.drawings = read_drawings(str(Path(self.root) / "train.parquet"), "train")
         both = self.drawings.cells() & read_drawings(self.recipe.path, "id").cells()
         if both:
-            raise VLMQError(f"'{self.root}' holds {len(both)} drawings that are evaluated; make it again: make artwork")
+            raise VLMQError(f"'{self.root}' holds {len(both)} drawings that are evaluated; make it again: make data")
         generator = self.recipe.generator(100)
         self.told = told_concepts(self.drawings.concept, self.noise_rate, generator)
         self.bank = textures(TEXTURE_BANK, generator)

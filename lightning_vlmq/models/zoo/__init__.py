@@ -1,18 +1,20 @@
-"""The embedded zoo: tiny CLIP-like models, pre-trained by this package, that need no download.
+"""The embedded zoo: small CLIP-like models of five families, pre-trained by this package, that need no download.
 
 A name is ``<tower>_<captions>``: the tower is an open_clip model config beside this file (``vit.json``), the captions tell what it was
-trained on (``clean``, or ``noisy``: 35 % of the captions belong to another image). Weights are safetensors files beside it.
+trained on (``clean``, or ``noisy``: 35 % of the captions are wrong or vague). Weights are safetensors files beside it, each with a
+description: what trained it, and what was measured.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
-from open_clip.tokenizer import SimpleTokenizer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -23,35 +25,10 @@ from lightning_vlmq.models.vlm import VLM, draw_missing_weights
 from lightning_vlmq.models.zoo import towers  # registers the vision towers with timm
 
 FOLDER = Path(__file__).parent
-CONCEPTS = FOLDER / "concepts"
-TOWERS = tuple(sorted(p.stem for p in FOLDER.glob("*.json") if "_" not in p.stem and p.stem != "vocabulary"))
+TOWERS = tuple(sorted(p.stem for p in FOLDER.glob("*.json") if "_" not in p.stem and p.stem != "words"))
 CAPTIONS = ("clean", "noisy")
 PIXEL_MEAN = (0.5, 0.5, 0.5)
 PIXEL_STD = (0.25, 0.25, 0.25)
-
-
-class CompactTokenizer:
-    """open_clip's byte-pair tokenizer over the few hundred tokens that the embedded captions use.
-
-    Token ids are renumbered in increasing order, so the end-of-text token keeps the largest id, which is what CLIP's pooling looks for.
-    Words outside the vocabulary map to id 1.
-
-    Args:
-        context_length: the number of ids a text is padded or cut to.
-    """
-
-    def __init__(self, context_length: int) -> None:
-        self.context_length = context_length
-        self._tokenizer = SimpleTokenizer(context_length=context_length)
-        ids: list[int] = json.loads((FOLDER / "vocabulary.json").read_text())
-        self._compact = torch.ones(self._tokenizer.vocab_size, dtype=torch.int64)
-        self._compact[torch.tensor(ids)] = torch.arange(2, len(ids) + 2)
-        self._compact[0] = 0
-        self.vocab_size = len(ids) + 2
-
-    def __call__(self, texts: list[str]) -> Tensor:
-        """Token ids, int64 ``[n, context_length]``."""
-        return self._compact[self._tokenizer(texts, self.context_length)]
 
 
 def split_words(text: str) -> list[str]:
@@ -71,7 +48,7 @@ class WordTokenizer:
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
-        words: list[str] = json.loads((CONCEPTS / "words.json").read_text())
+        words: list[str] = json.loads((FOLDER / "words.json").read_text())
         self._ids = {word: i for i, word in enumerate(words, start=2)}
         self.vocab_size = len(words) + 4
 
@@ -85,32 +62,37 @@ class WordTokenizer:
 
 
 def names() -> list[str]:
-    """The zoo's models, whether their weights are there yet or not."""
+    """The pre-trained models that are there: those whose description is in :data:`FOLDER`."""
+    return [name for name in buildable() if (FOLDER / f"{name}.json").is_file()]
+
+
+def buildable() -> list[str]:
+    """Every model that can be built and trained, whether its weights are there or not."""
     return [f"{tower}_{captions}" for tower in TOWERS for captions in CAPTIONS]
 
 
-def concept_names() -> list[str]:
-    """The models of the concepts benchmark, whether their weights are there yet or not."""
-    return [f"{path.stem}_{captions}" for path in sorted(CONCEPTS.glob("*64.json")) for captions in CAPTIONS]
-
-
-def all_names() -> list[str]:
-    """Both."""
-    return [*names(), *concept_names()]
-
-
-def folder_of(name: str) -> Path:
-    """Where a model's files are."""
-    return CONCEPTS if name in concept_names() else FOLDER
+def description(name: str) -> dict[str, Any]:
+    """What the file beside a model's weights tells: command, settings, accuracies, and what was measured. Raises ``OSError``."""
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def build(name: str) -> VLM:
     """A zoo model with freshly initialised weights (torch's global generator), in training mode. Raises for an unknown name."""
-    if name not in all_names():
-        raise unknown("model", name, all_names())
-    config = json.loads((folder_of(name) / f"{name.rsplit('_', 1)[0]}.json").read_text())
-    make_tokenizer = WordTokenizer if name in concept_names() else CompactTokenizer
-    tokenizer = make_tokenizer(config["text_cfg"]["context_length"])
+    if name not in buildable():
+        raise unknown("model", name, names())
+    return assemble(json.loads((FOLDER / f"{name.rsplit('_', 1)[0]}.json").read_text()), name)
+
+
+def assemble(config: dict[str, Any], name: str) -> VLM:
+    """The model that a config describes, with fresh weights and a word tokenizer, in training mode.
+
+    Args:
+        config: open_clip's, with the zoo's own ``custom_text`` (a text tower of its own class) and ``early_convolutions`` (see
+            :func:`~lightning_vlmq.models.zoo.towers.early_convolutions`); not changed.
+        name: what the model is called, ``<tower>_<captions>``.
+    """
+    config = copy.deepcopy(config)
+    tokenizer = WordTokenizer(config["text_cfg"]["context_length"])
     config["text_cfg"]["vocab_size"] = tokenizer.vocab_size
     if "multimodal_cfg" in config:
         kind = open_clip.CoCa
@@ -132,7 +114,7 @@ def load(name: str, checkpoint: str | None = None) -> VLM:
         VLMQError: unknown name; a file that is missing, truncated or of another architecture.
     """
     vlm = build(name)
-    path = folder_of(name) / f"{name}.safetensors" if checkpoint is None else Path(checkpoint)
+    path = FOLDER / f"{name}.safetensors" if checkpoint is None else Path(checkpoint)
     if not path.is_file():
         raise VLMQError(f"checkpoint '{path}' does not exist; pre-train it with: vlmq fit --config pretrain/{name}")
     try:

@@ -1,4 +1,4 @@
-"""Vision towers of the embedded zoo that open_clip takes from timm, by name; each in its family's own class, sized for 32x32 images."""
+"""Vision towers of the embedded zoo that open_clip takes from timm, by name; each in its family's own class, sized for 64x64 images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 _STAGES = [
-    ["ds_r1_k3_s1_e1_c24_se0.25"],
-    ["ir_r2_k3_s2_e4_c40_se0.25"],
-    ["ir_r2_k3_s2_e4_c64_se0.25"],
-    ["ir_r1_k3_s2_e4_c96_se0.25"],
-]
-_STAGES_64 = [
     ["er_r1_k3_s2_e2_c48"],
     ["er_r1_k3_s2_e2_c96"],
     ["er_r2_k3_s2_e2_c192"],
@@ -28,12 +22,6 @@ _STAGES_64 = [
 
 @register_model
 def convnext_embedded(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
-    """A ConvNeXt (Liu et al. 2022): stem of stride 2, four stages; 0.4 M parameters."""
-    return _sized(ConvNeXt(patch_size=2, depths=(1, 1, 2, 1), dims=(32, 64, 96, 128), **_of_model(kwargs)))
-
-
-@register_model
-def convnext_concepts(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
     """A ConvNeXt (Liu et al. 2022) for 64x64 images: overlapping stem of stride 4, small depthwise kernels, no layer scale; 1.8 M."""
     tower = ConvNeXt(
         stem_type="overlap_tiered",
@@ -43,19 +31,11 @@ def convnext_concepts(pretrained: bool = False, **kwargs: Any) -> ConvNeXt:
         ls_init_value=None,
         **_of_model(kwargs),
     )
-    return _sized(tower, 64)
+    return _sized(tower)
 
 
 @register_model
 def vit_siglip_embedded(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """SigLIP's vision transformer (Zhai et al. 2023): no class token, features pooled by attention ("map"); 0.5 M parameters."""
-    return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=96, depth=3, num_heads=4, class_token=False, **_of_model(kwargs)
-    )
-
-
-@register_model
-def vit_siglip_concepts(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
     """SigLIP's vision transformer for 64x64 images: early convolutions, 16 tokens, features pooled by attention ("map"); 1.9 M."""
     tower = VisionTransformer(
         img_size=64,
@@ -72,24 +52,10 @@ def vit_siglip_concepts(pretrained: bool = False, **kwargs: Any) -> VisionTransf
 
 
 @register_model
-def efficientnet_concepts(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
+def efficientnet_embedded(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
     """An EfficientNet of the second version (Tan & Le 2021: fused early stages) for 64x64 images: stem of stride 2, four stages; 2.9 M."""
     return _sized(
-        EfficientNet(
-            decode_arch_def(_STAGES_64), stem_size=24, num_features=512, act_layer=nn.ReLU, **_of_model(kwargs)
-        ),
-        64,
-    )
-
-
-@register_model
-def efficientnet_embedded(pretrained: bool = False, **kwargs: Any) -> EfficientNet:
-    """An EfficientNet (Tan & Le 2019), as ALIGN's (Jia et al. 2021): inverted residuals with squeeze-excite and batch norm.
-
-    Stem of stride 2, four stages; 0.2 M parameters.
-    """
-    return _sized(
-        EfficientNet(decode_arch_def(_STAGES), stem_size=24, num_features=192, act_layer=nn.SiLU, **_of_model(kwargs))
+        EfficientNet(decode_arch_def(_STAGES), stem_size=24, num_features=512, act_layer=nn.ReLU, **_of_model(kwargs))
     )
 
 
@@ -110,7 +76,7 @@ def _of_model(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
 
 
-def _sized(model: Any, size: int = 32) -> Any:
+def _sized(model: Any) -> Any:
     """Tell open_clip's adapter the size of the tower's images; its last feature map has two by two cells."""
-    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, size, size)}
+    model.default_cfg = {"pool_size": (2, 2), "input_size": (3, 64, 64)}
     return model

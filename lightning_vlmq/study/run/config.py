@@ -26,8 +26,8 @@ class Study:
     Attributes:
         name: the study's folder below ``logs/``.
         root: that folder; results, TensorBoard logs, failures and the report go there.
-        axes: ``vlm``, ``method``, ``bits`` and ``scope``, each a list of names, and where planted outlier channels are studied
-            ``outliers``, their factors (1: none); the grid is their product.
+        axes: ``vlm`` (``embedded`` stands for all embedded models), ``method``, ``bits`` and ``scope``, each a list of names, and where
+            planted outlier channels are studied ``outliers``, their factors (1: none); the grid is their product.
         commands: by kind (:data:`KINDS`), the start of the argument list: subcommand and config files.
         arguments: templates of the arguments that decide the result: under ``all`` for every run, under ``pretrained``
             for VLMs written ``name@weights``, under ``outliers`` where they are planted, under ``quantized`` for all but full

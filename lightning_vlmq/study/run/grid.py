@@ -23,6 +23,8 @@ from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 from lightning_vlmq.study.run.config import Study
 
 NONE_PLANTED = "1"
+EMBEDDED = "embedded"
+"""On the ``vlm`` axis: every embedded model that is there."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ class Run:
         return " ".join(parts) + (f" seed {self.seed}" if self.seed else "")
 
 
+def every_vlm(entries: Sequence[str]) -> list[str]:
+    """The VLMs of an axis, each once: the entries, but for :data:`EMBEDDED` the embedded models that are there."""
+    return list(dict.fromkeys(vlm for entry in entries for vlm in (zoo.names() if entry == EMBEDDED else [entry])))
+
+
 def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str = "") -> list[Run]:
     """Spell the grid out, in an order of which every beginning is a balanced study.
 
@@ -76,7 +83,8 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
     """
     methods = [name for name in dict.fromkeys(study.axes["method"]) if name != FULL_PRECISION]
     kinds = {FULL_PRECISION: "fp32", **{name: _kind_of(name) for name in methods}}
-    for vlm in study.axes["vlm"]:
+    names = every_vlm(study.axes["vlm"])
+    for vlm in names:
         known_vlm(*split_name(vlm))  # before hours are spent on the others
     for scope in study.axes["scope"]:
         if scope not in SCOPES:
@@ -88,14 +96,14 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
             raise VLMQError(f"outliers '{factor}' is no factor of at least 1, such as 50, and not 'stream'")
     words = [word for name in study.data for word in ("--config", f"data/{name.removeprefix('data/')}")]
     commands = {kind: _locate_configs([*own, *words], config_folder) for kind, own in study.commands.items()}
-    vlms = list(itertools.product(dict.fromkeys(study.axes["vlm"]), factors))
+    vlms = list(itertools.product(names, factors))
     cells = [(vlm, FULL_PRECISION, "W32A32", "none", 32, 32) for vlm in vlms]
     for turn, (place, method) in itertools.product(range(len(widths)), enumerate(methods)):
         bits = list(widths)[(turn + place) % len(widths)]
         scopes = dict.fromkeys(study.axes["scope"])
         cells += [(vlm, method, bits, scope, *widths[bits]) for vlm in vlms for scope in scopes]
     if (axis := study.outermost) is not None:
-        places = {name: k for k, name in enumerate(study.axes[axis])}
+        places = {name: k for k, name in enumerate(names if axis == "vlm" else study.axes[axis])}
         where = {"method": 1, "bits": 2, "scope": 3}
         full, rest = cells[: len(vlms)], cells[len(vlms) :]
         cells = full + sorted(rest, key=lambda cell: places[cell[0][0] if axis == "vlm" else str(cell[where[axis]])])
@@ -171,7 +179,7 @@ def _locate_configs(words: Sequence[str], config_folder: Path) -> list[str]:
 def _environment(vlm: str) -> list[str]:
     """What decides results beside the arguments: the package's code and data, the libraries, an embedded model's weights."""
     weights = zoo.FOLDER / f"{vlm}.safetensors"
-    own = [file_digest(weights)] if vlm in zoo.names() and weights.is_file() else []
+    own = [file_digest(weights)] if weights.is_file() else []
     return [code_digest(), *(f"{name} {version}" for name, version in library_versions().items()), *own]
 
 

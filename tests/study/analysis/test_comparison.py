@@ -69,7 +69,7 @@ def test_means_and_their_paired_errors(store, analysis, role, metric, name):
 
 def test_agreement_is_against_full_precision_and_not_tested(store, analysis):
     found = analysis.comparisons["vit_clean", W4, Measure("agreement", "id")]
-    full, quantized = (column(store, method, "id", "prediction")["garments"] for method in ("fp32", "minmax"))
+    full, quantized = (column(store, method, "id", "prediction")["concepts"] for method in ("fp32", "minmax"))
     assert found.value == pytest.approx((full == quantized).mean())
     assert found.change is None and np.isnan(found.p_value)
     assert analysis.comparisons["vit_clean", FULL, Measure("agreement", "id")].value == 1
@@ -80,7 +80,7 @@ def test_errors_are_shown_as_they_are_and_compared_without_their_bias(store, ana
     found = analysis.comparisons["vit_clean", W4, Measure(metric, "id")]
     twin = analysis.comparisons["vit_clean", W4, Measure(f"{metric}_debiased", "id")]
     columns = {
-        m: [torch.tensor(column(store, m, "id", n)["garments"]) for n in ("confidence", "correct")]
+        m: [torch.tensor(column(store, m, "id", n)["concepts"]) for n in ("confidence", "correct")]
         for m in ("fp32", "minmax")
     }
     assert found.value == pytest.approx(float(calibration_error(*columns["minmax"], binning=binning)), abs=1e-6)
@@ -108,7 +108,7 @@ def test_what_has_no_interval_that_holds_is_not_tested(analysis):
 
 def test_adaptive_ece_value(store, analysis):
     confidence, correct = (
-        torch.tensor(column(store, "minmax", "id", n)["garments"]) for n in ("confidence", "correct")
+        torch.tensor(column(store, "minmax", "id", n)["concepts"]) for n in ("confidence", "correct")
     )
     found = analysis.comparisons["vit_clean", W4, Measure("adaptive_ece", "id")]
     assert found.value == pytest.approx(float(calibration_error(confidence, correct, binning="mass")), abs=1e-6)
@@ -121,7 +121,7 @@ def test_adaptive_ece_value(store, analysis):
 @pytest.mark.parametrize("score", ["mcm", "energy"])
 def test_auroc_of_a_data_set_has_delong_s_error(store, analysis, score):
     scores = {
-        method: [column(store, method, "id", score)["garments"], column(store, method, "far_ood", score)["digits"]]
+        method: [column(store, method, "id", score)["concepts"], column(store, method, "far_ood", score)["digits"]]
         for method in ("fp32", "minmax")
     }
     found = analysis.comparisons["vit_clean", W4, Measure("auroc", "far_ood", "digits", score)]
@@ -141,7 +141,7 @@ def test_auroc_of_a_role_is_the_mean_and_its_bootstrap_agrees_with_delong(analys
     ]
     assert role.value == pytest.approx(np.mean([c.value for c in sets]))
     near = analysis.comparisons["vit_clean", W4, Measure("auroc", "near_ood", "", "mcm")]
-    alone = analysis.comparisons["vit_clean", W4, Measure("auroc", "near_ood", "held_out", "mcm")]
+    alone = analysis.comparisons["vit_clean", W4, Measure("auroc", "near_ood", "novel", "mcm")]
     assert near.value == pytest.approx(alone.value)
     assert near.change.stderr == pytest.approx(alone.change.stderr, rel=0.2)
 
@@ -232,7 +232,7 @@ def test_metrics_of_the_confidences_order(store, analysis, metric):
         "coverage_at_risk": lambda c, k: coverage_at_risk(c, k, risk=0.05),
     }
     columns = [
-        [torch.tensor(column(store, method, "id", name)["garments"]) for name in ("confidence", "correct")]
+        [torch.tensor(column(store, method, "id", name)["concepts"]) for name in ("confidence", "correct")]
         for method in ("fp32", "minmax")
     ]
     found = analysis.comparisons["vit_clean", W4, Measure(metric, "id")]
@@ -289,7 +289,7 @@ def test_tuned_runs_are_compared_with_full_precision_as_it_came(tmp_path):
     assert not {m.metric for m in measures} & {"top1", "top5", "agreement", "rsg", "vuln_add"}
     assert {m.score for m in measures} == {"", "energy"}  # a scale leaves mcm as it is
     confidence, correct = (
-        torch.tensor(column(store, "minmax.lst", "id", name)["garments"]) for name in ("confidence", "correct")
+        torch.tensor(column(store, "minmax.lst", "id", name)["concepts"]) for name in ("confidence", "correct")
     )
     found = analysis.comparisons["vit_clean", W4.tuned, Measure("ece", "id")]
     assert found.value == pytest.approx(float(calibration_error(confidence, correct)), abs=1e-6)
@@ -306,5 +306,5 @@ def test_trajectories_of_seeds_are_pooled(tmp_path):
     assert both.confidence.shape[0] == 3 and float(both.count.sum()) == 2 * 160
     kept = both.count > 0
     weights = both.count[kept] / both.count.sum()
-    accuracy = column(ResultsStore(tmp_path), "fp32", "id", "correct")["garments"].mean()  # the same for both seeds
+    accuracy = column(ResultsStore(tmp_path), "fp32", "id", "correct")["concepts"].mean()  # the same for both seeds
     assert float((both.accuracy[0, kept] * weights).sum()) == pytest.approx(accuracy)

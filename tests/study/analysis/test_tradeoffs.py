@@ -44,7 +44,7 @@ def analysis(tmp_path_factory):
         one, bits = rows.iloc[0].to_dict(), int(rows["weight_bits"].iloc[0])
         about = {OUTPUT_SQNR: 3.0 * bits, BITS_PER_WEIGHT: bits + 0.5} if bits < 32 else {}
         more = [
-            one | {"metric": m, "value": v, "dataset": "garments", "role": "id", "score": ""} for m, v in about.items()
+            one | {"metric": m, "value": v, "dataset": "concepts", "role": "id", "score": ""} for m, v in about.items()
         ]
         table = pd.concat([rows, pd.DataFrame(more, columns=rows.columns)]) if more else rows
         told.write(run_id, table, store.samples(run_id), store.curves(run_id), statistics=store.statistics(run_id))

@@ -26,7 +26,7 @@ from lightning_vlmq.study.report.terminal import summary_table
 
 VLMS = ("$x_{$ <script>alert(1)</script>", '=HYPERLINK("http://x","y")', "_模型 🦊\n\t'\"&amp;[red]{0}%s\\frac{1}")
 METHODS = ("@SUM(1)$^$", "</td><b onmouseover='x'>$")
-SETS = {"garments": "$\\bad{$ <img src=x onerror=y>", "held_out": "-1+1|'\"", "digits": "=cmd|' /C calc'!A0\n"}
+SETS = {"concepts": "$\\bad{$ <img src=x onerror=y>", "novel": "-1+1|'\"", "digits": "=cmd|' /C calc'!A0\n"}
 LAYER = "$blocks_{0$.<i>.'\"=\n🦊"
 FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -57,7 +57,7 @@ def test_the_page_shows_names_and_obeys_none(report):
     assert {tag for tag, _ in page.tags} & {"iframe", "object", "b "} == set()
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
     assert all(a["src"].startswith("data:image/svg+xml") for tag, a in page.tags if tag == "img")
-    for name in (*VLMS, *METHODS, SETS["held_out"]):
+    for name in (*VLMS, *METHODS, SETS["novel"]):
         assert name in page.text
 
 

@@ -91,7 +91,7 @@ def test_conventions_and_provenance_are_said(page):
         "15 equal-width bins",
     ):
         assert phrase in page.text
-    assert re.search(r"garments\s*96", page.text)  # data sets with their numbers of images
+    assert re.search(r"concepts\s*96", page.text)  # data sets with their numbers of images
 
 
 def test_the_same_store_gives_the_same_bytes(root, page, tmp_path):
@@ -111,7 +111,7 @@ def test_a_store_of_one_data_set_without_curves_gives_a_page(tmp_path):
     store = ResultsStore(tmp_path)
     for key in grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"]):
         rows, samples, _ = make_run(key, key.bits, size=0.05)
-        keep = (rows["dataset"] == "garments") & rows["metric"].isin(["top1", "ece"])
+        keep = (rows["dataset"] == "concepts") & rows["metric"].isin(["top1", "ece"])
         store.write(key.bits, rows[keep], samples[samples["role"] == "id"], pd.DataFrame())
     page = Page(build_report(tmp_path).read_text())
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]

@@ -12,9 +12,10 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models import zoo
 from lightning_vlmq.quant import METHODS
 from lightning_vlmq.study.run.config import Study
-from lightning_vlmq.study.run.grid import compose
+from lightning_vlmq.study.run.grid import compose, every_vlm
 from lightning_vlmq.study.run.shards import shard_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -40,21 +41,25 @@ def runs(plain: dict, seed: int = 0, folder: Path = CONFIGS, data: str = ""):
     return compose(Study.from_config(plain), [seed], folder, data)
 
 
-def test_the_demo_is_four_vlms_in_eight_settings_and_full_precision(demo):
+def test_the_demo_is_two_vlms_in_twelve_settings_and_full_precision(demo):
     grid = runs(demo)
-    assert len(grid) == 4 * (1 + 2 * 2 * 2)
-    assert [run.kind for run in grid[:4]] == ["fp32"] * 4  # what all else is compared with
-    assert len({run.run_id for run in grid}) == 36
+    assert len(grid) == 2 * (1 + 4 * 3)
+    assert [run.kind for run in grid[:2]] == ["fp32"] * 2  # what all else is compared with
+    assert len({run.run_id for run in grid}) == 26
+    assert {run.bits for run in grid if run.kind != "fp32"} == {"W8A8", "W4A8", "W4A4"}
     assert {run.kind for run in grid if run.method == "lsq_contrastive"} == {"qat"}
     assert {run.kind for run in grid if run.method == "minmax"} == {"ptq"}
 
 
 def test_argument_lists(demo):
+    extra = demo["arguments"]["extra"]
+    assert extra and all(word.startswith("--data.") for word in extra)
     full, quantized = runs(demo, seed=3)[0], runs(demo, seed=3)[-1]
     configs = str(CONFIGS)
     assert [word.replace(configs, "configs") for word in full.arguments] == [
         *("validate", "--config", "configs/eval.yaml"),
         *("--seed_everything=3", "--model.vlm=vit_clean", "--model.quant.method=fp32"),
+        *extra,
         *("--results.root=logs/demo", f"--results.run_id={full.run_id}"),
         *(
             "--model.kept_features=all",
@@ -63,13 +68,14 @@ def test_argument_lists(demo):
         ),
     ]
     assert quantized.arguments[0] == "fit" and quantized.arguments[2].endswith("configs/qat.yaml")
-    assert set(quantized.arguments[3:9]) == {
+    assert set(quantized.arguments[3 : 9 + len(extra)]) == {
         "--seed_everything=3",
-        "--model.vlm=convnext_noisy",
+        "--model.vlm=align_clean",
         "--model.quant.method=lsq_contrastive",
         "--model.quant.scope=vision_text",
-        "--model.quant.weight_bits=8",
-        "--model.quant.act_bits=8",
+        "--model.quant.weight_bits=4",
+        "--model.quant.act_bits=4",
+        *extra,
     }
 
 
@@ -80,7 +86,8 @@ def test_committed_studies_are_complete(path):
     assert not unknown_methods
     grid = runs(plain)
     cells = len(plain["axes"]["method"]) * len(plain["axes"]["bits"]) * len(plain["axes"]["scope"])
-    assert len(grid) == len(plain["axes"]["vlm"]) * (1 + cells)
+    vlms = every_vlm(plain["axes"]["vlm"])
+    assert len(grid) == len(vlms) * (1 + cells) and {run.vlm for run in grid} == set(vlms)
     assert plain["seeds"] is None or path == "embedded"
 
 
@@ -89,12 +96,12 @@ def test_every_beginning_is_a_balanced_study():
     plain = config("study=embedded")
     study = Study.from_config(plain)
     grid = compose(study, study.seeds_or(0), CONFIGS)
-    methods, n_vlms, n_scopes = plain["axes"]["method"], len(plain["axes"]["vlm"]), len(plain["axes"]["scope"])
+    methods, n_vlms, n_scopes = plain["axes"]["method"], len(zoo.names()), len(plain["axes"]["scope"])
     one_seed = n_vlms * (1 + len(methods) * len(plain["axes"]["bits"]) * n_scopes)
     assert [run.seed for run in grid] == [seed for seed in (0, 1, 2) for _ in range(one_seed)]
     for end in range(n_vlms, one_seed + 1, n_vlms * n_scopes):
         begun = grid[:end]
-        assert {sum(run.vlm == vlm for run in begun) for vlm in plain["axes"]["vlm"]} == {end // n_vlms}
+        assert {sum(run.vlm == vlm for run in begun) for vlm in zoo.names()} == {end // n_vlms}
         counts = [sum(run.method == method for run in begun) for method in methods]
         assert max(counts) - min(counts) <= n_vlms * n_scopes
         widths = [sum(run.bits == bits for run in begun) for bits in plain["axes"]["bits"]]
@@ -152,7 +159,7 @@ def test_what_decides_a_result_changes_what_a_run_is(demo):
     first = runs(demo)[0].run_id
     assert runs(demo, seed=1)[0].run_id != first
     longer = copy.deepcopy(demo)
-    longer["arguments"]["extra"] = ["--data.per_class=5"]
+    longer["arguments"]["extra"] = ["--data.n_concepts=20"]
     assert runs(longer)[0].run_id != first
 
 
@@ -192,7 +199,7 @@ def test_weights_after_an_at_sign(demo):
 def test_entries_named_twice_count_once(demo):
     demo["axes"]["vlm"] = ["vit_clean", "vit_clean"]
     demo["axes"]["method"] = ["minmax", "fp32", "minmax"]
-    assert len(runs(demo)) == 1 + 4
+    assert len(runs(demo)) == 1 + 3
 
 
 def test_an_outermost_axis_changes_last(demo):

@@ -1,12 +1,12 @@
-"""The concepts benchmark: its files, its scenes and captions, its evaluation sets, and what is trained on."""
+"""What the embedded benchmark is made of: scenes, captions, and what is trained on."""
 
 import pytest
 import torch
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.data import ConceptData
-from lightning_vlmq.data.embedded.concepts import FOLDER, class_names, concepts, group_of, groups, read_drawings
-from lightning_vlmq.data.embedded.pretraining import VAGUE, ConceptBatches, ConceptPretraining, Scenes, told_concepts
+from lightning_vlmq.data import EmbeddedPretraining
+from lightning_vlmq.data.embedded.concepts import FOLDER, class_names, group_of, groups, read_drawings
+from lightning_vlmq.data.embedded.pretraining import VAGUE, ConceptBatches, Scenes, told_concepts
 from lightning_vlmq.data.embedded.scenes import COLOURS, compose, draw_colours, place, place_freely, textures
 from lightning_vlmq.data.embedded.wording import Writer, all_phrases
 from lightning_vlmq.models import zoo
@@ -16,61 +16,6 @@ FILE = str(FOLDER / "drawings.parquet")
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-@pytest.fixture(scope="module")
-def data():
-    module = ConceptData(n_id=40, n_shifted=20, n_ood=30, corruptions=("contrast",), severities=(3,))
-    module.setup()
-    return module
-
-
-def by_name(data):
-    return {s.name: s for s in data.eval_sets}
-
-
-def test_there_are_enough_concepts_and_the_cells_are_apart():
-    assert len(class_names()) >= 900 and len(class_names(trained=False)) >= 120
-    assert len({c.name for c in concepts()}) == len(concepts())
-    parts = {part: read_drawings(FILE, part) for part in ("id", "unseen", "pairs", "house", "pictogram")}
-    assert torch.bincount(parts["id"].concept, minlength=len(class_names())).min() >= 2
-    assert parts["unseen"].concept.min() >= len(class_names())
-    assert len(parts["pairs"]) == 1000 and not parts["pairs"].cells() & parts["id"].cells()
-    trained_houses = set(parts["pairs"].house)
-    assert not trained_houses & set(parts["house"].house) and set(parts["id"].house) <= trained_houses
-    attribution = (FOLDER / "ATTRIBUTION.md").read_text()
-    assert all(f"@iconify-json/{h}`" in attribution for p in parts.values() for h in set(p.house))
-
-
-def test_every_role_is_there_with_labels_that_fit(data):
-    sets = by_name(data)
-    assert {s.role for s in data.eval_sets} == {"id", "near_ood", "far_ood", "corruption", "shift", "spurious"}
-    for s in data.eval_sets:
-        target = s.images.columns["target"]
-        assert s.images.images.shape[1:] == (3, 64, 64)
-        n = len(s.class_names or data.class_names)
-        assert (target == -1).all() if "ood" in s.role else ((target >= 0) & (target < n)).all()
-    assert torch.equal(sets["novel"].images.images, sets["unseen"].images.images)
-    assert torch.equal(sets["corruptions_clean"].images.columns["target"], sets["contrast_3"].images.columns["target"])
-    assert sets["corruptions_clean"].severity == 0
-
-
-def test_spurious_sets_show_the_same_drawings_on_other_colours(data):
-    common, counter = (by_name(data)[f"backgrounds_{k}"].images for k in ("common", "counter"))
-    assert torch.equal(common.columns["target"], counter.columns["target"])
-    same = (common.images == counter.images).all(1).float().mean((1, 2))
-    assert (same > 0.02).all() and (same < 0.98).all()  # opaque drawings agree, grounds do not
-
-
-def test_the_same_seed_gives_the_same_images_and_another_others():
-    def build(seed):
-        module = ConceptData(datasets=("concepts",), n_id=8, data_seed=seed, calibration_pairs=3)
-        module.setup()
-        return module.eval_sets[0].images.images, module.pairs
-
-    first, second = build(3)[0], build(4)[0]
-    assert torch.equal(first, build(3)[0]) and not torch.equal(first, second)
-    assert len(build(3)[1]) == 3
 
 
 def test_colours_follow_the_group_as_often_as_asked():
@@ -162,32 +107,16 @@ def test_early_epochs_show_flat_grounds_of_any_colour_and_later_ones_the_groups_
     )
     flat = [flat_rows(scenes.__getitems__(list(range(200)))["image"]) for scenes in (plain, full)]
     assert flat[0] > 0.8 and flat[1] < flat[0] - 0.3
-    with pytest.raises(VLMQError, match="plain_until"):
-        ConceptPretraining(plain_until=1.5)
+    for setting in ({"plain_until": 1.5}, {"noise_rate": 1.0}):
+        with pytest.raises(VLMQError, match=next(iter(setting))):
+            EmbeddedPretraining(**setting)
 
 
-@pytest.mark.parametrize("name", zoo.concept_names())
-def test_every_model_of_the_benchmark_can_be_built_and_takes_the_vocabulary(name):
+@pytest.mark.parametrize("name", zoo.buildable())
+def test_every_embedded_model_can_be_built_and_takes_the_vocabulary(name):
     vlm = zoo.build(name).eval()
     with torch.no_grad():
         image = vlm.encode_image(torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=generator()))
         text = vlm.encode_text(vlm.tokenize(["a drawing of a cat", "violin"]))
     assert image.shape == text.shape == (2, 256)
     assert sum(p.numel() for p in vlm.parameters()) < 5e6  # ten of them in half precision: about 60 MB
-
-
-def test_bad_settings_are_refused(tmp_path):
-    for settings, text in (
-        ({"datasets": ("concept",)}, "concept"),
-        ({"n_id": 0}, "n_id must be at least 1"),
-        ({"corruptions": ("fog2",)}, "fog"),
-        ({"renditions": ("outlin",)}, "outline"),
-    ):
-        with pytest.raises(VLMQError, match=text):
-            ConceptData(**settings)
-    with pytest.raises(VLMQError, match="lower calibration_pairs"):
-        ConceptData(datasets=("concepts",), n_id=5, calibration_pairs=1001).setup()
-    with pytest.raises(VLMQError, match="does not exist"):
-        ConceptData(path=str(tmp_path / "none.parquet")).setup()
-    with pytest.raises(VLMQError, match="noise_rate"):
-        ConceptPretraining(noise_rate=1.0)
