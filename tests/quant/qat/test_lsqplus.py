@@ -47,7 +47,7 @@ def test_every_input_grid_starts_with_no_more_error_than_min_max(seed: int):
             layer.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach().clone()}))
     with torch.no_grad():
         vlm.encode_image(batches[0]["image"]), vlm.encode_text(batches[0]["tokens"])
-    quantize(vlm, "lsqplus_contrastive", QuantScheme(16, 4, scope="vision_text"), batches)
+    quantize(vlm, "lsqplus_contrastive(start='mse')", QuantScheme(16, 4, scope="vision_text"), batches)
     gains = []
     for name, layer in quantized_layers(vlm).items():
         x, quantizer = seen[name], layer.act_fake_quant
