@@ -40,7 +40,7 @@ FAKE_QUANTIZED = 1.2
 STEP = 3.0
 """A training step in forward passes of its batch (forward and backward), by the same."""
 SAMPLE_BYTES, ROW_BYTES = 40.0, 14.0
-"""On disk for each image of each model, and for each row of results; measured on stores of the embedded study."""
+"""On disk for each image of each model, and for each row of results; estimates of the compressed columns, not measured."""
 ROWS_A_SET = 60
 """Rows for each set of a model: metrics and their changes."""
 TIMED_IMAGES = 8

@@ -30,6 +30,13 @@ class MultirunProgress(Callback):
         self._ended = threading.Event()
         self._watch: threading.Thread | None = None
 
+    def __getstate__(self) -> dict[str, float]:
+        """What goes to a job: launchers pickle the callbacks too, and neither an event nor a thread can travel."""
+        return {"seconds": self.seconds}
+
+    def __setstate__(self, state: dict[str, float]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Begin to look at the store, where jobs run elsewhere."""
         launcher = str(OmegaConf.select(config, "hydra.launcher._target_") or "")

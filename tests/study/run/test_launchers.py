@@ -24,7 +24,8 @@ STUDY = [
 
 
 def start(root: Path, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "lightning_vlmq.study.run.app", *STUDY, f"study.root={root}", *words]
+    # argparse takes words before and after an option for two lists and refuses the second, so -m stands in front of all
+    command = [sys.executable, "-m", "lightning_vlmq.study.run.app", *words, *STUDY, f"study.root={root}"]
     return subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
