@@ -23,11 +23,11 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from lightning_vlmq.evaluation.estimates import calibration_gaps
 from numpy.typing import NDArray
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from lightning_vlmq.evaluation.estimates import calibration_gaps
 from lightning_vlmq.metrics import per_sample
 from lightning_vlmq.statistics import bootstrap_means, delong, summarise
 
