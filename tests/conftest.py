@@ -17,6 +17,12 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_console(monkeypatch):
+    """What ``rich.print`` prints to is made anew by every test that prints, as wide as the test's own ``COLUMNS``."""
+    monkeypatch.setattr("rich._console", None)
+
+
 @pytest.fixture
 def small_zoo(monkeypatch):
     """Names of the zoo mean the small models of its families, for whatever builds a model again from what a file says of it."""

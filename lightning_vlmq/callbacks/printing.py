@@ -18,6 +18,9 @@ from lightning_vlmq.evaluation.headline import HeadlineLine, headline, side_by_s
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet
 from lightning_vlmq.models import RANDOM
 
+NAME_WIDTH = 18
+"""Characters of a column after which a run's name is folded: the path of another store would else push all other columns out."""
+
 
 class CoveragePrinter(Callback):
     """Says in two lines how much of a quantized model is really quantized, when it has been made; the whole table on request.
@@ -108,7 +111,8 @@ def headline_table(lines: Sequence[HeadlineLine], titles: Sequence[str], has_cha
     table.add_column("dimension", min_width=11)  # wraps where there is little room; numbers are never cut
     table.add_column("in %", no_wrap=True)
     for title in titles:
-        table.add_column(title, justify="right", width=max(5, *map(len, title.split())))
+        width = min(max(5, *map(len, title.split())), NAME_WIDTH)
+        table.add_column(title, justify="right", width=width, overflow="fold")
     if has_change:
         table.add_column("change, points", justify="right", no_wrap=True)
         table.caption = "± half a 95 % interval, * significant at 5 % FDR"

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
 from lightning_vlmq.core.identity import LIBRARIES, digest
-from lightning_vlmq.evaluation import features
+from lightning_vlmq.evaluation import digests
 from lightning_vlmq.evaluation.digests import Computation, tower_digest
 from lightning_vlmq.models import load_vlm
 from lightning_vlmq.results.identity import NO_PART, TRAINING, _callback, computing
@@ -40,6 +40,7 @@ COMPUTED = {"precision": "64-true", "deterministic": True, "benchmark": True}
 
 def read(**flags) -> dict:
     given = {**QUIET, "accelerator": "cpu", "devices": 1, "use_distributed_sampler": False, "max_epochs": 1, **flags}
+    torch.use_deterministic_algorithms(False)  # whatever ran before in this process may have left them on
     trainer = Trainer(**given)
     try:
         return {"training": {name: reader(trainer) for name, reader in TRAINING.items()}, **computing(trainer)}
@@ -95,8 +96,8 @@ def test_each_part_of_a_computation_is_another_cache_key(monkeypatch: pytest.Mon
     ]
     assert len(others) == len(Computation.__dataclass_fields__)
     keys = {tower_digest(vlm, None, "fp32", "vision", computation) for computation in [Computation(), *others]}
-    monkeypatch.setattr(features, "library_versions", lambda: {"torch": "9"})
+    monkeypatch.setattr(digests, "library_versions", lambda: {"torch": "9"})
     keys.add(tower_digest(vlm, None, "fp32"))
-    monkeypatch.setattr(features, "code_digest", lambda packages: "other")
+    monkeypatch.setattr(digests, "code_digest", lambda packages: "other")
     keys.add(tower_digest(vlm, None, "fp32"))
     assert len(keys) == len(others) + 3

@@ -43,7 +43,7 @@ def test_rows_say_what_samples_say(root, monkeypatch):
         for a, b in ((one.change, other.change), (one.effect, other.effect)):
             assert b.estimate == pytest.approx(a.estimate, rel=1e-6, abs=1e-12, nan_ok=True), key
             # of relative measures the change's own error follows to first order only, which is rougher where ranks jump
-            rough = 0.35 if key[2].metric.startswith(("fpr95", "aupr", "coverage")) else 0.1
+            rough = 0.6 if key[2].metric.startswith(("fpr95", "aupr", "coverage")) else 0.1
             assert b.stderr == pytest.approx(a.stderr, rel=rough if key[2].info.is_relative else 1e-6, nan_ok=True), key
         tested += not np.isnan(one.p_value)
     assert tested > 200
