@@ -53,6 +53,7 @@ class PretrainingModule(LightningModule):
         n_prototypes: how many concepts there are.
         prototype_scale: factor of the cosines in that cross-entropy (Wang et al. 2017, NormFace). At the scale that contrast learns,
             about 40, a small margin is enough and sixty dimensions hold a thousand concepts; a small factor asks for right angles.
+            None takes the scale that contrast learns.
         fixed_dims: how many of a prototype's dimensions stay as drawn at random (Hoffer et al. 2018, Fix your classifier), with their
             share of its length. Learned prototypes settle in few dimensions and features follow them, so that high ranks hold
             nothing (Papyan et al. 2020, neural collapse); fixed ones tell every concept from every other in dimensions of their own.
@@ -72,7 +73,7 @@ class PretrainingModule(LightningModule):
         teacher_weight: float = 10.0,
         prototype_weight: float = 0.0,
         n_prototypes: int = 0,
-        prototype_scale: float = 16.0,
+        prototype_scale: float | None = None,
         fixed_dims: int = 0,
     ) -> None:
         super().__init__()
@@ -141,7 +142,8 @@ class PretrainingModule(LightningModule):
         """Cross-entropy of both towers' features over the prototypes; a pair that tells no concept (-1) does not count."""
         assert self.prototypes is not None and isinstance(self.fixed_code, Tensor)
         learned = F.normalize(self.prototypes, dim=-1) * (1 - self.fixed_code.square().sum(-1, keepdim=True)).sqrt()
-        scaled = self.prototype_scale * torch.cat([self.fixed_code, learned], dim=-1).T
+        scale = self.vlm.logit_scale() if self.prototype_scale is None else self.prototype_scale
+        scaled = scale * torch.cat([self.fixed_code, learned], dim=-1).T
         losses = [
             F.cross_entropy(outputs[f"{tower}_features"] @ scaled, concept, ignore_index=-1)
             for tower in ("image", "text")

@@ -101,8 +101,10 @@ def test_a_teacher_draws_both_towers_to_its_own():
 
 
 def test_fixed_dimensions_of_prototypes_stay_as_drawn_and_keep_their_share():
-    for fixed in (0, 16):
-        module = PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=fixed)
+    for fixed, scale in ((0, 16), (16, 16), (16, None)):
+        module = PretrainingModule(
+            "vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=fixed, prototype_scale=scale
+        )
         dim = module.vlm.encode_text(module.vlm.tokenize(["a"])).shape[-1]
         trained = {id(p) for group in _groups(module) for p in group["params"]}
         assert id(module.prototypes) in trained and all(id(p) in trained for p in module.vlm.parameters())
@@ -112,7 +114,7 @@ def test_fixed_dimensions_of_prototypes_stay_as_drawn_and_keep_their_share():
         outputs = {"image_features": features, "text_features": features}
         loss = module._to_prototypes(outputs, torch.tensor([2, -1]))
         whole = nn.functional.normalize(module.prototypes, dim=-1) * (1 - fixed / dim) ** 0.5
-        logits = 16 * features @ torch.cat([module.fixed_code, whole], dim=1).T
+        logits = (scale or module.vlm.logit_scale()) * features @ torch.cat([module.fixed_code, whole], dim=1).T
         torch.testing.assert_close(loss, 2 * -logits.log_softmax(-1)[0, 2])
     with pytest.raises(VLMQError, match="fixed_dims"):
         PretrainingModule("vit_clean", prototype_weight=1.0, n_prototypes=3, fixed_dims=dim)
