@@ -86,7 +86,7 @@ def pattern_of(setting: Setting) -> Setting | None:
             setting, variant=", ".join(w for w in setting.variant.split(", ") if not w.startswith("surgery="))
         )
         return rest if rest.is_quantization else None
-    if setting.method not in METHODS or not METHODS[setting.method].is_control:
+    if not setting.is_control:
         return None
     own = options_of(setting)
     scheme = ", ".join(f"{name}={value}" if value else name for name, value in _words(setting) if name not in own)

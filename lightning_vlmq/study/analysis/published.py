@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.statistics import ClusteredMean, clustered_mean
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
@@ -190,12 +189,8 @@ for _title, _method, _bits, _gap, _vulnerability, _expects in _GAPS:
 def _compared(analysis: StudyAnalysis, measure: Measure) -> Iterator[tuple[str, Setting, Comparison]]:
     """Every comparison of a measure that is known, controls left out."""
     for vlm, setting, comparison in analysis.changed.get(measure, ()):
-        if not _is_control(setting):
+        if not setting.is_control:
             yield vlm, setting, comparison
-
-
-def _is_control(setting: Setting) -> bool:
-    return setting.method in METHODS and METHODS[setting.method].is_control
 
 
 def _by_vlm(cells: Mapping[str, Sequence[Cell]]) -> ClusteredMean:
@@ -293,8 +288,7 @@ def _share(analysis: StudyAnalysis, holds: Callable[[dict[str, float]], bool], t
     """1 where it holds of a setting's gains in accuracy, ECE and AUROC, else 0; by VLM."""
     found: dict[str, list[Cell]] = {}
     for (vlm, setting), gains in analysis.joint_gains().items():
-        is_trained = setting.method in METHODS and METHODS[setting.method].needs_training
-        if not _is_control(setting) and (is_trained or not trained):
+        if not setting.is_control and (setting.is_trained or not trained):
             found.setdefault(vlm, []).append(Cell(float(holds(gains))))
     return found
 

@@ -68,7 +68,17 @@ class Setting:
     @property
     def is_quantization(self) -> bool:
         """Whether it is a quantized model as it is: no control, and no surgery on its error."""
-        return not self.surgery and not (self.method in METHODS and METHODS[self.method].is_control)
+        return not self.surgery and not self.is_control
+
+    @property
+    def is_control(self) -> bool:
+        """Whether its method is a control of the study; a method that is not registered here is none."""
+        return self.method in METHODS and METHODS[self.method].is_control
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its method trains; likewise."""
+        return self.method in METHODS and METHODS[self.method].needs_training
 
     @property
     def details(self) -> str:

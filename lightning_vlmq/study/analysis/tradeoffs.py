@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.evaluation.results import BITS_PER_WEIGHT, OUTPUT_SQNR
-from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
@@ -71,11 +70,10 @@ def pareto_front(analysis: StudyAnalysis) -> dict[str, list[Candidate]]:
     for vlm in analysis.vlms:
         candidates = []
         for setting in [FULL, *analysis.settings]:
-            is_control = setting.method in METHODS and METHODS[setting.method].is_control
             size = 32.0 if setting == FULL else bits.get((vlm, setting), float("nan"))
             named = {m: analysis.comparisons.get((vlm, setting, m)) for m in _measures(analysis)}
             values = [c.value for c in named.values() if c is not None]
-            if not is_control and len(values) == len(named) and not np.isnan([*values, size]).any():
+            if not setting.is_control and len(values) == len(named) and not np.isnan([*values, size]).any():
                 top1, ece, near, far = values
                 candidates.append(Candidate(vlm, setting, top1, ece, (near + far) / 2, size))
         kept = undominated(np.array([c.goods for c in candidates]).reshape(-1, 4))
@@ -133,7 +131,7 @@ def seed_spread(analysis: StudyAnalysis) -> list[SeedSpread]:
         for run_id, value, stderr in own[["run_id", "value", "stderr"]].itertuples(index=False, name=None):
             values.setdefault(cells[run_id], []).append((value, stderr))
         for kind, is_trained in (("post-training", False), ("trained", True)):
-            several = [np.array(v) for (_, s), v in values.items() if len(v) > 1 and _is_trained(s) == is_trained]
+            several = [np.array(v) for (_, s), v in values.items() if len(v) > 1 and s.is_trained == is_trained]
             if several:
                 found.append(_spread(kind, dimension, several))
     return found
@@ -144,7 +142,3 @@ def _spread(kind: str, dimension: Dimension, several: Sequence[NDArray[np.float6
     errors = [np.mean(pairs[:, 1] ** 2) for pairs in several]
     roots = float(np.sqrt(np.nanmean(variances))), float(np.sqrt(np.nanmean(errors)))
     return SeedSpread(kind, dimension, *roots, len(several), sum(map(len, several)))
-
-
-def _is_trained(setting: Setting) -> bool:
-    return setting.method in METHODS and METHODS[setting.method].needs_training
