@@ -29,8 +29,9 @@ from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.lowbit.packing import pack, unpack
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, QuantLinear
+from lightning_vlmq.quant.rounding import STEP_FLOOR, to_blocks
 
 
 def _multiplies_unsigned() -> bool:

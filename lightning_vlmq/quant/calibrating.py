@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, all_finite
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
+from lightning_vlmq.quant.rounding import all_finite
 from lightning_vlmq.quant.scheme import QuantScheme
 
 Batch = Mapping[str, Tensor]

@@ -22,8 +22,9 @@ from torch import Tensor
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, calibrate
-from lightning_vlmq.quant.fake_quant import Clipping, FakeQuantizer, block_range, quantize_dequantize, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import static_layers, weight_quantized_layers
+from lightning_vlmq.quant.rounding import Clipping, block_range, quantize_dequantize, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
 REPORTED = 0.01

@@ -12,7 +12,8 @@ from torchao.quantization.granularity import Granularity, PerAxis, PerGroup, Per
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, all_finite
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
+from lightning_vlmq.quant.rounding import all_finite
 from lightning_vlmq.quant.rules import layer_schemes
 from lightning_vlmq.quant.scheme import QuantScheme
 

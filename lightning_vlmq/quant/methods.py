@@ -20,8 +20,8 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.attention import install_attention, static_products
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate, run_once
 from lightning_vlmq.quant.clipping import note_clipping
-from lightning_vlmq.quant.fake_quant import block_range, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers, swap_layers, weight_quantized_layers
+from lightning_vlmq.quant.rounding import block_range, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
 METHODS: Registry[PTQMethod] = Registry("method")

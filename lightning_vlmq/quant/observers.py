@@ -12,8 +12,8 @@ from lightning_vlmq.core.deterministic import running_sum
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate, shared_inputs
-from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, static_layers, weight_quantized_layers
+from lightning_vlmq.quant.rounding import all_finite
 from lightning_vlmq.quant.scheme import QuantScheme
 
 BINS = 4096

@@ -14,9 +14,9 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.clipping import measure_clipping, require_usable
 from lightning_vlmq.quant.coverage import CoverageReport, assert_attention, assert_covered, measure_coverage
-from lightning_vlmq.quant.fake_quant import all_finite
 from lightning_vlmq.quant.layers import quantized_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod, find_method
+from lightning_vlmq.quant.rounding import all_finite
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 
 

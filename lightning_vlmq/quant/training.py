@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, choose_qparams, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.methods import PTQMethod, within
+from lightning_vlmq.quant.rounding import STEP_FLOOR, choose_qparams, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
 RATES = {2: (3e-2, 1e-3), 3: (1e-2, 1e-3), 4: (3e-3, 1e-3), 8: (1e-3, 1e-3)}

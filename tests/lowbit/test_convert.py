@@ -34,7 +34,7 @@ from lightning_vlmq.quant import (
     save_quantized,
 )
 from lightning_vlmq.quant.checkpoint import FORMAT, read_description
-from lightning_vlmq.quant.fake_quant import block_range, to_blocks
+from lightning_vlmq.quant.rounding import block_range, to_blocks
 
 W8A8, W4A8 = QuantScheme(8, 8, scope="vision_text"), QuantScheme(4, 8, scope="vision_text")
 

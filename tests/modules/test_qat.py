@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import QATModule, Quantization
 from lightning_vlmq.quant import quantized_layers
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR
+from lightning_vlmq.quant.rounding import STEP_FLOOR
 
 
 @pytest.mark.parametrize("processes", [2, 3])

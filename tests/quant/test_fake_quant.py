@@ -6,7 +6,8 @@ from torch import Tensor
 from torchao.quantization.granularity import PerAxis, PerGroup, PerTensor, PerToken
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, choose_qparams, quantize_dequantize
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
+from lightning_vlmq.quant.rounding import choose_qparams, quantize_dequantize
 
 
 def reference(x: Tensor, bits: int, symmetric: bool, low: Tensor, high: Tensor) -> Tensor:

@@ -9,7 +9,9 @@ from torch.nn import functional as F
 from torchao.quantization.granularity import PerAxis, PerTensor
 
 from lightning_vlmq.quant import QuantConv2d, QuantizedLayer, QuantLinear, QuantScheme
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR, FakeQuantizer, LearnedStep
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
+from lightning_vlmq.quant.learned_step import LearnedStep
+from lightning_vlmq.quant.rounding import STEP_FLOOR
 
 
 def lsq_case(seed: int, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import VLM, Projection
 from lightning_vlmq.quant import QuantConv2d, QuantLinear, QuantScheme, quantize, quantized_layers, swap_layers
-from lightning_vlmq.quant.fake_quant import block_range, to_blocks
+from lightning_vlmq.quant.rounding import block_range, to_blocks
 
 
 def fit(layer: QuantLinear | QuantConv2d, x: Tensor) -> None:

@@ -11,11 +11,12 @@ from torchao.quantization.granularity import PerGroup, PerTensor
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, calibrate
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers, weight_quantized_layers
 from lightning_vlmq.quant.methods import register, within
 from lightning_vlmq.quant.observers import MagnitudeObserver, grouped_rows, output_error, second_moments
 from lightning_vlmq.quant.ptq.smoothquant import ChannelScaled, install_channel_scale
+from lightning_vlmq.quant.rounding import block_range, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.transforms import scale_input_channels
 

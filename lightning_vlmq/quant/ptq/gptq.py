@@ -12,12 +12,13 @@ from torchao.quantization.granularity import PerGroup
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, choose_qparams, quantize_dequantize
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.fits import Fit
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.methods import METHODS, PTQMethod, register, within
 from lightning_vlmq.quant.observers import grouped_rows, second_moments
 from lightning_vlmq.quant.ptq.mse import search_blocks
+from lightning_vlmq.quant.rounding import choose_qparams, quantize_dequantize
 from lightning_vlmq.quant.scheme import QuantScheme
 
 SPAN = 16

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR, block_range, choose_qparams, to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.methods import PTQMethod, register, within
+from lightning_vlmq.quant.rounding import STEP_FLOOR, block_range, choose_qparams, to_blocks
 
 
 @register("hqq")

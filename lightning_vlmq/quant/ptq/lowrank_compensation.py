@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.observers import second_moments
+from lightning_vlmq.quant.rounding import block_range, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.spectral import RankCut
 

@@ -11,10 +11,11 @@ from torchao.quantization.granularity import PerTensor
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, block_range, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
 from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.observers import HistogramObserver, observe_histograms
+from lightning_vlmq.quant.rounding import block_range, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
 FRACTIONS = torch.linspace(1.0, 0.02, 99).tolist()

@@ -11,10 +11,10 @@ from torchao.quantization.granularity import PerTensor
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.fake_quant import to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
 from lightning_vlmq.quant.methods import PTQMethod, register, within
 from lightning_vlmq.quant.observers import observe_histograms
+from lightning_vlmq.quant.rounding import to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
 

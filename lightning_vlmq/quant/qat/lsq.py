@@ -14,7 +14,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch, calibrate
 from lightning_vlmq.quant.clipping import note_clipping
-from lightning_vlmq.quant.fake_quant import FakeQuantizer, to_blocks
+from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.fits import Fit
 from lightning_vlmq.quant.layers import (
     QuantizedLayer,
@@ -25,6 +25,7 @@ from lightning_vlmq.quant.layers import (
 from lightning_vlmq.quant.methods import METHODS, register
 from lightning_vlmq.quant.observers import MagnitudeObserver
 from lightning_vlmq.quant.ptq.gptq import GPTQ
+from lightning_vlmq.quant.rounding import to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.quant.starting import keep_best
 from lightning_vlmq.quant.training import QATMethod

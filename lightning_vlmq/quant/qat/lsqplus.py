@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.fake_quant import to_blocks
 from lightning_vlmq.quant.layers import QuantizedLayer, static_layers
 from lightning_vlmq.quant.methods import METHODS, register
 from lightning_vlmq.quant.qat.lsq import LearnedSteps
+from lightning_vlmq.quant.rounding import to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
 

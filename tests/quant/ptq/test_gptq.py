@@ -4,8 +4,8 @@ from cases.quant import LAYER_KINDS, SEEDS, build, make_batches, outlier_layer, 
 from torch import Tensor, nn
 
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
-from lightning_vlmq.quant.fake_quant import choose_qparams
 from lightning_vlmq.quant.ptq.gptq import GPTQ
+from lightning_vlmq.quant.rounding import choose_qparams
 
 
 def optimal_brain_quantization(weight: Tensor, moment: Tensor, scheme: QuantScheme, group: int) -> Tensor:

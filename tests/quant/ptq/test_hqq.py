@@ -5,8 +5,8 @@ from torch import nn
 from torchao.quantization.quant_primitives import optimize_weights_proximal_legacy
 
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme
-from lightning_vlmq.quant.fake_quant import to_blocks
 from lightning_vlmq.quant.ptq.hqq import HQQ
+from lightning_vlmq.quant.rounding import to_blocks
 
 
 def heavy_tailed_error(difference: torch.Tensor) -> float:

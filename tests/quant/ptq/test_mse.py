@@ -4,9 +4,9 @@ from cases.quant import LAYER_KINDS, SEEDS, outlier_layer
 from torchao.quantization.granularity import PerTensor
 
 from lightning_vlmq.quant import METHODS, FakeQuantizer, QuantScheme
-from lightning_vlmq.quant.fake_quant import to_blocks
 from lightning_vlmq.quant.observers import HistogramObserver
 from lightning_vlmq.quant.ptq.mse import FRACTIONS, search_histogram
+from lightning_vlmq.quant.rounding import to_blocks
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -7,9 +7,9 @@ from cases.quant import LAYER_KINDS, SEEDS, add_outlier_channels, build, float_o
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import METHODS, LayerRule, QuantScheme, quantize, quantized_layers
 from lightning_vlmq.quant.calibrating import RangeObserver, calibrate, full_precision
-from lightning_vlmq.quant.fake_quant import choose_qparams
 from lightning_vlmq.quant.observers import ChannelObserver
 from lightning_vlmq.quant.ptq.smoothquant import install_channel_scale, smoothing_factor, weight_channel_maximum
+from lightning_vlmq.quant.rounding import choose_qparams
 
 
 @pytest.mark.parametrize("kind", LAYER_KINDS)

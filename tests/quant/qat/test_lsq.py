@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import METHODS, FakeQuantizer, QATMethod, QuantScheme, quantize, quantized_layers
-from lightning_vlmq.quant.fake_quant import STEP_FLOOR
+from lightning_vlmq.quant.rounding import STEP_FLOOR
 from lightning_vlmq.quant.training import contrastive_distillation
 
 QAT = sorted(name for name in METHODS if METHODS[name].needs_training)
