@@ -113,6 +113,8 @@ def _of_id(
     centred = (features - features.mean(0)).double()
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
     bands = band_accuracy(features, classifier, target, directions.T.float(), mean=features.mean(0))
+    uncentred = torch.linalg.svd(features.double(), full_matrices=False)[2]  # as arXiv 2509.21173 takes them
+    to_zero = band_accuracy(features, classifier, target, uncentred.T.float())
     houses = data.recipe.drawings("id", data.recipe.n_id).house
     by_house: dict[str, list[float]] = {}
     for house, right in zip(houses, correct.tolist()):
@@ -124,6 +126,7 @@ def _of_id(
         "signed_ece": signed_calibration_error(confidence, correct).item(),
         "effective_rank_singular": effective_rank(values),
         "bands": dict(zip(map(band_name, PUBLISHED_BANDS), bands)),
+        "bands_to_zero": dict(zip(map(band_name, PUBLISHED_BANDS), to_zero)),
         "houses": {house: sum(right) / len(right) for house, right in sorted(by_house.items())},
     }
 
@@ -175,9 +178,12 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
     text += f"""
 Noise ratio: mean accuracy over the 19 families at severity {SEVERITY}, over that on the same images uncorrupted. RSG: share of
 accuracy lost off the group's own background colour. Rank: exponential of the entropy of the centred features' singular
-values. Bands: accuracy with all but those ranks of the features set to their mean. Largest activation: over the layers of
+values. Bands: accuracy with all but those ranks of the centred features set to their mean. To zero: the same bands on the
+features' own singular vectors, about zero, with the rest set to zero, as in the published study; the mean, which is the same
+for all images but not for all classes, then no longer outweighs the ranks that are left. Largest activation: over the layers of
 the vision tower, the largest input of one over the median of its inputs (zeros apart); then the median over layers.
-{_above_chance(measured)}
+{_above_chance(measured, "bands", "about the mean")}
+{_above_chance(measured, "bands_to_zero", "about zero")}
 
 ## By house, in distribution
 
@@ -194,14 +200,14 @@ the vision tower, the largest input of one over the median of its inputs (zeros 
     return text
 
 
-def _above_chance(measured: dict[str, dict[str, Any]]) -> str:
+def _above_chance(measured: dict[str, dict[str, Any]], key: str, basis: str) -> str:
     """How many models every band alone classifies with, told by the standard error of guessing."""
     chance, found = 1 / len(class_names()), []
-    for band in next(iter(measured.values()))["bands"]:
+    for band in next(iter(measured.values()))[key]:
         error = [(chance * (1 - chance) / m["n"]) ** 0.5 for m in measured.values()]
-        above = sum(m["bands"][band] > chance + 3 * e for m, e in zip(measured.values(), error))
+        above = sum(m[key][band] > chance + 3 * e for m, e in zip(measured.values(), error))
         found.append(f"{band} in {above}")
-    return f"Bands above chance ({_percent(chance)}) by three standard errors: {', '.join(found)} of {len(measured)} models."
+    return f"Bands {basis} above chance ({_percent(chance)}) by three standard errors: {', '.join(found)} of {len(measured)} models."
 
 
 def _cells(m: dict[str, Any]) -> dict[str, str]:
@@ -219,6 +225,7 @@ def _cells(m: dict[str, Any]) -> dict[str, str]:
         "signed CE": f"{100 * m['signed_ece']:+.1f}",
         "rank": f"{m['effective_rank_singular']:.0f}",
         "bands " + " / ".join(m["bands"]): " / ".join(_percent(v) for v in m["bands"].values()),
+        "to zero": " / ".join(_percent(v) for v in m["bands_to_zero"].values()),
         "largest activation": f"{ratios.max():.0f}; {ratios.median():.0f}",
     }
 
