@@ -15,10 +15,11 @@ from torch import Tensor
 from lightning_vlmq.callbacks.activations import as_bands
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
-from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.evaluation.band_accuracy import BandAccuracy, measure_bands
+from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.evaluation.band_accuracy import BandAccuracy, measure_bands, measure_block_bands
 from lightning_vlmq.plotting.bands import band_bars
-from lightning_vlmq.spectral import PUBLISHED_BANDS, band_name
+from lightning_vlmq.quant.blocks import run_tower
+from lightning_vlmq.spectral import CENTRES, PUBLISHED_BANDS, band_name
 
 log = logging.getLogger(__name__)
 
@@ -31,22 +32,24 @@ class BandAccuracies(Callback):
 
         vlmq validate --config eval --config quant/gptq --trainer.callbacks+=BandAccuracies
 
-    ``curves()`` holds, by site, kinds ``top1_<mode>_<basis>`` over the bands' first ranks, full precision's beside it where the basis
-    is not the quantized model's own. ``rows()`` holds the same as metrics ``top1_<mode>_<basis>_<band>``, full precision's ending in
-    ``_full``; bands that start beyond the last rank have none. A figure per site, ``bands/<site>``, goes to the loggers. A model
-    without a full-precision reference is passed over; so is, with a warning, a run of several processes.
+    ``curves()`` holds, by site, kinds ``top1_<mode>_<basis>`` (around the mean) and ``top1_<mode>_<basis>_zero`` (around zero, as
+    published) over the bands' first ranks, full precision's beside it where the basis is not the model's own. ``rows()`` holds the
+    same as metrics ``<kind>_<band>``, full precision's ending in ``_full``; bands without energy have none. A figure per site,
+    ``bands/<site>``, goes to the loggers. A model without a full-precision reference is passed over; so is, with a warning, a run of
+    several processes.
 
     Args:
         n_images: images to look at.
         bands: rank ranges, ``[first, end]`` each, the end null for all that follow.
-        has_blocks: whether to look after every block too, which runs the networks some forty times for each.
+        has_blocks: whether to look after every block too, which runs the networks some forty times for each and each centre.
         seed: of the random subspaces of equal energy.
+        centres: what is left of the other ranks, see :func:`~lightning_vlmq.spectral.own_band_accuracy`: ``mean``, ``zero``, or both.
 
     Attributes:
         found: the accuracies of the last validation or test.
 
     Raises:
-        VLMQError: a band that is none, or fewer than two images.
+        VLMQError: a band or centre that is none, or fewer than two images.
     """
 
     def __init__(
@@ -55,18 +58,23 @@ class BandAccuracies(Callback):
         bands: Sequence[Sequence[int | None]] = PUBLISHED_BANDS,
         has_blocks: bool = False,
         seed: int = 0,
+        centres: Sequence[str] = CENTRES,
     ) -> None:
         if n_images < 2:
             raise VLMQError(f"n_images must be at least 2, got {n_images}")
         self.n_images, self.has_blocks, self.seed = n_images, has_blocks, seed
-        self.bands = as_bands(bands)
+        self.bands, self.centres = as_bands(bands), tuple(dict.fromkeys(centres))
+        for around in self.centres:
+            if around not in CENTRES:
+                raise unknown("centre", around, CENTRES)
         self.found: list[BandAccuracy] = []
-        self._batches: list[tuple[Tensor, Tensor]] = []
+        self._batches: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def identity(self) -> dict[str, Any]:
         """What decides the rows and curves."""
         bands = [list(band) for band in self.bands]
-        return {"n_images": self.n_images, "bands": bands, "has_blocks": self.has_blocks, "seed": self.seed}
+        about = {"n_images": self.n_images, "bands": bands, "has_blocks": self.has_blocks, "seed": self.seed}
+        return about | {"centres": self.centres}
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin anew."""
@@ -91,24 +99,33 @@ class BandAccuracies(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Keep the batch's images while there are not enough."""
-        left = self.n_images - sum(len(target) for _, target in self._batches)
+        left = self.n_images - sum(len(target) for _, target, _ in self._batches)
         if dataloader_idx == self._inside and left > 0:
-            self._batches.append((batch["image"][:left], batch["target"][:left]))
+            self._batches.append((batch["image"][:left], batch["target"][:left], batch["index"][:left]))
 
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Measure and draw."""
-        kept = [(images, target) for images, target in self._batches if len(target)]
+        kept = [part for part in self._batches if len(part[1])]
         self._batches = []
         if not kept:
             return
         judged, reference = pl_module.judged
         inside = pl_module.eval_sets[self._inside]
-        images, target = [images for images, _ in kept], torch.cat([target for _, target in kept])
+        images, target = [part[0] for part in kept], torch.cat([part[1] for part in kept])
+        index = torch.cat([part[2] for part in kept]).cpu()
         classifiers = reference.classifier(inside), judged.classifier(inside)
         models = pl_module.reference, pl_module.vlm
-        self.found = measure_bands(*models, images, target, classifiers, self.bands, self.has_blocks, self.seed)
+        features = [one.features(inside) for one in (reference, judged)]
+        full, quantized = (
+            whole[index] if whole is not None else torch.cat([run_tower(model, "vision", x) for x in images])
+            for whole, model in zip(features, models)
+        )
+        how: dict[str, Any] = {"bands": self.bands, "seed": self.seed, "centres": self.centres}
+        self.found = measure_bands((full, quantized), target, classifiers, **how)
+        if self.has_blocks:
+            self.found = measure_block_bands(*models, images, target, classifiers, **how) + self.found
         if takes_figures(trainer):
             for site in dict.fromkeys(one.site for one in self.found):
                 own = [one for one in self.found if one.site == site]
@@ -120,15 +137,15 @@ class BandAccuracies(Callback):
         """Points by kind and site, columns as in the results store's curves; see the class."""
         first = {band_name(band): band[0] for band in self.bands}
         quantized = [one for one in self.found if one.model == "quantized"]
-        full = {(o.site, o.mode, o.basis, o.band): o.top1 for o in self.found if o.model == "full"}
+        full = {(o.site, o.kind, o.band): o.top1 for o in self.found if o.model == "full"}
         rows = [
             (
-                f"top1_{one.mode}_{one.basis}",
+                one.kind,
                 one.site,
                 one.site.split("/")[0],
                 first[one.band],
                 one.top1,
-                full.get((one.site, one.mode, one.basis, one.band), float("nan")),
+                full.get((one.site, one.kind, one.band), float("nan")),
             )
             for one in quantized
         ]
@@ -139,5 +156,5 @@ class BandAccuracies(Callback):
         found: dict[str, dict[str, float]] = {}
         for one in (one for one in self.found if not math.isnan(one.top1)):
             ending = "_full" if one.model == "full" else ""
-            found.setdefault(one.site, {})[f"top1_{one.mode}_{one.basis}_{one.band}{ending}"] = one.top1
+            found.setdefault(one.site, {})[f"{one.kind}_{one.band}{ending}"] = one.top1
         return found

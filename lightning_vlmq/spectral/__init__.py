@@ -1,12 +1,15 @@
 """Spectra of weights and activations: pure functions on tensors that know nothing of the rest of the package."""
 
 from lightning_vlmq.spectral.bands import (
+    CENTRES,
     MODES,
     PUBLISHED_BANDS,
     Band,
     band_accuracy,
     band_directions,
     band_name,
+    holds_energy,
+    own_band_accuracy,
     project,
     random_subspace,
 )
@@ -36,6 +39,7 @@ from lightning_vlmq.spectral.surgery import Surgery
 from lightning_vlmq.spectral.weights import Spectrum, as_matrix, log_ratio, singular_values, stacked_singular_values
 
 __all__ = [
+    "CENTRES",
     "DISTRIBUTIONS",
     "EIGENVALUE_FLOOR",
     "MODES",
@@ -59,10 +63,12 @@ __all__ = [
     "eigenbasis",
     "filter_gains",
     "fourier_spectrum_2d",
+    "holds_energy",
     "layer_group",
     "log_ratio",
     "matched_noise",
     "matrix_weights",
+    "own_band_accuracy",
     "participation_ratio",
     "power_law_tail",
     "principal_angles",

@@ -16,7 +16,7 @@ from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.experiment import VLMQCLI
 from lightning_vlmq.modules import EvaluationModule, Quantization
 from lightning_vlmq.results.store import ResultsStore
-from lightning_vlmq.spectral import band_accuracy, eigenbasis
+from lightning_vlmq.spectral import band_accuracy, eigenbasis, own_band_accuracy
 
 BANDS = [[0, 4], [4, None], [4000, None]]
 
@@ -56,6 +56,9 @@ def test_they_are_those_of_the_features(run):
             assert found == pytest.approx(expected, abs=1.5 / len(target))
         exact = float(model.own.records[inside.name]["correct"].double().mean())
         assert rows[f"top1_cumulative_{own}_4+{ending}"] == pytest.approx(exact, abs=1e-9)
+        published = own_band_accuracy(features, classes, target, [(0, 4), (4, None)], around="zero")
+        found = [rows[f"top1_keep_{own}_zero_{band}{ending}"] for band in ("0-4", "4+")]
+        assert found == pytest.approx(published, abs=1.5 / len(target)) and found != expected
     assert rows["top1_keep_full_0-4"] != rows["top1_keep_full_0-4_full"]
     assert not any("4000+" in name for name in rows)
 
@@ -79,7 +82,9 @@ def test_the_command_line_takes_it():
     cli = VLMQCLI(args=[*words, "--trainer.logger=false"], run=False)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, BandAccuracies))
     assert callback.bands == ((0, 4), (4, None)) and callback.has_blocks
-    assert callback.identity() == {"n_images": 1000, "bands": [[0, 4], [4, None]], "has_blocks": True, "seed": 0}
+    assert callback.identity() == {"n_images": 1000, "bands": [[0, 4], [4, None]], "has_blocks": True, "seed": 0} | {
+        "centres": ("mean", "zero")
+    }
 
 
 def test_without_full_precision_there_is_nothing_to_measure():
@@ -93,3 +98,5 @@ def test_without_full_precision_there_is_nothing_to_measure():
     assert callback.rows() == {} and len(callback.curves()) == 0
     with pytest.raises(VLMQError, match="at least 2"):
         BandAccuracies(n_images=1)
+    with pytest.raises(VLMQError, match="unknown centre"):
+        BandAccuracies(centres=["median"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases.quant import build, make_batches, twin
 
-from lightning_vlmq.evaluation.band_accuracy import measure_bands, project_at
+from lightning_vlmq.evaluation.band_accuracy import measure_bands, measure_block_bands, project_at
 from lightning_vlmq.quant import QuantScheme, quantize
 from lightning_vlmq.quant.blocks import BlockWatcher, block_sites, features_with, on_grid, run_tower, watched
 from lightning_vlmq.spectral import eigenbasis, rank_table
@@ -120,20 +120,23 @@ def test_band_accuracies_of_a_small_model():
     classifier = torch.nn.functional.normalize(torch.randn(5, features[0].shape[1]), dim=-1)
     target = (features[0] @ classifier.T).argmax(-1)
     bands = ((0, 4), (4, 16), (16, None))
-    found = measure_bands(reference, vlm, batches, target, (classifier, classifier), bands)
+    how = (target, (classifier, classifier), bands)
+    found = measure_block_bands(reference, vlm, batches, *how) + measure_bands(tuple(features), *how)
     sites = len(block_sites(vlm, "vision")) + 1
-    assert len(found) == sites * ((9 + 3) + (18 + 3))
-    by = {(f.site, f.basis, f.mode, f.band, f.model): f.top1 for f in found}
+    assert len(found) == sites * 2 * ((9 + 3) + (18 + 3))
+    by = {(f.site, f.around, f.basis, f.mode, f.band, f.model): f.top1 for f in found}
     expected = float(((features[1] @ classifier.T).argmax(-1) == target).double().mean())
-    for site in {f.site for f in found}:
-        assert by[site, "full", "cumulative", "16+", "full"] == 1.0
-        assert by[site, "own", "cumulative", "16+", "quantized"] == pytest.approx(expected, abs=1 / 16)
-    assert found == measure_bands(reference, vlm, batches, target, (classifier, classifier), bands)
-    only_output = measure_bands(
-        reference, vlm, batches, target, (classifier, classifier), ((0, 4), (500, None)), has_blocks=False
-    )
-    assert {f.site for f in only_output} == {"vision/output"}
-    assert all((f.top1 != f.top1) == (f.band == "500+") for f in only_output if f.mode == "keep")
+    for site, around in {(f.site, f.around) for f in found}:
+        last = "4-16" if site == "vision/output" else "16+"  # 16 images have 16 directions, their many tokens more
+        assert by[site, around, "full", "cumulative", last, "full"] == 1.0
+        assert by[site, around, "own", "cumulative", last, "quantized"] == pytest.approx(expected, abs=1 / 16)
+        lacks = [f.top1 != f.top1 for f in found if (f.site, f.around, f.band) == (site, around, "16+")]
+        assert set(lacks) == {site == "vision/output"} or set(lacks) == {
+            True,
+            False,
+        }  # noise has energy on another's basis
+    again = measure_block_bands(reference, vlm, batches, *how) + measure_bands(tuple(features), *how)
+    assert str(again) == str(found)
 
 
 def test_changed_activations_change_features():

@@ -12,6 +12,7 @@ from lightning_vlmq.spectral import (
     band_directions,
     band_name,
     eigenbasis,
+    own_band_accuracy,
     project,
     random_subspace,
 )
@@ -126,9 +127,64 @@ def test_a_random_subspace_is_not_the_band():
         lambda: band_accuracy(torch.ones(3, 2), torch.ones(4, 2), torch.zeros(2, dtype=torch.long), torch.eye(2)),
         lambda: band_accuracy(torch.ones(3, 2), torch.ones(4, 2), torch.full((3,), -1), torch.eye(2)),
         lambda: band_accuracy(torch.ones(3, 2), torch.ones(4, 2), torch.full((3,), 4), torch.eye(2)),
+        lambda: own_band_accuracy(torch.eye(3), torch.eye(3), torch.arange(3), around="median"),
         lambda: band_accuracy(torch.full((3, 2), math.nan), torch.ones(4, 2), torch.full((3,), 0), torch.eye(2)),
     ],
 )
 def test_bad_input_is_refused(call):
     with pytest.raises(VLMQError):
         call()
+
+
+def test_own_bands_around_zero_are_the_published_measure():
+    """The spectra's cuts by numpy's SVD of the features as they are; of their deviations, the mean put back, around it."""
+    generator = torch.Generator().manual_seed(0)
+    classes = torch.randn(12, 16, generator=generator)
+    target = torch.randint(12, (300,), generator=generator)
+    features = classes[target] + torch.randn(300, 16, generator=generator) + 3 * torch.randn(16, generator=generator)
+    for around, mean in (("zero", 0.0), ("mean", features.numpy().mean(0))):
+        u, s, vt = np.linalg.svd(features.double().numpy() - mean, full_matrices=False)
+        for mode in ("keep", "drop"):
+            found = own_band_accuracy(features, classes, target, BANDS, mode, around)
+            for value, (start, stop) in zip(found, BANDS):
+                part = (u[:, start:stop] * s[start:stop]) @ vt[start:stop]
+                left = part if mode == "keep" else (features.numpy() - mean) - part
+                expected = np.mean(((left + mean) @ classes.numpy().T).argmax(-1) == target.numpy())
+                assert value == pytest.approx(expected, abs=1.5 / 300)
+
+
+def test_the_mean_drowns_high_ranks_and_zero_does_not():
+    """Classes told apart in weak ranks alone, beside a mean that prefers one class to all others by far."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.arange(400) % 4
+    classes = torch.cat([torch.tensor([[1.0], [0], [0], [0]]), torch.zeros(4, 1), 0.3 * torch.eye(4)], 1)
+    features = torch.zeros(400, 6)
+    features[:, 0] = 5 + torch.randn(400, generator=generator)
+    features[:, 1] = 3 * torch.randn(400, generator=generator)
+    features[torch.arange(400), 2 + target] = 0.5
+    bands = ((0, 2), (2, None))
+    around_mean = own_band_accuracy(features, classes, target, bands, around="mean")
+    around_zero = own_band_accuracy(features, classes, target, bands, around="zero")
+    assert around_mean == pytest.approx([0.25, 0.25], abs=0.01)
+    assert around_zero[1] == 1.0
+
+
+def test_bands_without_energy_are_not_guessed():
+    """Fewer samples than dimensions, features of low rank, one and the same feature, one sample."""
+    generator = torch.Generator().manual_seed(0)
+    classes, target = torch.randn(3, 20, generator=generator), torch.arange(30) % 3
+    low = torch.randn(30, 4, generator=generator) @ torch.randn(4, 20, generator=generator)
+    bands = ((0, 2), (2, 5), (5, None))
+    assert [v == v for v in own_band_accuracy(low, classes, target, bands)] == [True, True, False]
+    few = torch.randn(6, 20, generator=generator)
+    assert [v == v for v in own_band_accuracy(few, classes, target[:6], ((0, 5), (5, None)))] == [True, False]
+    assert [v == v for v in own_band_accuracy(few, classes, target[:6], ((0, 6), (6, None)), around="zero")] == [
+        True,
+        False,
+    ]
+    same = torch.randn(1, 20, generator=generator).expand(30, 20)
+    whole = float(((same @ classes.T).argmax(-1) == target).double().mean())
+    for features, t in ((same, target), (same[:1], target[:1])):
+        assert all(v != v for v in own_band_accuracy(features, classes, t, bands))
+        own = own_band_accuracy(features, classes, t, ((0, 1), (1, None)), around="zero")
+        assert own[0] == (whole if len(t) > 1 else float((features @ classes.T).argmax() == t)) and own[1] != own[1]
