@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.identity import tensors_digest
+from lightning_vlmq.evaluation.digests import SPECTRA
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.plotting.activations import rank_curves, rank_maps
-from lightning_vlmq.quant.blocks import BlockWatcher
+from lightning_vlmq.quant.blocks import BlockWatcher, KeptActivations
 from lightning_vlmq.spectral import (
     PUBLISHED_BANDS,
     Band,
@@ -49,6 +53,10 @@ class ActivationSpectrum(Callback):
     ``rows()`` holds scalars. Figures ``activations/curves_<tower>`` and ``activations/map_<tower>`` go to the loggers.
     A model without a full-precision reference is passed over.
 
+    Full precision's side is computed once: its activations are kept in memory from one validation of a fit to the next where they take
+    no more than :data:`~lightning_vlmq.quant.blocks.KEPT_BYTES`, its eigenvectors and what is told of its spectrum beside the features, by
+    content, for every run on the same images.
+
     Args:
         n_images: images (and prompts) to look at.
         bands: rank ranges whose pooled gain, SQNR and filter share are among the scalars.
@@ -63,6 +71,9 @@ class ActivationSpectrum(Callback):
         self.n_images = n_images
         self.bands = as_bands(bands)
         self._watchers: dict[str, BlockWatcher] = {}
+        self._full: dict[str, KeptActivations] = {}
+        self._found: dict[str, SiteSpectra] = {}
+        self._reference: Any = None
         self._images = 0
 
     def identity(self) -> dict[str, Any]:
@@ -71,12 +82,17 @@ class ActivationSpectrum(Callback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin anew."""
-        self._watchers, self._images = {}, 0
+        self._watchers, self._images, self._found = {}, 0, {}
         reference = getattr(pl_module, "reference", None)
         if trainer.sanity_checking or reference is None:
             return
+        if reference is not self._reference:
+            self._full, self._reference = {}, reference
         self._inside = next(k for k, s in enumerate(pl_module.eval_sets) if s.role == "id")
-        self._watchers = {tower: BlockWatcher(reference, pl_module.vlm, tower) for tower in pl_module.scheme.towers}
+        self._watchers = {
+            tower: BlockWatcher(reference, pl_module.vlm, tower, full=self._full.setdefault(tower, KeptActivations()))
+            for tower in pl_module.scheme.towers
+        }
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -106,9 +122,18 @@ class ActivationSpectrum(Callback):
             self._watchers["text"].update(self._prompts(trainer, pl_module))
         for watcher in self._watchers.values():
             watcher.synchronise()
-        if trainer.is_global_zero and takes_figures(trainer):
+        if not trainer.is_global_zero:
+            return
+        kept = getattr(pl_module, "cache", FeatureCache(None))
+        self._found = {
+            site: SiteSpectra.of(moments, kept)
+            for watcher in self._watchers.values()
+            for site, moments in watcher.moments.items()
+        }
+        if takes_figures(trainer):
+            tables = self.tables()
             for tower in self._watchers:
-                own = {site: table for site, table in self.tables().items() if site.startswith(f"{tower}/")}
+                own = {site: table for site, table in tables.items() if site.startswith(f"{tower}/")}
                 title = f"activations of the {tower} tower, step {trainer.global_step}"
                 log_figure(trainer, f"activations/curves_{tower}", rank_curves(own, title))
                 log_figure(trainer, f"activations/map_{tower}", rank_maps(own, title))
@@ -125,12 +150,13 @@ class ActivationSpectrum(Callback):
         own = prompts[trainer.global_rank :: trainer.world_size] or prompts[:1]
         return pl_module.vlm.tokenize(own)
 
-    def tables(self) -> dict[str, RankTable]:
-        """The table of ranks of every site, around the mean; empty for a model without a reference."""
-        return {site: rank_table(moments) for site, moments in self._moments().items()}
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let full precision's activations go: no further validation sees them."""
+        self._full = {}
 
-    def _moments(self) -> dict[str, SecondMoments]:
-        return {site: moments for watcher in self._watchers.values() for site, moments in watcher.moments.items()}
+    def tables(self) -> dict[str, RankTable]:
+        """The table of ranks of every site, around the mean; empty for a model without a reference (and but in rank zero)."""
+        return {site: found.table for site, found in self._found.items()}
 
     def _fourier(self) -> dict[str, tuple[RadialSpectrum, RadialSpectrum]]:
         return {s: both for watcher in self._watchers.values() for s, both in watcher.fourier_spectra().items()}
@@ -143,11 +169,12 @@ class ActivationSpectrum(Callback):
             columns = (kind, site, site.split("/")[0], x, y, reference)
             parts.append(pd.DataFrame(dict(zip(CURVE_COLUMNS, columns, strict=True))))
 
-        for site, table in self.tables().items():
+        for site, found in self._found.items():
+            table = found.table
             rank = np.arange(1, len(table) + 1)
             for kind in ("sqnr_db", "gain", "gain_stderr"):
                 add(kind, site, rank, getattr(table, kind).cpu().numpy())
-            own = eigenbasis(self._moments()[site].quantized())[0].cpu().numpy()
+            own = found.eigenvalues.cpu().numpy()
             add("eigenvalues", site, rank, own[: len(table)], table.energy.cpu().numpy())
         for site, (full, quantized) in self._fourier().items():
             add("fourier_power", site, full.frequency.numpy(), quantized.power.numpy(), full.power.numpy())
@@ -164,23 +191,61 @@ class ActivationSpectrum(Callback):
         patch, where rows lie on a grid.
         """
         found: dict[str, dict[str, float]] = {}
-        for site, moments in self._moments().items():
-            table = rank_table(moments)
+        for site, spectra in self._found.items():
+            table = spectra.table
             scalars = {"mean_sqnr_db": table.mean_sqnr_db, "noise_colour": table.colour}
             for band in self.bands:
                 for metric, value in zip(("sqnr_db", "gain", "gain_stderr", "filter_share"), table.pooled(*band)):
                     scalars[f"{metric}_{band_name(band)}"] = value
-            bases = {"_full": eigenbasis(moments.matrices()[0]), "": eigenbasis(moments.quantized())}
-            for ending, (values, _) in bases.items():
-                scalars |= {f"{name}{ending}": value for name, value in _dimensions(values).items()}
-            k = min(LEADING, moments.dim)
-            angles = principal_angles(bases["_full"][1][:, :k], bases[""][1][:, :k])
-            found[site] = scalars | {"leading_angle": math.degrees(float(angles[0]))}
+            for ending, dimensions in (("_full", spectra.full_dimensions), ("", spectra.dimensions)):
+                scalars |= {f"{name}{ending}": value for name, value in dimensions.items()}
+            found[site] = scalars | {"leading_angle": spectra.leading_angle}
         for site, both in self._fourier().items():
             for ending, spectrum in zip(("_full", ""), both):
                 low = float(spectrum.power[spectrum.frequency < 0.25].sum())
                 found[site][f"low_frequency_share{ending}"] = low / float(spectrum.power.sum())
         return found
+
+
+@dataclass(frozen=True, eq=False)
+class SiteSpectra:
+    """What is told of one site.
+
+    Attributes:
+        table: by rank, around the mean.
+        eigenvalues: float64 ``[d]``, of the quantized activations.
+        leading_angle: in degrees, see :meth:`ActivationSpectrum.rows`.
+        dimensions: of the quantized activations' spectrum, by name.
+        full_dimensions: of full precision's.
+    """
+
+    table: RankTable
+    eigenvalues: torch.Tensor
+    leading_angle: float
+    dimensions: dict[str, float]
+    full_dimensions: dict[str, float]
+
+    @classmethod
+    def of(cls, moments: SecondMoments, cache: FeatureCache) -> SiteSpectra:
+        """From the moments of a site; full precision's side from the cache where it has been there."""
+        zz = moments.matrices()[0]
+        full_dimensions, basis = _full_side(zz, cache)
+        values, vectors = eigenbasis(moments.quantized())
+        k = min(LEADING, moments.dim)
+        angle = math.degrees(float(principal_angles(basis[:, :k], vectors[:, :k])[0]))
+        return cls(rank_table(moments, basis=basis), values, angle, _dimensions(values), full_dimensions)
+
+
+def _full_side(moment: torch.Tensor, cache: FeatureCache) -> tuple[dict[str, float], torch.Tensor]:
+    """Dimensions and eigenvectors of full precision's second moment, kept under its digest."""
+    digest = tensors_digest({"moment": moment})
+    kept = cache.get(digest, f"{SPECTRA}activations", len(moment) + 1)
+    if kept is not None:
+        eigenvalues, vectors = kept[0], kept[1:]
+    else:
+        eigenvalues, vectors = eigenbasis(moment)
+        cache.put(digest, f"{SPECTRA}activations", torch.cat([eigenvalues[None], vectors]))
+    return _dimensions(eigenvalues), vectors.to(moment)
 
 
 def _dimensions(eigenvalues: torch.Tensor) -> dict[str, float]:

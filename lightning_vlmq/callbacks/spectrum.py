@@ -16,6 +16,7 @@ from torch import distributed as dist
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
+from lightning_vlmq.evaluation.digests import SPECTRA
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum, layer_group, matrix_weights, weight_spectra
@@ -249,10 +250,10 @@ def kept_spectra(weights: Mapping[str, Tensor], digest: str, cache: FeatureCache
     if dist.is_available() and dist.is_initialized():
         return shared_weight_spectra(weights)
     sizes = [min(len(weight), weight[0].numel()) for weight in weights.values()]
-    values = cache.get(digest, "spectra", sum(sizes))
+    values = cache.get(digest, f"{SPECTRA}weights", sum(sizes))
     if values is None:
         found = weight_spectra(weights)
-        cache.put(digest, "spectra", torch.cat([own.singular_values for own in found.values()])[:, None])
+        cache.put(digest, f"{SPECTRA}weights", torch.cat([own.singular_values for own in found.values()])[:, None])
         return found
     return {name: Spectrum(own) for name, own in zip(weights, values[:, 0].split(sizes))}
 

@@ -17,6 +17,7 @@ from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 log = logging.getLogger(__name__)
 
 TEXTS = "texts_"
+SPECTRA = "spectra_"
 """How the names of texts' features begin."""
 
 

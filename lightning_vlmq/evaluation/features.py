@@ -22,7 +22,7 @@ from lightning_vlmq.core.atomic import is_alive, replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.data.sets import EvalSet
-from lightning_vlmq.evaluation.digests import TEXTS
+from lightning_vlmq.evaluation.digests import SPECTRA, TEXTS
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class FeatureCache:
         folder: where the files lie; ``None`` keeps nothing.
         kept: which image features: of ``"all"`` towers; of ``"reference"`` ones, see :attr:`lasting`, those of any other only
             until this process files those of the next, so that scopes that share a vision tower share its features; or ``"none"``.
-            Features of texts are few, and are kept unless nothing is.
+            Features of texts and full precision's spectra are few, and are kept unless nothing is.
 
     Attributes:
         lasting: digests of the towers whose image features stay under ``"reference"``: full precision's.
@@ -100,7 +100,7 @@ class FeatureCache:
     def put(self, tower: str, dataset: str, features: Tensor) -> None:
         """Keep features ``[n, ...]``, written whole or not at all; those that are not finite are not kept."""
         path = self._path(tower, dataset)
-        if self.kept == "reference" and tower not in self.lasting and not dataset.startswith(TEXTS):
+        if self.kept == "reference" and tower not in self.lasting and not dataset.startswith((TEXTS, SPECTRA)):
             path = self._passing(tower, dataset)
             self._pass_on(tower)
         if path is None or not torch.isfinite(features).all():

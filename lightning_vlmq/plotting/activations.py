@@ -41,7 +41,7 @@ def rank_curves(tables: Mapping[str, RankTable], title: str) -> Figure:
         line: dict[str, Any] = {"color": BLACK if site.endswith("output") else colour, "linewidth": 1.2}
         sqnr = table.sqnr_db.cpu().numpy()
         panels[0].plot(np.arange(1, len(table) + 1), np.where(np.isfinite(sqnr), sqnr, np.nan), **line)
-        edges = _edges(len(table))
+        edges = rank_windows(len(table))
         pooled = np.array([table.pooled(start, stop) for start, stop in pairwise(edges)])
         middle = np.sqrt((edges[:-1] + 1.0) * edges[1:])
         panels[1].errorbar(middle, pooled[:, 1], 2 * pooled[:, 2], **line, elinewidth=0.7)
@@ -67,8 +67,8 @@ def rank_curves(tables: Mapping[str, RankTable], title: str) -> Figure:
     return figure
 
 
-def _edges(n: int) -> NDArray[np.intp]:
-    """Windows of ranks, 0-based: 1, 1, 1, 1, 2, 2, 3, 5, ... wide, the last one shorter."""
+def rank_windows(n: int) -> NDArray[np.intp]:
+    """Edges of windows of ranks a factor of the square root of 2 wide, 0-based: 1, 1, 1, 1, 2, 2, 3, 5, ... ranks, the last one shorter."""
     edges = np.unique(np.round(2 ** np.arange(0, 2 * np.log2(max(n, 2)) + 1, 0.5)).astype(np.intp))
     return np.concatenate([[0], edges[edges < n], [n]])
 

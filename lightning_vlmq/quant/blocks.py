@@ -18,6 +18,8 @@ from lightning_vlmq.spectral import RadialSpectrum, SecondMoments, fourier_spect
 
 OUTPUTS = {"vision": "vision/output", "text": "text/output"}
 """Names of the towers' outputs (unit-norm features) among the sites."""
+KEPT_BYTES = 256 * 2**20
+"""What full precision's activations may take in memory between two validations."""
 _BLOCK = re.compile(r"(^|\.)(resblocks|blocks|layers?|layer\d|stages)(\.\d+)+$")
 
 
@@ -89,6 +91,34 @@ def run_tower(vlm: VLM, tower: str, inputs: Tensor) -> Tensor:
     return vlm.encode_image(inputs) if tower == "vision" else vlm.encode_text(inputs)
 
 
+class KeptActivations:
+    """Full precision's activations of the batches seen so far, for the next time that the same ones come in the same order.
+
+    Args:
+        limit: bytes that they may take; what comes after is computed each time.
+    """
+
+    def __init__(self, limit: int = KEPT_BYTES) -> None:
+        self.limit, self.computed = limit, 0
+        self._batches: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._bytes = 0
+
+    def of(self, place: int, inputs: Tensor, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Activations by site of the batch at a place in the order; computed where another batch was there."""
+        if place < len(self._batches):
+            known, activations = self._batches[place]
+            if known.shape == inputs.shape and torch.equal(known, inputs):
+                return activations
+            self._batches, self._bytes = [], 0  # other data: nothing that was kept will come again
+        made = compute()
+        self.computed += 1
+        size = sum(x.numel() * x.element_size() for x in (inputs, *made.values()))
+        if place == len(self._batches) and self._bytes + size <= self.limit:
+            self._batches.append((inputs.detach().clone(), made))
+            self._bytes += size
+        return made
+
+
 class BlockWatcher:
     """Second moments of both models' activations at every site of a tower, batch by batch; no activation is kept.
 
@@ -100,17 +130,21 @@ class BlockWatcher:
         vlm: the quantized one.
         tower: ``vision`` or ``text``.
         fourier: whether to also average the Fourier spectra of sites whose rows lie on a grid.
+        full: full precision's activations that are known from before; it gets those that are not.
 
     Attributes:
         moments: by site, in the model's order, the tower's output last.
     """
 
-    def __init__(self, reference: VLM, vlm: VLM, tower: str, fourier: bool = True) -> None:
+    def __init__(
+        self, reference: VLM, vlm: VLM, tower: str, fourier: bool = True, full: KeptActivations | None = None
+    ) -> None:
         self.reference, self.vlm, self.tower, self.fourier = reference, vlm, tower, fourier
         self.sites = {model: block_sites(model, tower) for model in (reference, vlm)}
         self.moments: dict[str, SecondMoments] = {}
         self._power: dict[str, tuple[Tensor, Tensor]] = {}  # sums of power [2, frequencies]: full, quantized
-        self._maps = 0
+        self._maps = self._seen = 0
+        self._full = KeptActivations(limit=0) if full is None else full
 
     @torch.no_grad()
     def update(self, inputs: Tensor) -> None:
@@ -121,7 +155,9 @@ class BlockWatcher:
         """
         if not len(inputs):
             return
-        full, quantized = (self._outputs(model, inputs) for model in (self.reference, self.vlm))
+        full = self._full.of(self._seen, inputs, lambda: self._outputs(self.reference, inputs))
+        quantized = self._outputs(self.vlm, inputs)
+        self._seen += 1
         if full.keys() != quantized.keys():
             raise VLMQError("the two models have other blocks; compare a model with its own full precision")
         for site, z in full.items():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from scipy.optimize import brentq
 from torch import Tensor
 
 from lightning_vlmq.core.deterministic import running_sum
@@ -122,13 +123,14 @@ def random_subspace(moment: Tensor, energy: float, generator: torch.Generator) -
     def turned(share: float) -> Tensor:
         return torch.linalg.qr((1 - share) * start + share * extreme).Q
 
-    low, high, is_rising = 0.0, 1.0, bool(held[m - 1] < energy)
-    for _ in range(60):  # the energy is continuous along the way, and the wanted one lies between its ends
-        middle = (low + high) / 2
-        directions = turned(middle)
-        is_short = float(((moment @ directions) * directions).sum()) < energy
-        low, high = (middle, high) if is_short == is_rising else (low, middle)
-    return turned(high)
+    def missing(share: float) -> float:
+        directions = turned(share)
+        return float(((moment @ directions) * directions).sum()) - energy
+
+    ends = missing(0.0), missing(1.0)
+    if ends[0] * ends[1] >= 0:  # the energy is continuous along the way; here no point of it has the wanted one
+        return turned(float(abs(ends[1]) < abs(ends[0])))
+    return turned(brentq(missing, 0.0, 1.0, xtol=1e-15, rtol=1e-14))
 
 
 def own_band_accuracy(

@@ -71,6 +71,10 @@ def alpha_req(eigenvalues: Tensor, ranks: tuple[int, int] = ALPHA_REQ_RANGE) -> 
     return float(-(weight * x * y).sum() / (weight * x.square()).sum())
 
 
+TAILS = 64
+"""Beginnings of a power law's tail that are tried at a time."""
+
+
 class PowerLaw(NamedTuple):
     """A power-law tail ``p(x) ~ x^-exponent`` for ``x >= minimum``.
 
@@ -107,19 +111,21 @@ def power_law_tail(values: Tensor) -> PowerLaw:
     if len(distinct) < 4:
         return PowerLaw(math.nan, math.nan, math.nan, math.nan, 0)
     logs, below = np.log(x), first / len(x)
-    distinct_logs = logs[first]
-    best: PowerLaw | None = None
-    for position, start in enumerate(first[:-2]):
-        n = len(x) - start
-        excess = logs[start:] - logs[start]
-        exponent = 1 + n / excess.sum()
-        law = 1 - np.exp((1 - exponent) * (distinct_logs[position:] - logs[start]))
-        seen = (below[position:] - below[position]) / (1 - below[position])
-        distance = float(np.abs(law - seen).max())
-        if best is None or distance < best.distance:
-            best = PowerLaw(float(exponent), float((exponent - 1) / math.sqrt(n)), float(x[start]), distance, int(n))
-    assert best is not None
-    return best
+    distinct_logs, starts = logs[first], first[:-2]
+    sizes = len(x) - starts
+    tails = np.cumsum(logs[::-1])[::-1][starts]  # sums of the logarithms from each start on
+    exponents = 1 + sizes / (tails - sizes * logs[starts])
+    distances = np.empty(len(starts))
+    for begin in range(0, len(starts), TAILS):  # what a block of starts has in common is the ranks behind its first
+        own = slice(begin, min(begin + TAILS, len(starts)))
+        excess = np.maximum(distinct_logs[begin:] - logs[starts[own], None], 0)
+        law = -np.expm1((1 - exponents[own, None]) * excess)
+        seen = (below[begin:] - below[own, None]) / (1 - below[own, None])
+        gaps = np.triu(np.abs(law - seen))  # before its beginning there is no tail
+        distances[own] = gaps.max(1)
+    best = int(distances.argmin())
+    exponent, n = float(exponents[best]), int(sizes[best])
+    return PowerLaw(exponent, (exponent - 1) / math.sqrt(n), float(x[starts[best]]), float(distances[best]), n)
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:

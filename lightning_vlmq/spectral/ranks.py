@@ -90,14 +90,22 @@ class RankTable:
     def pooled(self, start: int, stop: int | None) -> tuple[float, float, float, float]:
         """SQNR (dB), gain, its standard error and filter share of the ranks ``start`` to ``stop`` taken together.
 
+        The gain is the energy-weighted mean of the ranks' own, ``sum(g_k lambda_k) / sum(lambda_k)``, its variance follows from theirs:
+        coordinates on the eigenbasis are uncorrelated, so ranks add up however their noise is correlated. The filter share is that of
+        a filter free to differ from rank to rank: 1 for any filter without noise.
+
         NaN where the range holds no rank.
         """
         part = slice(start, stop)
         if not len(self.energy[part]):
             return (math.nan,) * 4
-        energy, noise, coherent = (t[part].sum(0, keepdim=True) for t in (self.energy, self.noise, self.coherent))
-        own = RankTable(self.basis[:, :1], energy, noise, coherent, self.n, self.total_energy, self.total_noise)
-        return float(own.sqnr_db), float(own.gain), float(own.gain_stderr), float(own.filter_share)
+        energy, noise = self.energy[part].sum(), self.noise[part].sum()
+        stderr = math.nan
+        if self.n > 1:
+            stderr = float((self.incoherent_noise[part] * self.energy[part]).sum().div(self.n - 1).sqrt() / energy)
+        share = (self.coherent[part].square() / self.energy[part]).sum() / noise
+        gain = 1 + self.coherent[part].sum() / energy
+        return float(10 * (energy / noise).log10()), float(gain), stderr, float(share.clamp_max(1))
 
 
 def rank_table(moments: SecondMoments, centred: bool = True, basis: Tensor | None = None) -> RankTable:

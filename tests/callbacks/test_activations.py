@@ -8,14 +8,14 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_vlmq.callbacks import ActivationSpectrum, ResultsWriter
+from lightning_vlmq.callbacks import ActivationSpectrum, ResultsWriter, activations
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import EvaluationModule, Quantization
 from lightning_vlmq.plotting.activations import rank_curves, rank_maps
-from lightning_vlmq.quant.blocks import run_tower
+from lightning_vlmq.quant.blocks import KeptActivations, run_tower
 from lightning_vlmq.results.store import ResultsStore
-from lightning_vlmq.spectral import SecondMoments, rank_table
+from lightning_vlmq.spectral import SecondMoments, eigenbasis, rank_table
 
 BANDS = [[0, 4], [4, None]]
 
@@ -68,6 +68,43 @@ def test_curves_and_scalars_are_filed(run):
     assert len(shares) >= 2 and shares["value"].between(0, 1).all()
     gains = curves[(curves["kind"] == "gain") & (curves["layer"] == "vision/output")].sort_values("x")
     np.testing.assert_allclose(gains["y"], table.gain)
+
+
+def test_full_precision_is_computed_once(run, monkeypatch):
+    """A second validation takes full precision's activations from memory, its eigenvectors from the run's folder, and says the same."""
+    root, module, callback = run
+    kept = list((root / "cache").glob("*_spectra_activations.safetensors"))
+    assert len(kept) == len(callback.tables())
+    rows, computed = callback.rows(), {tower: full.computed for tower, full in callback._full.items()}
+    solved = []
+    monkeypatch.setattr(activations, "eigenbasis", lambda moment: solved.append(moment) or eigenbasis(moment))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = Trainer(accelerator="cpu", callbacks=[callback], use_distributed_sampler=False, **quiet)
+    trainer.validate(module, EmbeddedData(**SMALL_DATA), verbose=False)
+    assert len(solved) == len(callback.tables())  # the quantized model's alone
+    assert {tower: full.computed for tower, full in callback._full.items()} == computed
+    again = callback.rows()
+    assert {s: pytest.approx(own, nan_ok=True) for s, own in rows.items()} == again
+
+
+def test_kept_activations_are_of_these_inputs_and_no_more_than_allowed():
+    made = []
+
+    def compute(x):
+        made.append(x)
+        return {"site": x.float()}
+
+    batches = [torch.full((3,), k) for k in range(3)]
+    kept = KeptActivations(limit=2 * (24 + 12))  # two batches of three floats, and their inputs
+    for _ in range(2):
+        for place, x in enumerate(batches):
+            found = kept.of(place, x, lambda x=x: compute(x))
+            assert torch.equal(found["site"], x.float())
+    assert len(made) == 4  # the third batch twice
+    kept.of(0, batches[2], lambda: compute(batches[2]))
+    assert len(made) == 5  # another batch in its place
+    kept.of(1, batches[1], lambda: compute(batches[1]))
+    assert len(made) == 6
 
 
 def test_figures_reach_the_logger(run):

@@ -117,14 +117,31 @@ def test_another_basis_only_changes_directions(signal):
 
 def test_a_band_pools_its_ranks(signal):
     z = signal[:400]
-    q = z + 0.02 * noise_like(z)
-    table = table_of(z, q)
-    sqnr, gain, stderr, share = table.pooled(4, None)
+    table = table_of(z, z + 0.02 * noise_like(z))
+    sqnr, gain, _, share = table.pooled(4, None)
     energy, noise, coherent = (t[4:].sum() for t in (table.energy, table.noise, table.coherent))
     assert sqnr == pytest.approx(float(10 * (energy / noise).log10()))
     assert gain == pytest.approx(float(1 + coherent / energy))
-    assert share == pytest.approx(float(coherent**2 / energy / noise)) and stderr > 0
+    assert 0 < share < 0.05
+    one = (table.sqnr_db, table.gain, table.gain_stderr, table.filter_share)
+    assert table.pooled(4, 5) == pytest.approx([float(t[4]) for t in one])
     assert all(math.isnan(value) for value in table.pooled(99, None))
+
+
+def test_a_filter_that_differs_inside_a_band_is_all_filter(signal):
+    basis, filtered = own_basis(signal), torch.linspace(1.3, 0.5, D, dtype=torch.float64)
+    mean = signal.mean(0)
+    filtered_alone = mean + (signal - mean) @ basis * filtered @ basis.mT
+    assert table_of(signal, filtered_alone).pooled(2, None)[3] == pytest.approx(1)
+
+
+def test_the_standard_error_of_a_band_is_that_of_repetitions(signal):
+    """Noise that is correlated between ranks included: one draw for all of them."""
+    z = signal[:100]
+    mix = torch.ones(D, D, dtype=torch.float64) + torch.eye(D, dtype=torch.float64)
+    pooled = [table_of(z, z + 0.02 * noise_like(z, seed) @ mix).pooled(4, None) for seed in range(300)]
+    gains, claimed = (torch.tensor([p[k] for p in pooled]) for k in (1, 2))
+    assert float(gains.std()) == pytest.approx(float(claimed.mean()), rel=0.15)
 
 
 def test_no_error_one_sample_and_no_signal():

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
-
-from matplotlib.figure import Figure
 
 from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
 from lightning_vlmq.study.analysis.published import held_against
-from lightning_vlmq.study.report import figures, improvement, tables, tradeoffs
+from lightning_vlmq.study.report import figures, improvement, spectral, tables, tradeoffs
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
-from lightning_vlmq.study.report.figures.spectra import read_spectra
-from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, verdict_table
 
 MOST_CELLS = 20_000
 """With more comparisons, the page leaves the tables of all of them to the file beside it."""
@@ -32,57 +26,45 @@ def sections(analysis: StudyAnalysis) -> list[Section]:
     return [*_figure_sections(analysis), *_table_sections(analysis), _provenance(analysis)]
 
 
-def _figure(figure: Figure | None, alternative: str, caption: str) -> str:
-    if figure is None:
-        return ""
-    # As an image, not inline: identifiers inside one figure's SVG must not meet those of another.
-    data = base64.b64encode(figures.as_svg(figure).encode()).decode()
-    width = round(100 * figure.get_figwidth())  # pixels at which the smallest labels read well
-    least = min(width, 720) if width < 1400 else round(0.8 * width)  # what is wider than the page is scrolled
-    style = f"width:{width}px;min-width:{least}px"
-    image = f"<img alt='{escape(alternative, quote=True)}' style='{style}' src='data:image/svg+xml;base64,{data}'>"
-    return f"<figure><div class='scroll'>{image}</div><figcaption>{caption}</figcaption></figure>"
-
-
 def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
-    overview = _figure(
+    overview = figures.as_html(
         figures.overview(analysis),
         "Change against full precision in each reliability dimension, by setting and VLM",
         "Change against full precision, one panel a dimension. δ = (A<sub>FP32</sub> − A<sub>quantized</sub>) / "
         "A<sub>FP32</sub>; every panel is turned so that <b>right is worse</b>. Small marks: one VLM each; diamonds: mean "
         "over VLMs; lines: 95 % paired bootstrap intervals over test images.",
     )
-    slopes = _figure(
+    slopes = figures.as_html(
         figures.spurious_gap_slopes(analysis),
         "Relative spurious gap of full precision and each quantized setting",
         "Relative spurious gap, RSG = (accuracy on common − on counter backgrounds) / accuracy on common. Bars: 95 % "
         "intervals of the change. Filled marks: the change is significant after correction.",
     )
-    reliability = _figure(
+    reliability = figures.as_html(
         figures.reliability_diagrams(analysis),
         "Reliability diagrams of full precision and quantized models",
         f"Accuracy over mean confidence in {analysis.statistics.n_bins} equal-width bins of the in-distribution images (bins of fewer than "
         f"{MIN_COUNT} left out). Below the diagonal: overconfident; above: underconfident.",
     )
-    curves = _figure(
+    curves = figures.as_html(
         figures.corruption_curves(analysis),
         "Accuracy over corruption severity",
         "Top-1 accuracy over severity, mean over corruptions; severity 0 is the in-distribution set. Band: 95 % interval of "
         "full precision alone; changes are paired and known more precisely, see the tables.",
     )
-    changes = _figure(
+    changes = figures.as_html(
         figures.corruption_changes(analysis),
         "Accuracy change by corruption and setting",
         "Change of top-1 accuracy by corruption in points, mean over severities and VLMs.",
     )
-    damage = _figure(
+    damage = figures.as_html(
         figures.effects_over_damage(analysis),
         "Change in each reliability dimension over the damage to the image features",
         "Every VLM and setting by what quantization did to its image features, not by its bits: the change in each dimension over the "
         "output's signal-to-quantization-noise ratio, −10 log₁₀ of the mean over in-distribution images of |z<sub>q</sub> − z|² of "
         "unit-norm features. <b>Up is worse, right is more damage</b>; models at the same place of the axis are equally damaged.",
     )
-    flips = _figure(
+    flips = figures.as_html(
         figures.prediction_flips(analysis),
         "Share of changed predictions by kind",
         "Predictions on in-distribution images that quantization changes. The rest agrees with full precision.",
@@ -90,12 +72,12 @@ def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
     return [
         ("overview", "Overview", overview + _averages(analysis) if overview else ""),
         ("calibration", "Calibration", reliability + _tuning(analysis)),
-        ("spectra", "Spectra", _spectra(analysis)),
+        ("spectra", "Spectra", spectral.spectra_section(analysis)),
         ("spurious", "Spurious correlation", slopes),
         ("corruption", "Corruption", curves + changes),
         ("flips", "Flips", flips),
         ("damage", "At equal damage", damage + _tradeoffs(analysis)),
-        ("mechanism", "Is the spectral filter the cause?", _mechanism(analysis)),
+        ("mechanism", "Is the spectral filter the cause?", spectral.mechanism_section(analysis)),
     ]
 
 
@@ -116,36 +98,6 @@ def _tradeoffs(analysis: StudyAnalysis) -> str:
         )
         found += f"<details><summary>Seeds beside test images</summary>{note}{seeds}</details>"
     return found
-
-
-def _mechanism(analysis: StudyAnalysis) -> str:
-    """Controls and surgeries beside what they start from, and what foretells a change; empty without them and recorded activations."""
-    found = verdicts(analysis)
-    summary = _figure(
-        figures.verdict_summary(found),
-        "Share of quantized settings by verdict, for each control and each surgery, by dimension",
-        "Does it do what quantization does? Shares of the quantized settings that change a dimension (their number at the bar's end); "
-        "controls, then the quantized model with its error healed, or left, in some ranks alone.",
-    )
-    each = _figure(
-        figures.verdict_overview(found),
-        "Change of each control as a share of quantization's, by dimension and setting",
-        "Each control's change as a share of quantization's. Mean over VLMs; 90 % intervals over test images and seeds. Settings whose "
-        "own change is not significant are left empty.",
-    )
-    surgeries, controls = ([v for v in found if v.is_surgery == kind] for kind in (True, False))
-    details = "".join(
-        f"<details><summary>{title}</summary>{content}</details>"
-        for title, content in (
-            ("Every control in every setting", each + verdict_table(controls)),
-            ("Every surgery in every setting", verdict_table(surgeries)),
-        )
-        if content
-    )
-    foretold = prediction_html(prediction_table(analysis))
-    if foretold:
-        foretold = f"<details><summary>What foretells a change</summary>{foretold}</details>"
-    return summary + summary_table(found) + details + foretold
 
 
 def _averages(analysis: StudyAnalysis) -> str:
@@ -171,7 +123,7 @@ def _averages(analysis: StudyAnalysis) -> str:
 
 
 def _tuning(analysis: StudyAnalysis) -> str:
-    trajectories = _figure(
+    trajectories = figures.as_html(
         figures.reliability_trajectories(analysis),
         "Each confidence bin followed from full precision to quantized to tuned",
         f"Where the images of each of full precision's {analysis.statistics.n_bins} confidence bins (of at least "
@@ -191,30 +143,6 @@ def _tuning(analysis: StudyAnalysis) -> str:
         for position, (vlm, table) in enumerate(found.items())
     )
     return f"{trajectories}<h3>Logit scale tuning</h3>{note}{body}"
-
-
-def _spectra(analysis: StudyAnalysis) -> str:
-    parts: list[str] = []
-    for vlm in analysis.vlms:
-        spectra = read_spectra(analysis, vlm)
-        if not spectra:
-            continue
-        setting = next(iter(spectra))
-        where = f"{escape(vlm)}, {setting.weight_bits}-bit weights, {escape(setting.scope)}"
-        lines = _figure(
-            figures.singular_value_ratios(spectra),
-            f"Singular values of {vlm} by layer group",
-            f"Singular values of the weights, mean over the layers of a group ({where}). Above: relative to the largest of "
-            "full precision; below: relative to full precision at the same rank.",
-        )
-        heatmap = _figure(
-            figures.singular_value_heatmaps(spectra),
-            f"Change of singular values of {vlm} by layer and rank",
-            f"log₂ ratio of quantized to full-precision singular values by layer and relative rank, 0 the largest ({where}).",
-        )
-        is_open = "" if parts else " open"
-        parts.append(f"<details{is_open}><summary>{escape(vlm)}</summary>{lines}{heatmap}</details>")
-    return "".join(parts)
 
 
 def _table_sections(analysis: StudyAnalysis) -> list[Section]:

@@ -19,7 +19,7 @@ from lightning_vlmq.data.images import FileImages
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM, load_vlm, split_name
 from lightning_vlmq.models.provenance import RANDOM
-from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.results.counting import evaluations_a_model
 from lightning_vlmq.study.run.grid import Run
 from lightning_vlmq.study.run.inputs import data_of, model_setting, sets_of, setting
@@ -130,8 +130,9 @@ class Plan:
             shares_tower = run.kind == "ptq" and run.scope == "vision_text" and cache != "none"
             found["quantized models"] += 0.0 if shares_tower else forward * FAKE_QUANTIZED * n
             found["full precision"] += forward * n if cache == "none" else 0.0
-            passes = PASSES.get(run.method, TYPICAL)
-            if METHODS[run.method].needs_training:
+            method = find_method(run.method)  # an axis may name one with options
+            passes = PASSES.get(method.name, TYPICAL)
+            if method.needs_training:
                 passes = PASSES["gptq"] + 1 + STEP * FAKE_QUANTIZED * self.epochs
             found["quantizing and training"] += passes * forward * self.n_pairs
         return dict(found)

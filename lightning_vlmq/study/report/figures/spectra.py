@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from lightning_vlmq.plotting.spectra import short_layer_name
 from lightning_vlmq.spectral import log_ratio
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.mechanism import control_name, pattern_of
+from lightning_vlmq.study.analysis.runs import Setting, StoredRun
 from lightning_vlmq.study.report.figures.style import (
     BLACK,
     DASHES,
@@ -59,21 +60,41 @@ def read_spectra(analysis: StudyAnalysis, vlm: str) -> Spectra:
 
     There, changes are largest. With several seeds, the first one's.
     """
-    _, quantized = analysis.results.runs_of(vlm)
-    if not quantized:
-        return {}
-    fewest = min(run.key.weight_bits for run in quantized)
-    chosen = [run for run in quantized if run.key.weight_bits == fewest]
-    widest = max((run.setting for run in chosen), key=lambda setting: setting.sort_key[-1]).scope
     spectra: dict[Setting, dict[str, LayerCurve]] = {}
-    for run in chosen:
-        if run.key.scope != widest or run.setting in spectra:
-            continue
+    for run in harshest_runs(analysis, vlm):
         curves = run.store.curves(run.run_id)
         curves = curves[(curves["kind"] == "singular_values") & curves["y_reference"].notna()]
         if len(curves):
             spectra[run.setting] = _by_layer(curves)
     return spectra
+
+
+def harshest_runs(analysis: StudyAnalysis, vlm: str) -> list[StoredRun]:
+    """The quantized runs of a VLM with the fewest weight bits and, among these, the widest scope; with several seeds, the first one's.
+
+    Controls come last.
+    """
+    quantized = [
+        run for run in analysis.results.runs_of(vlm)[1] if not run.setting.is_tuned and not run.setting.surgery
+    ]
+    if not quantized:
+        return []
+    fewest = min(run.key.weight_bits for run in quantized)
+    chosen = [run for run in quantized if run.key.weight_bits == fewest]
+    widest = max((run.setting for run in chosen), key=lambda setting: setting.sort_key[-1]).scope
+    first: dict[str, StoredRun] = {}
+    for run in chosen:
+        if run.key.scope == widest:
+            first.setdefault(title_of(run.setting) + ("" if run.setting.is_control else run.setting.label), run)
+    return sorted(first.values(), key=lambda run: run.setting.is_control)
+
+
+def title_of(setting: Setting) -> str:
+    """A setting above a panel: method and bits, of a control its options and what it imitates, too."""
+    if not setting.is_control:
+        return f"{setting.method} {setting.bits}"
+    pattern = pattern_of(setting)
+    return f"{control_name(setting)} {setting.bits}" + ("" if pattern is None else f"\nfor {pattern.method}")
 
 
 def _by_layer(curves: pd.DataFrame) -> dict[str, LayerCurve]:
@@ -132,7 +153,7 @@ def singular_value_ratios(spectra: Spectra) -> Figure | None:
         grid[0, 0].set_ylabel("σ / largest σ of FP32")
         grid[1, 0].set_ylabel("σ / σ of FP32")
         handles = [Line2D([], [], color=BLACK, linestyle=DASHES[2], label="full precision")]
-        handles += [Line2D([], [], color=colours[s.method], label=f"{s.method} {s.bits}") for s in spectra]
+        handles += [Line2D([], [], color=colours[s.method], label=title_of(s).replace("\n", " ")) for s in spectra]
         figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 6))
     return figure
 
@@ -155,13 +176,13 @@ def singular_value_heatmaps(spectra: Spectra) -> Figure | None:
     with styled():
         labels = [short_layer_name(name) for name in layers]
         left, panel = 0.075 * max(map(len, labels)) + 0.15, 0.135 * len(layers)
-        width, height = left + 2.4 * columns + 1.1, lines * (panel + 0.3) + 0.55
-        figure = new_figure_with_margins(width, height, left, right=1.1, top=0.28, bottom=0.5)
-        spacing = {"wspace": 0.06, "hspace": 0.3 / panel}
+        width, height = left + 2.4 * columns + 1.1, lines * (panel + 0.42) + 0.6
+        figure = new_figure_with_margins(width, height, left, right=1.1, top=0.4, bottom=0.5)
+        spacing = {"wspace": 0.06, "hspace": 0.42 / panel}
         grid = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=spacing)
         for axis, (setting, image) in zip(grid.flat, images.items()):
             mesh = axis.imshow(image, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-            axis.set_title(f"{setting.method} {setting.bits}", fontsize=9)
+            axis.set_title(title_of(setting), fontsize=8.5)
             axis.set_yticks(range(len(layers)), labels, fontsize=6.5)
             axis.set_xticks([0, len(RANKS) // 2, len(RANKS) - 1], ["0", "½", "1"])
             axis.tick_params(length=0)
@@ -181,21 +202,3 @@ def singular_value_heatmaps(spectra: Spectra) -> Figure | None:
         bar.set_label("log₂ (σ quantized / σ FP32)")
         bar.outline.set_edgecolor(LIGHT)  # type: ignore[operator]
     return figure
-
-
-def _short(name: str) -> str:
-    """The end of a layer's name, where layers differ."""
-    containers = {
-        "model",
-        "visual",
-        "text",
-        "transformer",
-        "trunk",
-        "resblocks",
-        "encoder",
-        "stages",
-        "blocks",
-        "layers",
-    }
-    parts = name.split(".")
-    return ".".join([*(part for part in parts[:-1] if part not in containers), parts[-1]])

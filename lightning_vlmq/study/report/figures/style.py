@@ -6,9 +6,11 @@ style repeats what they say.
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,19 @@ def as_svg(figure: Figure) -> str:
         # savefig would draw the figure twice more to find its layout, which takes most of a report's time.
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
+
+
+def as_html(figure: Figure | None, alternative: str, caption: str) -> str:
+    """The figure with a description and a caption (HTML), to stand in a page; nothing where there is none."""
+    if figure is None:
+        return ""
+    # As an image, not inline: identifiers inside one figure's SVG must not meet those of another.
+    data = base64.b64encode(as_svg(figure).encode()).decode()
+    width = round(100 * figure.get_figwidth())  # pixels at which the smallest labels read well
+    least = min(width, 720) if width < 1400 else round(0.8 * width)  # what is wider than the page is scrolled
+    style = f"width:{width}px;min-width:{least}px"
+    image = f"<img alt='{escape(alternative, quote=True)}' style='{style}' src='data:image/svg+xml;base64,{data}'>"
+    return f"<figure><div class='scroll'>{image}</div><figcaption>{caption}</figcaption></figure>"
 
 
 def as_png(figure: Figure, path: Path, dpi: int = 110) -> None:
