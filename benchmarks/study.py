@@ -5,6 +5,8 @@ the one metric, as CLIP_benchmark and OpenOOD do. Starting a process and making 
 no intervals. The engine's time holds all that its runs do: data, full precision, logit scale tuning, every metric with intervals, filing.
 
     python benchmarks/study.py --vlm vit_clean --methods minmax gptq --alone 6
+
+Then the unit costs that ``vlmq-study --dry-run`` counts with: bytes of a row and of a sample, seconds of each method in forward passes.
 """
 
 from __future__ import annotations
@@ -49,6 +51,23 @@ def slice_of(options: argparse.Namespace, root: Path) -> list[Run]:
     extra = [word for word in config["arguments"]["extra"] if not word.startswith("--model.scores")]
     config["arguments"]["extra"] = [*extra, f"--model.scores=[{','.join(SCORES)}]", *options.argument]
     return compose(Study.from_config(config), [0], config_folder())
+
+
+def units(runs: list[Run], store: ResultsStore, n_sets: int, n_pairs: int) -> list[str]:
+    """Unit costs as the study's runs had them, a line each; a pass is a forward of the image tower over the caption pairs."""
+    ids, full = store.run_ids(), next(run for run in runs if run.kind == "fp32")
+    n_rows, n_samples = store.n_rows(ids), sum(len(store.samples(run_id)) for run_id in ids)
+    size = {
+        kind: sum(path.stat().st_size for path in (store.root / kind).glob("*.parquet"))
+        for kind in ("results", "samples")
+    }
+    forward = store.facts(full.run_id)["forward_seconds"] / store.facts(full.run_id)["forward_images"]
+    made = {run.method: store.seconds(run.run_id)[0] / (forward * n_pairs) for run in runs if run.kind == "ptq"}
+    return [
+        f"{size['results'] / n_rows:.1f} bytes a row, {n_rows / n_sets / len(ids):.0f} rows a set and model",
+        f"{size['samples'] / n_samples:.1f} bytes a sample",
+        "passes to quantize: " + ", ".join(f"{method} {passes:.1f}" for method, passes in made.items()),
+    ]
 
 
 def engine(runs: list[Run], root: Path) -> tuple[int, float, float]:
@@ -110,6 +129,7 @@ def main() -> None:
             alone(options.vlm, method, scope, *cells[place], data, inside)
         each = (time.process_time() - start) / len(chosen)
         images = sum(len(s.images) for s in sets)
+        costs = units(runs, ResultsStore(root), len(sets), len(data.pairs))
     print(
         f"{options.vlm}, {', '.join(options.methods)}, W4A8, both scopes: {len(runs)} runs, {len(sets)} sets, {images:,} images"
     )
@@ -117,6 +137,7 @@ def main() -> None:
     print(f"{'engine':8} {n:>16,} {seconds:>8.1f} {3600 * n / seconds:>9,.0f}")
     print(f"{'alone':8} {len(chosen):>16,} {each * len(chosen):>8.1f} {3600 / each:>9,.0f}")
     print(f"ratio {n / seconds * each:.1f}; {100 * share:.0f} % of the runs' time is spent in the model, on images")
+    print(*costs, sep="\n")
 
 
 if __name__ == "__main__":

@@ -177,6 +177,7 @@ class ResultsWriter(Callback):
             {
                 "seconds": time.perf_counter() - self._start,
                 "forward_seconds": module.cache.seconds,
+                "forward_images": module.cache.images,
                 "cache_hits": module.cache.hits,
                 "cache_misses": module.cache.misses,
             },

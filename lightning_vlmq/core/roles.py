@@ -14,12 +14,14 @@ class Role:
     Attributes:
         title: what it is called where people read.
         is_ood: whether its samples have no class among those that can be predicted (target -1).
+        is_scored: whether OOD scores are recorded of its samples: those that are told apart by them, in distribution and out of it.
         is_classwise: whether class-wise errors are kept for it: a state of bins times classes per set is too much for
             hundreds of corrupted sets.
     """
 
     title: str
     is_ood: bool = False
+    is_scored: bool = False
     is_classwise: bool = False
 
 
@@ -27,9 +29,9 @@ ROLES: Registry[Role] = Registry("role")
 """Every role by name, in display order. Every sample has one, and every row but those about the model alone (role ``""``)."""
 
 for _name, _role in {
-    "id": Role("in-distribution", is_classwise=True),
-    "near_ood": Role("near out-of-distribution", is_ood=True),
-    "far_ood": Role("far out-of-distribution", is_ood=True),
+    "id": Role("in-distribution", is_scored=True, is_classwise=True),
+    "near_ood": Role("near out-of-distribution", is_ood=True, is_scored=True),
+    "far_ood": Role("far out-of-distribution", is_ood=True, is_scored=True),
     "corruption": Role("corruptions"),
     "shift": Role("semantic shift", is_classwise=True),
     "spurious": Role("spurious correlation", is_classwise=True),

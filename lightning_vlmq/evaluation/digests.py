@@ -30,7 +30,7 @@ class Computation:
         device: ``"cpu"`` or the name of the GPU.
         threads: CPU threads an operation is split over.
         processes: of a distributed run.
-        batch_sizes: images a batch when evaluating, pairs a batch.
+        batch_size: images a batch when evaluating; how many pairs are a batch, their features' names say.
         matmul: PyTorch's precision of float32 products, and whether cuDNN may use TF32.
         deterministic: whether PyTorch has to take deterministic algorithms.
     """
@@ -39,7 +39,7 @@ class Computation:
     device: str = "cpu"
     threads: int = 1
     processes: int = 1
-    batch_sizes: tuple[int, ...] = ()
+    batch_size: int = 0
     matmul: tuple[str, bool] = ("highest", True)
     deterministic: bool = False
 
@@ -52,7 +52,7 @@ class Computation:
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             threads=torch.get_num_threads(),
             processes=trainer.world_size,
-            batch_sizes=(data.batch_size, data.train_batch_size),
+            batch_size=data.batch_size,
             matmul=(torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

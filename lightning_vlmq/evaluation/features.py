@@ -47,6 +47,7 @@ class FeatureCache:
         hits: look-ups that found something.
         misses: those that did not.
         seconds: spent in the model on images that were not known.
+        images: number of these.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, kept: Kept = "all") -> None:
@@ -54,7 +55,7 @@ class FeatureCache:
         self.kept = kept
         self.lasting: set[str] = set()
         self.hits = self.misses = 0
-        self.seconds = 0.0
+        self.seconds, self.images = 0.0, 0
         self._warned = False
 
     def settle(self, folder: Path) -> None:
@@ -266,6 +267,7 @@ class SetFeatures:
         start = time.perf_counter()
         features = encode()
         self.cache.seconds += time.perf_counter() - start
+        self.cache.images += len(rows)
         require_unit(features, f"images of '{self.set.name}'")
         if self.cache.folder is not None:
             self._fresh.append(features.detach().cpu())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class Variant:
 
     Args:
         scale: the logit scale (and bias).
-        scores: names of the scores to record.
+        scores: names of the scores to record, of sets whose role is scored.
         classes: number of classes by set.
         sets: the evaluation sets.
         settings: bins and groups of class-wise errors.
@@ -63,8 +64,10 @@ class Variant:
     ) -> None:
         self.scale, self.pairs_nll, self.scores = scale, pairs_nll, tuple(scores)
         columns = {name: dtype for name, dtype in RECORD_COLUMNS.items() if name not in OOD_SCORES}
-        columns |= dict.fromkeys(scores, torch.float32)
-        self._collected = {s.name: SampleRecords(columns).to(device) for s in sets}
+        scored = columns | dict.fromkeys(scores, torch.float32)
+        self._collected = {
+            s.name: SampleRecords(scored if ROLES[s.role].is_scored else columns).to(device) for s in sets
+        }
         self._gaps = {
             s.name: ClasswiseGaps(classes[s.name], settings.n_bins, settings.n_groups).to(device)
             for s in sets
@@ -98,7 +101,7 @@ class Judged:
         data: the data module, set up.
         cache: where features are kept.
         towers: digest of each tower, see :func:`~.digests.tower_digest`.
-        scores: OOD scores to record, by the name that results have.
+        scores: OOD scores to record, by the name that results have, of sets whose role is scored.
         settings: the statistics' settings.
         tunes: whether it is also judged with its logit scale fitted on the caption pairs.
 
@@ -128,7 +131,8 @@ class Judged:
             self._classifiers = zero_shot_classifiers(vlm, data, cache, towers["text"])
         vision, sets = towers["vision"], data.eval_sets
         self._features = {s.name: SetFeatures(cache, vision, s) for s in sets}
-        self._patches = {s.name: SetFeatures(cache, vision, s, "patches") for s in sets if "local_cosine" in needs}
+        scored = [s for s in sets if ROLES[s.role].is_scored and "local_cosine" in needs]
+        self._patches = {s.name: SetFeatures(cache, vision, s, "patches") for s in scored}
         pairs = encode_pairs(vlm, data, cache, towers) if tunes or "calibration_features" in needs else None
         self._pairs = pairs.images if pairs is not None and "calibration_features" in needs else None
         classes = {name: len(classifier) for name, classifier in self._classifiers.items()}
@@ -158,15 +162,17 @@ class Judged:
         """
         inputs = self._inputs(s, batch)
         full = inputs.logits if reference is None else reference
+        known: dict[str, Tensor] = {}
         for variant in self.variants:
             own = inputs if variant is self.own else replace(inputs, logits=variant.scale.logits(inputs.cosine))
-            columns = self._columns(own, batch["target"]) | {"kl": kl_divergence(full, own.logits)}
+            columns = self._columns(s, own, batch["target"], known) | {"kl": kl_divergence(full, own.logits)}
+            known = {name: columns[name] for name in self._scores_of(s) if "logits" not in self._scores[name].needs}
             variant.update(s, batch["index"], own.logits, batch["target"], columns)
         return inputs
 
     def columns(self, s: EvalSet, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The record columns of one batch that follow from this model alone (all but ``kl``), each ``[b]``."""
-        return self._columns(self._inputs(s, batch), batch["target"])
+        return self._columns(s, self._inputs(s, batch), batch["target"])
 
     def features(self, s: EvalSet) -> Tensor | None:
         """Image features ``[n, dim]`` of a whole set, where this process has them; see :meth:`~.features.SetFeatures.whole`."""
@@ -204,7 +210,7 @@ class Judged:
         pairs = None if self._pairs is None else self._pairs.to(cosine)
         inputs = ScoreInputs(cosine, variant.scale.logits(cosine), features, None, calibration_features=pairs)
         index = torch.arange(len(features), device=classifier.device)
-        columns = self._columns(inputs, target) | {"kl": kl_divergence(reference, inputs.logits)}
+        columns = self._columns(s, inputs, target) | {"kl": kl_divergence(reference, inputs.logits)}
         variant.update(s, index, inputs.logits, target, columns)
 
     def gather(self) -> None:
@@ -241,9 +247,17 @@ class Judged:
         for features in collected:
             features.drop_part(process)
 
-    def _columns(self, inputs: ScoreInputs, target: Tensor) -> dict[str, Tensor]:
+    def _columns(
+        self, s: EvalSet, inputs: ScoreInputs, target: Tensor, known: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """The columns of a batch; ``known`` are scores that another logit scale leaves as they are."""
         columns = {"target": target, **per_sample(inputs.logits, target)}
-        return columns | {name: score(inputs) for name, score in self._scores.items()}
+        fresh = [name for name in self._scores_of(s) if name not in known]
+        return columns | {name: self._scores[name](inputs) for name in fresh} | dict(known)
+
+    def _scores_of(self, s: EvalSet) -> Sequence[str]:
+        """Names of the scores that are recorded of a set."""
+        return tuple(self._scores) if ROLES[s.role].is_scored else ()
 
     def _inputs(self, s: EvalSet, batch: Mapping[str, Any]) -> ScoreInputs:
         classifier, image, local = self._classifiers[s.name], batch["image"], None

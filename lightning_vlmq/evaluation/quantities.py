@@ -143,7 +143,7 @@ class AlignedRuns:
         if kind.columns not in known:  # shared by the plug-in and the debiased error
             columns = kind.columns(self.records(matrix, run)).to(torch.float64)
             flat = columns.reshape(matrix.n, -1)
-            parts = [part.to(torch.float64) @ flat / matrix.n for part in self._weights(matrix)]
+            parts = [part @ flat / matrix.n for part in self._weights(matrix)]
             known[kind.columns] = _Means(columns, columns.mean(0), torch.cat(parts).reshape(-1, *columns.shape[1:]))
         columns, value, replicates = known[kind.columns]
         if kind.reduce is None:
@@ -170,9 +170,13 @@ class AlignedRuns:
         return value, torch.cat(parts).to(torch.float64).numpy()
 
     def _weights(self, matrix: SampleMatrix) -> Iterator[Tensor]:
-        """How often each sample is drawn, float32 ``[r, n]``, some resamples at a time."""
-        counts = torch.from_numpy(self.counts(matrix, self.settings.n_resamples)).T
-        yield from counts.split(max(1, _CHUNK // matrix.n))
+        """How often each sample is drawn, float64 ``[r, n]``, some resamples at a time."""
+        place = (matrix.where.group or matrix.where.dataset, matrix.n, self.settings.n_resamples, self.settings.seed)
+        if matrix.n * self.settings.n_resamples <= _CHUNK:
+            yield _kept_weights(*place)
+            return
+        counts = torch.from_numpy(drawn_counts(*place)).T
+        yield from (part.to(torch.float64) for part in counts.split(max(1, _CHUNK // matrix.n)))
 
     def counts(self, matrix: SampleMatrix, n_resamples: int) -> Counts:
         """How often each sample of a set is drawn in each resample, float32 ``[n, R]``; sets of a group are drawn alike."""
@@ -192,7 +196,7 @@ class AlignedRuns:
         return Estimate(value, replicates, ood.n, n_least=min(ood.n, sum(s.n for s in id_sets)))
 
     def _resampled_mean(self, column: Tensor, matrix: SampleMatrix) -> Array:
-        return torch.cat([part.to(torch.float64) @ column / matrix.n for part in self._weights(matrix)]).numpy()
+        return torch.cat([part @ column / matrix.n for part in self._weights(matrix)]).numpy()
 
     def rankings(self, id_sets: Sequence[SampleMatrix], ood: SampleMatrix, score: str) -> dict[str, Estimate]:
         """AUPR and FPR95 in both conventions; ID and OOD sets are resampled independently."""
@@ -237,3 +241,9 @@ def _counts(name: str, n: int, n_resamples: int, seed: int) -> Counts:
 
 
 _kept_counts = lru_cache(maxsize=16)(_counts)
+
+
+@lru_cache(maxsize=16)
+def _kept_weights(name: str, n: int, n_resamples: int, seed: int) -> Tensor:
+    """The counts as float64 ``[R, n]``: hundreds of metrics of a run are products with them."""
+    return torch.from_numpy(_kept_counts(name, n, n_resamples, seed)).T.to(torch.float64).contiguous()

@@ -53,6 +53,7 @@ def encode_pairs(vlm: VLM, data: ReliabilityDataModule, cache: FeatureCache, tow
     """
     pairs, batches, device = data.require_disjoint_pairs(), data.calibration_batches(), vlm.mean.device
     captions = [caption for batch in batches for caption in batch["caption"]]
+    name = f"pairs_{pairs.digest()}_{data.train_batch_size}"
     column = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
     distinct = list(column)
 
@@ -64,7 +65,7 @@ def encode_pairs(vlm: VLM, data: ReliabilityDataModule, cache: FeatureCache, tow
         return torch.cat([vlm.encode_text(vlm.tokenize(part).to(device)) for part in parts])
 
     return PairFeatures(
-        images=cache.of(towers["vision"], f"pairs_{pairs.digest()}", run_images, len(captions)).cpu(),
+        images=cache.of(towers["vision"], name, run_images, len(captions)).cpu(),
         texts=cache.of(towers["text"], text_digest(distinct), run_texts, len(distinct)).cpu(),
         caption=torch.tensor([column[caption] for caption in captions]),
     )

@@ -6,12 +6,13 @@ A score is one registered function that says what it needs; a new one needs noth
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_vlmq.core.calls import parse_call
 from lightning_vlmq.core.errors import VLMQError, unknown
@@ -271,13 +272,36 @@ def mahalanobis(inputs: ScoreInputs) -> Tensor:
     dimensions. Without ``calibration_target`` all calibration features are one class. ``[n]``, at most 0; a row of
     features with a NaN scores NaN. Needs ``features`` and at least two finite ``calibration_features``.
     """
+    features, reference = _feature_pair("mahalanobis", inputs)
+    whiten, centres = _class_means(reference, inputs.calibration_target)
+    nearest = [torch.cdist(part, centres).amin(-1).square() for part in _whitened(features, whiten).split(4096)]
+    return -torch.cat(nearest).to(features.dtype)
+
+
+_FITTED: MutableMapping[Tensor, tuple[int, Tensor | None, Tensor, Tensor]] = WeakTensorKeyDictionary()
+"""What :func:`mahalanobis` found of calibration features that are still there: every batch asks for the same."""
+
+
+def _class_means(reference: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The covariance's Cholesky factor, and the whitened class means."""
+    version = 0 if reference.is_inference() else reference._version  # changed in place, it is another
+    known = _FITTED.get(reference)
+    if known is not None and known[0] == version and known[1] is label:
+        return known[2:]
+    found = _fit_class_means(reference.to(torch.float64), label)
+    _FITTED[reference] = (version, label, *found)
+    return found
+
+
+def _whitened(rows: Tensor, whiten: Tensor) -> Tensor:
+    return torch.linalg.solve_triangular(whiten, rows.to(torch.float64).mT, upper=False).mT
+
+
+def _fit_class_means(reference: Tensor, label: Tensor | None) -> tuple[Tensor, Tensor]:
     from sklearn.covariance import LedoitWolf  # here, not at the top: seconds to import, for one score
 
-    features, reference = _feature_pair("mahalanobis", inputs)
-    reference = reference.to(torch.float64)
     if len(reference) < 2 or not bool(reference.isfinite().all()):
         raise VLMQError("the OOD score 'mahalanobis' needs at least two calibration features, all finite")
-    label = inputs.calibration_target
     label = torch.zeros(len(reference), dtype=torch.int64) if label is None else label
     classes, member = label.to(reference.device).unique(return_inverse=True)
     sums = torch.zeros(len(classes), reference.shape[1], dtype=torch.float64, device=reference.device)
@@ -285,10 +309,4 @@ def mahalanobis(inputs: ScoreInputs) -> Tensor:
     fitted = LedoitWolf(assume_centered=True).fit((reference - means[member]).cpu().numpy())
     covariance = torch.from_numpy(fitted.covariance_).to(reference.device)
     whiten = torch.linalg.cholesky(covariance)
-
-    def whitened(rows: Tensor) -> Tensor:
-        return torch.linalg.solve_triangular(whiten, rows.to(torch.float64).mT, upper=False).mT
-
-    centres = whitened(means)
-    nearest = [torch.cdist(chunk, centres).amin(-1).square() for chunk in whitened(features).split(4096)]
-    return -torch.cat(nearest).to(features.dtype)
+    return whiten, _whitened(means, whiten)

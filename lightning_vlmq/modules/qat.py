@@ -14,9 +14,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.evaluation.digests import tower_digests
 from lightning_vlmq.evaluation.results import model_rows
+from lightning_vlmq.evaluation.tuning import encode_pairs
 from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.quant import METHODS, QATMethod
+from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.quant.training import default_rates
 from lightning_vlmq.quant.trajectory import GridRecord, GridWatch
 
@@ -26,7 +29,8 @@ log = logging.getLogger(__name__)
 class QATModule(EvaluationModule):
     """Trains the quantized model of an :class:`EvaluationModule`, whose validation then judges the result.
 
-    The teacher never changes and sees the same pairs every epoch, so its features are computed once. Under DDP the contrastive loss
+    The teacher never changes and sees the same pairs every epoch, so its features are computed once, and kept for other fits of the
+    same model. Under DDP the contrastive loss
     sees the features of all processes. The student runs in evaluation mode: no dropout, normalised by full precision's statistics.
 
     A share of the pairs is not trained on. The loss on these is measured before training and after every epoch, and the state
@@ -115,14 +119,15 @@ class QATModule(EvaluationModule):
         self.data.held_out = frozenset(rows)
 
     def on_fit_start(self) -> None:
-        """Run the teacher over all pairs: features ``[pairs, dim]`` of images and of captions, and the captions' tokens."""
+        """Take the teacher's features ``[pairs, dim]`` of images and of captions, which all fits of a model share, and the tokens."""
         assert self.reference is not None and self.scheme is not None
         batches = self.data.calibration_batches()
-        with torch.no_grad():
-            tokens = [self.vlm.tokenize(b["caption"]) for b in batches]
-            self.tokens = torch.cat(tokens).to(self.device)
-            self.teacher_image = torch.cat([self.reference.encode_image(b["image"].to(self.device)) for b in batches])
-            self.teacher_text = torch.cat([self.reference.encode_text(t.to(self.device)) for t in tokens])
+        self.tokens = torch.cat([self.vlm.tokenize(b["caption"]) for b in batches]).to(self.device)
+        towers = tower_digests(self.reference, None, FULL_PRECISION, self.trainer)
+        self.cache.lasting |= set(towers.values())
+        teacher = encode_pairs(self.reference.to(self.device).eval(), self.data, self.cache, towers)
+        self.teacher_image = teacher.images.to(self.device)
+        self.teacher_text = teacher.texts[teacher.caption].to(self.device)
         rows = sorted(self.data.held_out)
         self._held_out_rows = torch.tensor(rows, device=self.device)
         if rows:

@@ -243,6 +243,15 @@ class ResultsStore:
                         path.unlink(missing_ok=True)
         return len(loose)
 
+    def export(self, run_ids: Sequence[str], root: Path) -> None:
+        """Pack the rows of runs, without samples, into the store at another root, where they then count as done.
+
+        Raises:
+            VLMQError: like :meth:`rows`, or the disk does not take it.
+        """
+        with ResultsStore(root)._packs.packing() as packer:
+            packer.pack(list(run_ids), self._read, keeps_samples=False)
+
     def _is_packed(self, run_id: str) -> bool:
         packed = self._packs.runs().get(run_id)
         return packed is not None and not self._packs.problem_of(packed.pack)
@@ -339,6 +348,18 @@ class ResultsStore:
         tables += self._packs.batches(packed, columns, keep)
         cast = [table.replace_schema_metadata(None).cast(schema) for table in tables]
         return pa.concat_tables(cast or [schema.empty_table()]).unify_dictionaries()
+
+    def n_rows(self, run_ids: Iterable[str]) -> int:
+        """Number of results rows of runs, from what their files say of themselves. Raises ``OSError`` where one cannot be read."""
+        packed = self._packs.runs()
+        total = 0
+        for run_id in run_ids:
+            if run_id in packed and not self._lies_loose(run_id):
+                start, stop = packed[run_id].spans["results"]
+                total += stop - start
+            else:
+                total += pq.read_metadata(self._path("results", run_id)).num_rows
+        return total
 
     def keeps_samples(self, run_id: str) -> bool:
         """Whether the run's samples are there: packing may leave them out."""

@@ -27,6 +27,7 @@ from lightning_vlmq.statistics.significance import (
     benjamini_hochberg,
     delong,
     delong_standard_error,
+    p_values,
     share_improved,
     standard_error_of_mean,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "delong",
     "delong_standard_error",
     "difference",
+    "p_values",
     "paired_bootstrap",
     "ranking_metrics",
     "resample_counts",

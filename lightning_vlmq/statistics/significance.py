@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtr
 from scipy.stats import binomtest, false_discovery_control, norm
 from torch import Tensor
 
@@ -50,12 +51,26 @@ class Interval(NamedTuple):
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of z = estimate / standard error; 1 where there is neither change nor spread, NaN where only spread lacks."""
-        if np.isnan(self.estimate) or np.isnan(self.stderr):
-            return float("nan")
-        if self.stderr < 1e-12:  # the runs agree on every sample, up to rounding; or differ by the same amount on each
-            return 1.0 if abs(self.estimate) < 1e-9 else float("nan")
-        return float(2 * norm.sf(abs(self.estimate) / self.stderr))
+        """Two-sided p-value, see :func:`p_values`."""
+        return float(p_values(self.estimate, self.stderr))
+
+
+def p_values(estimate: ArrayLike, stderr: ArrayLike) -> NDArray[np.float64]:
+    """Two-sided p-values of z = estimate / standard error; 1 where there is neither change nor spread, NaN where only spread lacks.
+
+    Args:
+        estimate: ``[...]``, e.g. changes.
+        stderr: their standard errors, ``[...]``.
+
+    Returns:
+        ``[...]``, NaN where either is.
+    """
+    estimate, stderr = np.asarray(estimate, np.float64), np.asarray(stderr, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        found = 2 * ndtr(-np.abs(estimate) / stderr)
+    # else the runs agree on every sample, up to rounding; or differ by the same amount on each
+    found = np.where(stderr < 1e-12, np.where(np.abs(estimate) < 1e-9, 1.0, np.nan), found)
+    return np.where(np.isnan(estimate) | np.isnan(stderr), np.nan, found)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """OOD scores that look at patches or at calibration features."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,22 @@ def test_mahalanobis_against_sklearn(classes):
     score = OOD_SCORES["mahalanobis"](given)
     assert score.dtype == torch.float32
     np.testing.assert_allclose(score, expected, rtol=1e-4)
+
+
+def test_calibration_features_are_fitted_once(monkeypatch):
+    given, fits = inputs(), []
+    fit = LedoitWolf.fit
+    monkeypatch.setattr(LedoitWolf, "fit", lambda self, x: fits.append(len(x)) or fit(self, x))
+    with torch.inference_mode():
+        parts = [
+            replace(given, features=given.features[k::2], cosine=given.cosine[k::2], logits=given.logits[k::2])
+            for k in (0, 1)
+        ]
+        found = [OOD_SCORES["mahalanobis"](part) for part in parts]
+    whole = OOD_SCORES["mahalanobis"](given)
+    assert len(fits) == 1 and torch.equal(torch.stack(found, 1).flatten(), whole)
+    given.calibration_features.mul_(2)  # other features now
+    assert not torch.allclose(OOD_SCORES["mahalanobis"](given), whole) and len(fits) == 2
 
 
 def test_mahalanobis_with_fewer_samples_than_dimensions():

@@ -1,16 +1,19 @@
 """The evaluation and QAT modules in a real Trainer on the embedded zoo."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 import torch
 from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from lightning_vlmq.callbacks import ResultsWriter, SingularValueSpectrum
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
-from lightning_vlmq.evaluation.digests import tower_digest
+from lightning_vlmq.evaluation.digests import Computation, tower_digest
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.modules import EvaluationModule, QATModule, Quantization
@@ -186,6 +189,11 @@ def test_patches_and_parameters_of_scores(tmp_path, monkeypatch):
     assert torch.equal(records["gl_mcm(local_weight=0)"], records["mcm"])
     assert (records["gl_mcm"] > records["mcm"]).all()
     assert set(scores) == {r.score for r in first.rows if r.role == "near_ood"}
+    scored = {s.name for s in first.eval_sets if s.role in ("id", "near_ood", "far_ood")}
+    assert {name for name, columns in first.records.items() if "gl_mcm" in columns} == scored
+    assert (
+        len(list(tmp_path.glob("*_patches_*"))) == len(scored) < len(first.records)
+    )  # no patches of what no score is for
     again = EvaluationModule(random_siglip(), scores=scores, cache=str(tmp_path))
     monkeypatch.setattr(again.vlm.model.visual.trunk, "forward_features", None)  # never called: all is in the cache
     assert values(validate(again)) == values(first)
@@ -238,6 +246,13 @@ def test_qat_lowers_its_loss_files_results_and_reloads(tmp_path):
     fit.fit(module, data)
     module.vlm.eval()
     assert distance() < before[0]
+    (teacher,) = (tmp_path / "cache").glob("*_pairs_*")  # which other fits of the model find there
+    assert torch.equal(load_file(teacher)["features"], module.teacher_image)
+    about = {"precision": "32-true", "world_size": 1, "strategy": SimpleNamespace(root_device=torch.device("cpu"))}
+    taken = {Computation.of(SimpleNamespace(datamodule=EmbeddedData(train_batch_size=n), **about)) for n in (32, 125)}
+    assert (
+        len(taken) == 1
+    )  # fits and validations share full precision's images, whatever number of pairs they take at once
 
     store = ResultsStore(tmp_path)
     rows = store.rows(["qat"])

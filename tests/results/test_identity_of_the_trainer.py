@@ -90,7 +90,7 @@ def test_each_part_of_a_computation_is_another_cache_key(monkeypatch: pytest.Mon
         Computation(device="NVIDIA H100"),
         Computation(threads=2),
         Computation(processes=2),
-        Computation(batch_sizes=(7, 7)),
+        Computation(batch_size=7),
         Computation(matmul=("high", True)),
         Computation(deterministic=True),
     ]

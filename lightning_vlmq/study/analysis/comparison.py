@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
 
 from lightning_vlmq.evaluation.estimates import Estimate, deviation
 from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
@@ -18,13 +15,12 @@ from lightning_vlmq.evaluation.measures import METRICS, Measure
 from lightning_vlmq.evaluation.quantities import AlignedRuns, SampleMean
 from lightning_vlmq.evaluation.records import SampleMatrix
 from lightning_vlmq.metrics.functional import TrajectoryBins
-from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg
-from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare, over_samples, relative
+from lightning_vlmq.statistics import Interval, Statistics
+from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare, over_samples
+from lightning_vlmq.study.analysis.columns import Comparisons, Key
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
 from lightning_vlmq.study.analysis.runs import Setting, StoredRun, StudyResults, align, reference_of
 from lightning_vlmq.study.analysis.stored import comparisons_from_rows
-
-Key = tuple[str, Setting, Measure]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +41,7 @@ class StudyAnalysis:
 
     results: StudyResults
     statistics: Statistics
-    comparisons: dict[Key, Comparison]
+    comparisons: Comparisons
     diagnostics: dict[tuple[str, Setting], Diagnostics]
     trajectories: dict[tuple[str, Setting], TrajectoryBins]
     unreferenced: list[str]
@@ -64,13 +60,13 @@ class StudyAnalysis:
     @property
     def measures(self) -> list[Measure]:
         """Every measure that some comparison is of, in display order."""
-        return list(dict.fromkeys(measure for _, _, measure in self.comparisons))
+        return self.comparisons.measures
 
     @property
     def n_tests(self) -> int:
         """Number of p-values that were corrected for each other."""
-        tested = (c for (_, _, measure), c in self.comparisons.items() if measure.tested_by == measure)
-        return sum(not np.isnan(comparison.p_value) for comparison in tested)
+        tested = self.comparisons.numbers["p_value"][self.comparisons.stands_for_itself]
+        return int((~np.isnan(tested)).sum())
 
     def changes(
         self, measure: Measure, vlm: str | None = None, is_tuned: bool = False, **setting: Any
@@ -87,21 +83,12 @@ class StudyAnalysis:
         """
         return [
             comparison
-            for name, which, comparison in self.changed.get(measure, ())
+            for name, which, comparison in self.comparisons.of(measure)
             if vlm in (None, name)
             and which.is_tuned == is_tuned
             and which.is_quantization
             and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
         ]
-
-    @cached_property
-    def changed(self) -> dict[Measure, list[tuple[str, Setting, Comparison]]]:
-        """Comparisons that have an effect, with VLM and setting, by measure."""
-        found: dict[Measure, list[tuple[str, Setting, Comparison]]] = defaultdict(list)
-        for (vlm, setting, measure), comparison in self.comparisons.items():
-            if comparison.effect is not None and not np.isnan(comparison.effect.estimate):
-                found[measure].append((vlm, setting, comparison))
-        return dict(found)
 
     def joint_gains(self) -> dict[tuple[str, Setting], dict[str, float]]:
         """By how much ``top1``, ``ece`` and ``auroc`` (the mean of near- and far-OOD's) got better, together, each in its own unit.
@@ -124,27 +111,6 @@ class StudyAnalysis:
         """A comparison that has an effect, or ``None``."""
         c = self.comparisons.get((vlm, setting, measure))
         return None if c is None or c.effect is None or np.isnan(c.effect.estimate) else c
-
-    def table(self) -> pd.DataFrame:
-        """Every comparison as one row of plain numbers."""
-        rows = []
-        for (vlm, setting, measure), c in self.comparisons.items():
-            row: dict[str, Any] = {"vlm": vlm, "method": setting.method, "weight_bits": setting.weight_bits}
-            row |= {
-                "act_bits": setting.act_bits,
-                "scope": setting.scope,
-                "variant": setting.variant,
-                "is_tuned": setting.is_tuned,
-            }
-            row |= {"role": measure.role}
-            row |= {"dataset": measure.dataset, "score": measure.score, "metric": measure.metric}
-            row |= {"value": c.value, "stderr": c.stderr, "full_precision": c.reference, "n_seeds": c.n_seeds}
-            for name, interval in (("change", c.change), ("effect", c.effect)):
-                for part, number in zip(Interval._fields, interval or [np.nan] * 4):
-                    row[name if part == "estimate" else f"{name}_{part}"] = number
-            tests = {"p_value": c.p_value, "q_value": c.q_value, "tested_by": measure.tested_by.metric}
-            rows.append(row | tests | {"convention": measure.info.convention})
-        return pd.DataFrame(rows)
 
 
 def average_effect(comparisons: list[Comparison]) -> Interval:
@@ -214,7 +180,7 @@ def analyse(results: StudyResults) -> StudyAnalysis:
     comparisons = {key: compare(key[1], key[2], pairs) for key, pairs in found.items()}
     return _analysis(
         results,
-        {key: c for key, c in comparisons.items() if not np.isnan(c.value)},
+        Comparisons.gathered({key: c for key, c in comparisons.items() if not np.isnan(c.value)}),
         {key: merge(seeds) for key, seeds in diagnostics.items()},
         {key: merge_trajectories(_alike(seeds)) for key, seeds in trajectories.items()},
         unreferenced,
@@ -223,20 +189,19 @@ def analyse(results: StudyResults) -> StudyAnalysis:
 
 def _analysis(
     results: StudyResults,
-    comparisons: dict[Key, Comparison],
+    comparisons: Comparisons,
     diagnostics: dict[tuple[str, Setting], Diagnostics],
     trajectories: dict[tuple[str, Setting], TrajectoryBins],
     unreferenced: list[str],
 ) -> StudyAnalysis:
-    comparisons = _corrected(comparisons)
     return StudyAnalysis(
         results=results,
         statistics=results.statistics,
-        comparisons=_with_tested_changes(comparisons),
+        comparisons=comparisons.corrected().with_tested_changes(),
         diagnostics=diagnostics,
         trajectories=trajectories,
         unreferenced=unreferenced,
-        score=next((measure.score for _, _, measure in comparisons if measure.score and not measure.dataset), ""),
+        score=next((measure.score for measure in comparisons.measures if measure.score and not measure.dataset), ""),
     )
 
 
@@ -259,14 +224,15 @@ def _estimates(
     every = [matrix for matrices in sets.values() for matrix in matrices]
     estimates = estimate_all(AlignedRuns(every, settings, wanted))
     shown = {m: e for m, e in estimates.items() if not m.dataset or (m.metric == "auroc" and m.role != "spurious")}
-    return shown | _stored_estimates(results.rows, [run.run_id for run in runs])
+    return shown | _stored_estimates(results, [run.run_id for run in runs])
 
 
-def _stored_estimates(rows: pd.DataFrame, run_ids: list[str]) -> dict[Measure, Estimate]:
+def _stored_estimates(results: StudyResults, run_ids: list[str]) -> dict[Measure, Estimate]:
     """Measures that follow from more than samples, from the rows: class-wise errors, each with its standard error and its change's."""
     found: dict[Measure, Estimate] = {}
     for name in ("classwise_ece", "classwise_ece_debiased"):
-        own = rows[(rows["role"] == "id") & (rows["dataset"] == "") & rows["metric"].isin([name, f"delta_{name}"])]
+        rows = results.about(name, f"delta_{name}")
+        own = rows[(rows["role"] == "id") & (rows["dataset"] == "")]
         stored = own.set_index(["metric", "run_id"])[["value", "stderr"]]
         value, stderr, change = (np.full(len(run_ids), np.nan) for _ in range(3))
         for k, run_id in enumerate(run_ids):
@@ -276,7 +242,7 @@ def _stored_estimates(rows: pd.DataFrame, run_ids: list[str]) -> dict[Measure, E
                 scale = value[0] if METRICS[name].is_relative else 1.0
                 change[k] = stored.loc[(f"delta_{name}", run_id), "stderr"] * scale
         if not np.isnan(value).all():
-            n = int(rows.loc[own.index, "n"].max())
+            n = int(own["n"].max())
             empty = np.empty((0, len(value)))
             found[Measure(name, "id")] = Estimate(value, empty, n, np.stack([stderr, change]))
     return found
@@ -286,35 +252,3 @@ def _alike(seeds: list[TrajectoryBins]) -> list[TrajectoryBins]:
     """Those of the seeds that have all stages: a seed may lack the tuned run."""
     stages = max(len(bins.confidence) for bins in seeds)
     return [bins for bins in seeds if len(bins.confidence) == stages]
-
-
-def _with_tested_changes(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
-    """Give measures that another one is tested for that one's change, and p-value: an error's debiased change, in its own unit.
-
-    The effect of a relative measure is that change over the full-precision value as it is shown, which is taken as known.
-    """
-    found = dict(comparisons)
-    for (vlm, setting, measure), own in comparisons.items():
-        tested = comparisons.get((vlm, setting, measure.tested_by))
-        if measure.tested_by == measure or own.change is None:
-            continue
-        if tested is None or tested.change is None:
-            unknown = Interval.normal(own.change.estimate, float("nan"))
-            found[vlm, setting, measure] = replace(own, change=unknown, effect=unknown, p_value=float("nan"))
-            continue
-        effect, effects = tested.change, tested.effects
-        if measure.info.is_relative:
-            effect = relative(tested.change, own.reference)
-            effects = -tested.effects / own.reference if own.reference else np.full_like(tested.effects, np.nan)
-        found[vlm, setting, measure] = replace(
-            own, change=tested.change, effect=effect, effects=effects, p_value=tested.p_value, q_value=tested.q_value
-        )
-    return found
-
-
-def _corrected(comparisons: dict[Key, Comparison]) -> dict[Key, Comparison]:
-    """Adjusted over what is tested by itself: a test that stands for another measure too counts once."""
-    own = [c.p_value if key[2].tested_by == key[2] else float("nan") for key, c in comparisons.items()]
-    p_values = torch.tensor(own, dtype=torch.float64)
-    adjusted = benjamini_hochberg(p_values).tolist()
-    return {key: replace(c, q_value=q_value) for (key, c), q_value in zip(comparisons.items(), adjusted)}

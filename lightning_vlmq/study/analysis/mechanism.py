@@ -118,11 +118,11 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
     found: list[Verdict] = []
     for dimension in dimensions(analysis.score):
         cells: dict[tuple[Setting, str], dict[str, _Cell]] = {}
-        for (vlm, setting, measure), comparison in analysis.comparisons.items():
-            pattern = pattern_of(setting)
-            if measure != dimension.measure or setting.is_tuned or pattern is None or comparison.effect is None:
+        for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
+            pattern = None if setting.is_tuned else pattern_of(setting)
+            if pattern is None:
                 continue
-            imitated = analysis.comparisons.get((vlm, pattern, measure))
+            imitated = analysis.comparisons.get((vlm, pattern, dimension.measure))
             if imitated is not None and imitated.effect is not None and len(comparison.effects):
                 own = cells.setdefault((pattern, control_name(setting)), {}).setdefault(vlm, _Cell(imitated, []))
                 own.controls.append(comparison)
@@ -250,6 +250,7 @@ def predictor_frame(analysis: StudyAnalysis, site: str) -> pd.DataFrame:
     """One row per VLM and quantized setting: its changes, its spectral quantities at a site, bits and agreement."""
     recorded = analysis.results.rows
     recorded = recorded[recorded["score"] == site]
+    recorded = recorded.astype({"metric": object})  # not every metric has a group
     rows = []
     for vlm in analysis.vlms:
         _, runs = analysis.results.runs_of(vlm)

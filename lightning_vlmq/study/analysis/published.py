@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.statistics import ClusteredMean, clustered_mean
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.analysis.groups import Cell, Kind, architecture_of, by_vlm, source_of
 from lightning_vlmq.study.analysis.runs import Setting
 
 ECE = Measure("ece", "id")
@@ -46,18 +46,15 @@ class Query:
         of: ``"growth"`` (A_q - A_f) / A_f, ``"change"`` in the measure's unit, or ``"better"``, 1 where it got better and else 0.
         where: fields of a setting and their values.
         is_tuned: settings with the logit scale tuned.
-        vlms: a word that the VLM's name holds, or none.
     """
 
     measure: Measure
-    of: Literal["growth", "change", "better"] = "growth"
+    of: Kind = "growth"
     where: tuple[tuple[str, Any], ...] = ()
     is_tuned: bool = False
-    vlms: str = ""
 
     def __str__(self) -> str:
         parts = [f"{self.measure.metric} on {self.measure.role}", *(f"{name}={value}" for name, value in self.where)]
-        parts += [f"VLMs with '{self.vlms}'"] if self.vlms else []
         return f"{self.of} of {', '.join(parts)}{', logit scale tuned' if self.is_tuned else ''}"
 
     def cells(self, analysis: StudyAnalysis) -> dict[str, list[Cell]]:
@@ -67,36 +64,9 @@ class Query:
             measure = Measure(measure.metric, measure.role, measure.dataset, analysis.score)
         found: dict[str, list[Cell]] = {}
         for vlm, setting, comparison in _compared(analysis, measure):
-            if (
-                setting.is_tuned == self.is_tuned
-                and self.vlms in vlm.lower()
-                and all(getattr(setting, name) == value for name, value in self.where)
-            ):
+            if setting.is_tuned == self.is_tuned and all(getattr(setting, name) == value for name, value in self.where):
                 found.setdefault(vlm, []).append(Cell.of(measure, comparison, self.of))
         return found
-
-
-@dataclass(frozen=True, eq=False)
-class Cell:
-    """One VLM in one setting: a number, and its replicates over test samples ``[R]`` where they are known."""
-
-    point: float
-    replicates: NDArray[np.float64] | None = None
-
-    @classmethod
-    def of(cls, measure: Measure, c: Comparison, kind: str) -> Cell:
-        """A comparison as a query wants it."""
-        if kind == "better":
-            return cls(float(measure.info.gain(c.reference, c.value) > 0))
-        assert c.effect is not None and c.change is not None
-        replicates = c.effects if len(c.effects) else None
-        relative = measure.info.is_relative
-        if kind == "growth":
-            if not relative:
-                return cls(c.change.estimate / c.reference, None if replicates is None else replicates / c.reference)
-            return cls(-c.effect.estimate, None if replicates is None else -replicates)
-        drawn = None if replicates is None else (-replicates * c.reference if relative else replicates)
-        return cls(c.change.estimate, drawn)
 
 
 @dataclass(frozen=True)
@@ -188,24 +158,15 @@ for _title, _method, _bits, _gap, _vulnerability, _expects in _GAPS:
 
 def _compared(analysis: StudyAnalysis, measure: Measure) -> Iterator[tuple[str, Setting, Comparison]]:
     """Every comparison of a measure that is known, controls left out."""
-    for vlm, setting, comparison in analysis.changed.get(measure, ()):
+    for vlm, setting, comparison in analysis.comparisons.of(measure):
         if not setting.is_control:
             yield vlm, setting, comparison
-
-
-def _by_vlm(cells: Mapping[str, Sequence[Cell]]) -> ClusteredMean:
-    """The mean over VLMs, each with the mean over its cells."""
-    points = np.array([np.mean([cell.point for cell in own]) for own in cells.values()])
-    drawn = [[cell.replicates for cell in own if cell.replicates is not None] for own in cells.values()]
-    if [len(own) for own in drawn] != [len(own) for own in cells.values()]:
-        return clustered_mean(points)
-    return clustered_mean(points, np.stack([np.mean(own, axis=0) for own in drawn], axis=1))
 
 
 def _claim(
     claim: str, published: str, expects: Expectation, cells: Mapping[str, Sequence[Cell]], unit: str, query: str
 ) -> Claim:
-    found = _by_vlm(cells)
+    found = by_vlm(cells)
     if query.startswith(("share", "better")):  # an interval of a share ends where shares do
         found = found._replace(low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
     return Claim(claim, published, expects, found, unit, sum(map(len, cells.values())), query)
@@ -241,16 +202,11 @@ def _sources(analysis: StudyAnalysis) -> Claim | None:
     """Noisy against clean pre-training, where VLMs' names (or weights) say so."""
     cells = Query(ECE).cells(analysis)
 
-    def of(*words: str) -> dict[str, list[Cell]]:
-        return {vlm: own for vlm, own in cells.items() if any(word in _source(analysis, vlm) for word in words)}
-
-    groups = of("noisy", "laion"), of("clean", "dfn", "metaclip", "wit", "openai")
+    groups = [
+        {vlm: own for vlm, own in cells.items() if source_of(analysis, vlm) == source} for source in ("noisy", "clean")
+    ]
     title = "growth of ECE, VLMs from noisy captions (LAION) minus those from clean ones (WIT, DFN)"
     return _contrast(title, "+49 % on LAION; falls on clean sources", "rises", groups, "growth of ece on id, by source")
-
-
-def _source(analysis: StudyAnalysis, vlm: str) -> str:
-    return f"{vlm} {analysis.results.runs_of(vlm)[0][0].key.pretrained}".lower()
 
 
 def _sign(analysis: StudyAnalysis) -> Claim | None:
@@ -275,9 +231,10 @@ def _architectures(analysis: StudyAnalysis) -> Claim | None:
     for family in ("convnext", "vit"):
         merged: dict[str, list[Cell]] = {}
         for role in ("near_ood", "far_ood"):
-            for vlm, own in Query(Measure("auroc", role), vlms=family).cells(analysis).items():
-                merged.setdefault(vlm, []).extend(own)
-        groups.append({vlm: own for vlm, own in merged.items() if vlm.lower().startswith(family)})
+            for vlm, own in Query(Measure("auroc", role)).cells(analysis).items():
+                if architecture_of(vlm) == family:
+                    merged.setdefault(vlm, []).extend(own)
+        groups.append(merged)
     title = "growth of AUROC (near and far OOD), ConvNeXt minus ViT"
     return _contrast(
         title, "ConvNeXt gains more", "rises", groups, "growth of auroc on near_ood and far_ood, by architecture"

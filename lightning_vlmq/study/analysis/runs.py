@@ -65,17 +65,17 @@ class Setting:
         """What was done to the error afterwards, e.g. ``"heal 0-8"``; empty for the model as it is."""
         return self.variant.rpartition("surgery=")[2] if "surgery=" in self.variant else ""
 
-    @property
+    @cached_property
     def is_quantization(self) -> bool:
         """Whether it is a quantized model as it is: no control, and no surgery on its error."""
         return not self.surgery and not self.is_control
 
-    @property
+    @cached_property
     def is_control(self) -> bool:
         """Whether its method is a control of the study; a method that is not registered here is none."""
         return self.method in METHODS and METHODS[self.method].is_control
 
-    @property
+    @cached_property
     def is_trained(self) -> bool:
         """Whether its method trains; likewise."""
         return self.method in METHODS and METHODS[self.method].needs_training
@@ -90,7 +90,7 @@ class Setting:
         """E.g. ``"minmax W4A8 vision"``, ``"minmax+lst W4A8 vision"`` with a tuned logit scale."""
         return f"{self.method}{'+lst' if self.is_tuned else ''} {self.details}"
 
-    @property
+    @cached_property
     def sort_key(self) -> tuple[int, str, bool, int, int, str, int]:
         """Methods as the registry lists them, from many bits to few, small scopes first."""
         order = list(METHODS)
@@ -152,8 +152,9 @@ class StudyResults:
     Attributes:
         root: the study's folder.
         runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
-        rows: the results rows of these runs; of more than :data:`MANY_RUNS` without those of single sets, but of full precision, of the
-            in-distribution set, and of AUROC.
+        rows: the results rows of these runs, text columns categorical; of more than :data:`MANY_RUNS` without those of single sets, but
+            of full precision, of the in-distribution set, and of AUROC.
+        n_rows: number of all their rows.
         superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
         problems: one line for each part of the store that is damaged, incomplete or foreign, and left out.
         notes: one line for each run whose date lies in the future; it stays.
@@ -162,6 +163,7 @@ class StudyResults:
     root: Path
     runs: tuple[StoredRun, ...]
     rows: pd.DataFrame
+    n_rows: int
     superseded: int
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -178,7 +180,9 @@ class StudyResults:
         if not run_ids:
             found = f" ({problems[0]})" if problems else ""
             raise VLMQError(f"no results in '{root}'{found}; run the study first, e.g. vlmq-study study=demo")
-        rows = store.rows(run_ids) if len(run_ids) <= MANY_RUNS else _needed_rows(store, run_ids)
+        table = store.table(run_ids, ROW_SCHEMA.names, None if len(run_ids) <= MANY_RUNS else _needed())
+        rows = table.to_pandas()
+        del table
         names = [field.name for field in fields(RunKey)]
         newest: dict[RunKey, StoredRun] = {}
         firsts = rows.drop_duplicates("run_id").set_index("run_id")[names]
@@ -190,9 +194,9 @@ class StudyResults:
             "its place. Set the clock right and run it again."
             for run_id in sorted(ahead)
         ]
+        keys = {line[0]: RunKey(**dict(zip(names, line[1:]))) for line in firsts.itertuples(name=None)}
         for run_id in sorted(run_ids, key=lambda run_id: (run_id not in ahead, written[run_id].astimezone(UTC))):
-            key = RunKey(**{name: firsts.loc[run_id, name] for name in names})
-            newest[key] = StoredRun(key, run_id, store)
+            newest[keys[run_id]] = StoredRun(keys[run_id], run_id, store)
         alone = [key for key in newest if key.is_tuned and replace(key, is_tuned=False) not in newest]
         for key in alone:  # what is left of a run that is damaged
             del newest[key]
@@ -203,10 +207,16 @@ class StudyResults:
         runs = sorted(
             newest.values(), key=lambda run: (not run.key.is_full_precision, run.setting.sort_key, run.key.seed)
         )
-        replaced = {run_id for run_id in run_ids if not firsts.loc[run_id, "is_tuned"]}
-        replaced -= {run.run_id for run in runs}
-        kept = rows[rows["run_id"].isin([run.run_id for run in runs])].reset_index(drop=True)
-        return cls(Path(root), tuple(runs), kept, len(replaced), tuple(problems), tuple(notes))
+        left = [run.run_id for run in runs]
+        replaced = {run_id for run_id in run_ids if not keys[run_id].is_tuned} - set(left)
+        if len(left) < len(run_ids):
+            rows = rows[rows["run_id"].isin(left)].reset_index(drop=True)
+        return cls(Path(root), tuple(runs), rows, store.n_rows(left), len(replaced), tuple(problems), tuple(notes))
+
+    def about(self, *metrics: str) -> pd.DataFrame:
+        """The rows of some metrics, text as it is."""
+        own = self.rows[self.rows["metric"].isin(metrics)]
+        return own.astype({name: object for name, kind in own.dtypes.items() if kind == "category"})
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -267,12 +277,11 @@ class StudyResults:
         return sorted(found, key=lambda s: s.sort_key)
 
 
-def _needed_rows(store: ResultsStore, run_ids: list[str]) -> pd.DataFrame:
-    """The rows that a report of many runs is made of."""
+def _needed() -> pc.Expression:
+    """Which rows a report of many runs is made of."""
     is_full = (pc.field("method") == FULL_PRECISION) & ~pc.field("is_tuned")
     of_roles = (pc.field("dataset") == "") | (pc.field("role") == "id")
-    keep = of_roles | is_full | pc.field("metric").isin(["auroc", "delta_auroc"])
-    return store.table(run_ids, ROW_SCHEMA.names, keep).cast(ROW_SCHEMA).to_pandas()
+    return of_roles | is_full | pc.field("metric").isin(["auroc", "delta_auroc"])
 
 
 def reference_of(run: StoredRun, references: list[StoredRun]) -> StoredRun | None:

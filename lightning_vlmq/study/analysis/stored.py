@@ -8,22 +8,23 @@ how the estimates of several VLMs on the same images vary together.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
+from numpy.typing import ArrayLike, NDArray
 
+from lightning_vlmq.evaluation.estimates import Array
 from lightning_vlmq.evaluation.measures import METRICS, Measure
-from lightning_vlmq.statistics import Interval
-from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.statistics import p_values
+from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.study.analysis.columns import NUMBERS, Comparisons
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults, reference_of
 
-Key = tuple[str, Setting, Measure]
-_MEASURE = ["metric", "role", "dataset", "score"]
+DELTA = "delta_"
+"""What the name of a row begins with that holds a change."""
 
 
-def comparisons_from_rows(results: StudyResults) -> tuple[dict[Key, Comparison], list[str]]:
+def comparisons_from_rows(results: StudyResults) -> tuple[Comparisons, list[str]]:
     """Every measure of a role, and AUROC of every set and score, of every setting beside full precision.
 
     Over seeds, values and changes are averaged; so are standard errors, as one test set's error is nearly the same in all.
@@ -31,80 +32,169 @@ def comparisons_from_rows(results: StudyResults) -> tuple[dict[Key, Comparison],
     Returns:
         The comparisons, p-values not yet corrected; and the VLMs that have no full-precision run.
     """
-    rows, runs, unreferenced = results.rows, *_runs(results)
-    shown = (rows["dataset"] == "") | ((rows["metric"].isin(["auroc", "delta_auroc"])) & (rows["role"] != "spurious"))
-    own = rows.loc[shown, ["run_id", *_MEASURE, "value", "stderr"]]
-    is_delta = own["metric"].str.startswith("delta_")
-    values = own[~is_delta & own["metric"].isin(list(METRICS))]
-    deltas = own[is_delta].assign(metric=own["metric"].str.removeprefix("delta_"))
-    deltas = deltas.rename(columns={"value": "delta", "stderr": "delta_stderr"})
-    references = values.rename(columns={"run_id": "reference", "value": "full", "stderr": "full_stderr"})
-    joined = values.merge(runs, on="run_id")
-    joined = joined.merge(references, on=["reference", *_MEASURE], how="left")
-    joined = joined.merge(deltas, on=["run_id", *_MEASURE], how="left")
-    by = ["vlm", "setting", *_MEASURE]
-    means = joined.groupby(by, sort=False)[["value", "stderr", "full", "full_stderr", "delta", "delta_stderr"]].mean()
-    means["n_seeds"] = joined.groupby(by, sort=False).size()
-    return dict(_compared(means.reset_index(), results)), unreferenced
-
-
-def _runs(results: StudyResults) -> tuple[pd.DataFrame, list[str]]:
-    """By run: its VLM, the number of its setting (-1: full precision), and the full-precision run that it is compared with."""
-    numbers = {setting: n for n, setting in enumerate(_settings(results))}
-    lines, unreferenced = [], []
-    for vlm in results.vlms:
-        references, others = results.runs_of(vlm)
-        if not references:
-            unreferenced.append(vlm)
-        for run in references:
-            lines.append((run.run_id, vlm, -1, run.run_id))
-        for run in others:
-            if (reference := reference_of(run, references)) is not None:
-                lines.append((run.run_id, vlm, numbers[run.setting], reference.run_id))
-    return pd.DataFrame(lines, columns=["run_id", "vlm", "setting", "reference"]), unreferenced
-
-
-def _settings(results: StudyResults) -> list[Setting]:
-    return list(dict.fromkeys(run.setting for run in results.runs if not run.key.is_full_precision))
-
-
-def _compared(means: pd.DataFrame, results: StudyResults) -> Iterator[tuple[Key, Comparison]]:
-    settings, measures = _settings(results), dict[tuple[str, ...], Measure]()
-    columns: Any = (means[name].to_list() for name in means.columns)
-    for vlm, number, *named, value, stderr, full, full_stderr, delta, delta_stderr, n_seeds in zip(*columns):
-        metric, role, dataset, score = named
-        measure = measures.setdefault(tuple(named), Measure(metric, role, dataset, score))
-        setting = FULL if number < 0 else settings[number]
-        if np.isnan(value) or (setting.is_tuned and not measure.follows_logit_scale):
+    measures, by_run = _by_run(results)
+    cells, unreferenced = _cells(results)
+    order = np.argsort(cells.cell, kind="stable")
+    run, cell = cells.run[order], cells.cell[order]
+    starts = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]]) if len(cell) else np.empty(0, np.int64)
+    means = {name: _means(column[run], starts) for name, column in by_run.items()}
+    means |= {f"full_{name}": _means(by_run[name][cells.reference[order]], starts) for name in ("value", "stderr")}
+    n_seeds = np.add.reduceat(~np.isnan(by_run["there"][run]), starts, axis=0) if len(starts) else means["value"]
+    vlm, setting = cells.vlm[cell[starts]], cells.setting[cell[starts]]
+    is_tuned = np.array([s.is_tuned for s in cells.settings], dtype=bool)[setting]
+    is_full = np.array([s == FULL for s in cells.settings], dtype=bool)[setting]
+    kept = (n_seeds > 0) & ~np.isnan(means["value"])
+    kept &= ~(is_tuned[:, None] & ~np.array([m.follows_logit_scale for m in measures], dtype=bool))
+    numbers = {name: np.full(kept.shape, np.nan) for name in NUMBERS}
+    numbers |= {"value": means["value"], "stderr": means["stderr"], "n_seeds": n_seeds.astype(float)}
+    numbers["reference"] = means["full_value"].copy()
+    is_compared = np.zeros(kept.shape, dtype=bool)
+    for k, measure in enumerate(measures):
+        if measure.info.needs_reference and not measure.info.is_tested:
             continue
-        info = measure.info
-        bare = Comparison(value, stderr, full, int(n_seeds))
-        if setting == FULL or (info.needs_reference and not info.is_tested):
-            yield (vlm, setting, measure), bare
-            continue
-        if info.needs_reference:  # a comparison with full precision already
-            change = effect = Interval.normal(value, stderr)
-        else:
-            error = delta_stderr if info.is_tested else float("nan")
-            effect = Interval.normal(delta, error)
-            change = effect
-            if info.is_relative:
-                change = Interval.normal(value - full, change_error(value, stderr, full, full_stderr, error))
-        reference = 0.0 if info.needs_reference else full
-        yield (
-            (vlm, setting, measure),
-            Comparison(value, stderr, reference, int(n_seeds), change, effect, change.p_value),
+        is_compared[~is_full, k] = True
+        _fill(measure, {name: column[~is_full, k] for name, column in means.items()}, numbers, (~is_full, k))
+    numbers["p_value"] = p_values(numbers["change"], numbers["change_stderr"])
+    numbers["q_value"] = np.full(kept.shape, np.nan)
+    which, column = np.nonzero(kept)
+    place = np.stack([vlm[which], setting[which], column], axis=1).astype(np.int32)
+    plain = {name: numbers[name][kept] for name in NUMBERS}
+    return Comparisons((results.vlms, cells.settings, measures), place, plain, is_compared[kept], {}), unreferenced
+
+
+def _fill(
+    measure: Measure, own: dict[str, Array], numbers: dict[str, Array], place: tuple[NDArray[np.bool_], int]
+) -> None:
+    """Change and effect of one measure in all quantized cells."""
+    info, n = measure.info, len(own["value"])
+    if info.needs_reference:  # a comparison with full precision already
+        change, error = own["value"], own["stderr"]
+        effect, effect_error = change, error
+        numbers["reference"][place] = 0.0
+    else:
+        effect, effect_error = own["delta_value"], own["delta_stderr"] if info.is_tested else np.full(n, np.nan)
+        change, error = effect, effect_error
+        if info.is_relative:
+            change = own["value"] - own["full_value"]
+            error = change_error(own["value"], own["stderr"], own["full_value"], own["full_stderr"], effect_error)
+    for name, column in (
+        ("change", change),
+        ("change_stderr", error),
+        ("effect", effect),
+        ("effect_stderr", effect_error),
+    ):
+        numbers[name][place] = column
+
+
+def _by_run(results: StudyResults) -> tuple[list[Measure], dict[str, Array]]:
+    """The measures in the rows' order, and their numbers ``[runs, measures]``, NaN where a run has no row.
+
+    ``there`` is 0 where a run has a row of the measure; ``value``, ``stderr``, ``delta_value`` and ``delta_stderr`` are what it says.
+    """
+    rows = results.rows
+    names = list(rows["metric"].cat.categories)
+    metric = rows["metric"].cat.codes.to_numpy()
+    bare = [name.removeprefix(DELTA) for name in names]
+    known = {name: number for number, name in enumerate(dict.fromkeys(name for name in bare if name in METRICS))}
+    base = np.array([known.get(name, -1) for name in bare], dtype=np.int64)[metric]
+    is_delta = np.array([name.startswith(DELTA) for name in names], dtype=bool)[metric]
+    runs = {run.run_id: number for number, run in enumerate(results.runs)}
+    run = np.array([runs.get(name, -1) for name in rows["run_id"].cat.categories], dtype=np.int64)[
+        rows["run_id"].cat.codes
+    ]
+    shown = (base >= 0) & (run >= 0)
+    shown &= (rows["dataset"] == "").to_numpy() | (
+        (base == known.get("auroc", -2)) & (rows["role"] != "spurious").to_numpy()
+    )
+    rows, base, is_delta, run = rows[shown], base[shown], is_delta[shown], run[shown]
+    code = base
+    for name in ("role", "dataset", "score"):
+        code = code * len(rows[name].cat.categories) + rows[name].cat.codes.to_numpy()
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # the measures as they come
+    column = np.argsort(order, kind="stable")[inverse]
+    heads = rows.iloc[first[order]]
+    measures = [
+        Measure(name.removeprefix(DELTA), role, dataset, score)
+        for name, role, dataset, score in heads[["metric", "role", "dataset", "score"]].itertuples(
+            index=False, name=None
         )
+    ]
+    found = {
+        name: np.full((len(runs), len(measures)), np.nan)
+        for name in ("there", "value", "stderr", "delta_value", "delta_stderr")
+    }
+    for prefix, which in (("", ~is_delta), (DELTA, is_delta)):
+        for name in ("value", "stderr"):
+            found[prefix + name][run[which], column[which]] = rows[name].to_numpy()[which]
+    found["there"][run[~is_delta], column[~is_delta]] = 0.0
+    return measures, found
 
 
-def change_error(value: float, stderr: float, full: float, full_stderr: float, delta_stderr: float) -> float:
-    """Standard error of ``value - full`` from that of ``delta = 1 - value / full`` and of the two, to first order.
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """Which runs are averaged: those of one VLM and setting.
+
+    Attributes:
+        run: number of a run that is compared, ``[n]``.
+        reference: number of the full-precision run beside it, ``[n]``.
+        cell: number of its cell, ``[n]``.
+        vlm: a cell's VLM, ``[cells]``.
+        setting: a cell's setting, ``[cells]``.
+        settings: what these count.
+    """
+
+    run: NDArray[np.int64]
+    reference: NDArray[np.int64]
+    cell: NDArray[np.int64]
+    vlm: NDArray[np.int64]
+    setting: NDArray[np.int64]
+    settings: list[Setting]
+
+
+def _cells(results: StudyResults) -> tuple[_Cells, list[str]]:
+    """The cells in the order of VLMs and, full precision first, settings; and the VLMs without full precision."""
+    numbers = {run.run_id: number for number, run in enumerate(results.runs)}
+    settings: dict[Setting, int] = {FULL: 0}
+    cells: dict[tuple[int, int], int] = {}
+    lines, unreferenced = [], []
+    for vlm, name in enumerate(results.vlms):
+        references, others = results.runs_of(name)
+        if not references:
+            unreferenced.append(name)
+        for run in [*references, *others]:
+            reference = run if run.key.is_full_precision else reference_of(run, references)
+            if reference is not None:
+                setting = FULL if run.key.is_full_precision else run.setting
+                place = vlm, settings.setdefault(setting, len(settings))
+                lines.append((numbers[run.run_id], numbers[reference.run_id], cells.setdefault(place, len(cells))))
+    run_of, reference_of_run, cell = np.array(lines, dtype=np.int64).reshape(-1, 3).T
+    places = np.array(list(cells), dtype=np.int64).reshape(-1, 2).T
+    return _Cells(run_of, reference_of_run, cell, places[0], places[1], list(settings)), unreferenced
+
+
+def _means(columns: Array, starts: NDArray[np.int64]) -> Array:
+    """Means over rows ``[runs, measures]`` from each start to the next, of what is not NaN."""
+    if not len(starts):
+        return columns[:0]
+    there = ~np.isnan(columns)
+    sums = np.add.reduceat(np.where(there, columns, 0.0), starts, axis=0)
+    count = np.add.reduceat(there.astype(np.int64), starts, axis=0)
+    return np.where(count > 0, sums / np.maximum(count, 1), np.nan)
+
+
+def change_error(
+    value: ArrayLike, stderr: ArrayLike, full: ArrayLike, full_stderr: ArrayLike, delta_stderr: ArrayLike
+) -> Array:
+    """Standard errors of ``value - full`` from those of ``delta = 1 - value / full`` and of the two, to first order, all ``[...]``.
 
     With ``r = value / full`` the delta method has ``full^2 var(delta) = var(value) + r^2 var(full) - 2 r cov``, which gives the
     covariance that ``var(value - full)`` needs.
     """
-    ratio = value / full if full else 0.0
-    if not ratio > 0:
-        return delta_stderr * abs(full)
-    variance = stderr**2 * (1 - 1 / ratio) + full_stderr**2 * (1 - ratio) + (full * delta_stderr) ** 2 / ratio
-    return float(np.sqrt(max(variance, 0.0))) if not np.isnan(variance) else float("nan")
+    value, stderr, full, full_stderr, delta_stderr = (
+        np.asarray(column, np.float64) for column in (value, stderr, full, full_stderr, delta_stderr)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.where(full != 0, value / full, 0.0)
+        variance = stderr**2 * (1 - 1 / ratio) + full_stderr**2 * (1 - ratio) + (full * delta_stderr) ** 2 / ratio
+        return np.where(ratio > 0, np.sqrt(np.maximum(variance, 0.0)), delta_stderr * np.abs(full))

@@ -20,8 +20,8 @@ Cell = tuple[str, Setting]
 
 def of_models(analysis: StudyAnalysis, metric: str) -> dict[Cell, float]:
     """A number about models alone (:data:`OUTPUT_SQNR`, :data:`BITS_PER_WEIGHT`) by VLM and setting, means over seeds."""
-    rows = analysis.results.rows
-    stored = rows.loc[rows["metric"] == metric, ["run_id", "value"]].set_index("run_id")["value"].to_dict()
+    rows = analysis.results.about(metric)
+    stored = dict(zip(rows["run_id"], rows["value"]))
     found: dict[Cell, list[float]] = {}
     for run in analysis.results.runs:
         if run.run_id in stored and not run.setting.is_tuned:
@@ -122,9 +122,11 @@ def seed_spread(analysis: StudyAnalysis) -> list[SeedSpread]:
         for run in results.runs
         if not run.key.is_full_precision and not run.setting.is_tuned
     }
-    rows = results.rows[(results.rows["dataset"] == "") & results.rows["run_id"].isin(cells)]
+    shown = dimensions(analysis.score)
+    rows = results.about(*{dimension.measure.metric for dimension in shown})
+    rows = rows[(rows["dataset"] == "") & rows["run_id"].isin(cells)]
     found = []
-    for dimension in dimensions(analysis.score):
+    for dimension in shown:
         m = dimension.measure
         own = rows[(rows["metric"] == m.metric) & (rows["role"] == m.role) & (rows["score"] == m.score)]
         values: dict[Cell, list[tuple[float, float]]] = {}

@@ -110,9 +110,9 @@ def tuning_table(analysis: StudyAnalysis, vlm: str) -> str:
 
 def _scales(analysis: StudyAnalysis, vlm: str) -> dict[Setting, float]:
     """Logit scales by setting, means over seeds."""
-    rows = analysis.results.rows
-    stored = rows[rows["metric"] == "logit_scale"].set_index("run_id")["value"]
+    rows = analysis.results.about("logit_scale")
+    stored = dict(zip(rows["run_id"], rows["value"]))
     found: dict[Setting, list[float]] = {}
-    for run in (run for runs in analysis.results.runs_of(vlm) for run in runs if run.run_id in stored.index):
+    for run in (run for runs in analysis.results.runs_of(vlm) for run in runs if run.run_id in stored):
         found.setdefault(run.setting, []).append(float(stored[run.run_id]))
     return {setting: float(np.mean(values)) for setting, values in found.items()}

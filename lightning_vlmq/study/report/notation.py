@@ -44,7 +44,9 @@ def csv_text(table: pd.DataFrame) -> str:
         >>> csv_text(pd.DataFrame({"model": ["=1+1"], "change": [-0.5]}))
         "model,change\n'=1+1,-0.5\n"
     """
-    return table.map(_inert).rename(columns=_inert).to_csv(index=False)
+    words = table.select_dtypes(exclude=["number", "bool"])
+    inert = table.assign(**{name: column.map(_inert) for name, column in words.items()})
+    return inert.rename(columns=_inert).to_csv(index=False)
 
 
 def _inert(cell: object) -> object:

@@ -13,12 +13,14 @@ from html import escape
 from pathlib import Path
 from string import Template
 
+import numpy as np
+
 from lightning_vlmq.core.atomic import write_text
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report import figures
-from lightning_vlmq.study.report.notation import csv_text
+from lightning_vlmq.study.report.numbers import numbers_file, write_numbers
 from lightning_vlmq.study.report.sections import LINKS, sections
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -32,7 +34,7 @@ def build_report(root: str | os.PathLike[str], readme_figure: str | os.PathLike[
         readme_figure: where to save the overview figure as PNG too.
 
     Returns:
-        ``<root>/report.html``; ``<root>/comparisons.csv`` beside it holds every comparison as numbers.
+        ``<root>/report.html``; ``<root>/comparisons.csv`` (``.parquet`` of many) beside it holds every comparison as numbers.
 
     Raises:
         VLMQError: there are no results, or a part of the store cannot be read.
@@ -52,9 +54,9 @@ def save_overview(analysis: StudyAnalysis, path: Path) -> None:
 
 
 def write_report(analysis: StudyAnalysis) -> Path:
-    """Write ``report.html`` and ``comparisons.csv`` into the study's folder; returns the page's path."""
+    """Write ``report.html`` and the comparisons as numbers into the study's folder; returns the page's path."""
     root = analysis.results.root
-    write_text(root / "comparisons.csv", csv_text(analysis.table()))
+    write_numbers(analysis)
     page = root / "report.html"
     write_text(page, _page(analysis))
     return page
@@ -66,13 +68,14 @@ def _page(analysis: StudyAnalysis) -> str:
     links = "".join(f"<a href='#{anchor}'>{LINKS.get(anchor, title)}</a>" for anchor, title, _ in shown)
     content = "".join(f"<section id='{anchor}'><h2>{title}</h2>{body}</section>" for anchor, title, body in shown)
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    return template.substitute(name=name, facts=_facts(analysis), links=links, content=_warnings(analysis) + content)
+    parts = {"facts": _facts(analysis), "links": links, "content": _warnings(analysis) + content}
+    return template.substitute(name=name, numbers=numbers_file(analysis), **parts)
 
 
 def _facts(analysis: StudyAnalysis) -> str:
     results = analysis.results
-    tested = [c for c in analysis.comparisons.values() if c.p_value == c.p_value]
-    significant = sum(c.q_value < 0.05 for c in tested)
+    p_values, q_values = (analysis.comparisons.numbers[name] for name in ("p_value", "q_value"))
+    tested = ~np.isnan(p_values)
     tuned = sum(run.setting.is_tuned for run in results.runs)
     facts = {
         "runs": f"{len(results.runs) - tuned:,}",
@@ -80,9 +83,9 @@ def _facts(analysis: StudyAnalysis) -> str:
         "evaluation runs": f"{results.evaluations:,}",
         "quantized settings": f"{len(results.settings):,}",
         **({"logit scales tuned": f"{tuned:,}"} if tuned else {}),
-        "result rows": f"{len(results.rows):,}",
-        "comparisons tested": f"{len(tested):,}",
-        "significant (5 % FDR)": f"{significant:,}",
+        "result rows": f"{results.n_rows:,}",
+        "comparisons tested": f"{tested.sum():,}",
+        "significant (5 % FDR)": f"{(q_values[tested] < 0.05).sum():,}",
     }
     return "<dl>" + "".join(f"<div><dd>{value}</dd><dt>{title}</dt></div>" for title, value in facts.items()) + "</dl>"
 
@@ -99,11 +102,9 @@ def _warnings(analysis: StudyAnalysis) -> str:
         names = ", ".join(escape(vlm) for vlm in analysis.unreferenced)
         notes.append(f"No full-precision run of {names}: nothing of theirs is compared.")
     cells = len(analysis.vlms) * len(analysis.settings)
-    present = {(vlm, setting) for vlm, setting, _ in analysis.comparisons if setting in set(analysis.settings)}
-    if len(present) < cells:
-        notes.append(
-            f"{cells - len(present)} of {cells} cells of the grid have no results yet; averages leave them out."
-        )
+    present = analysis.comparisons.cells(analysis.settings)
+    if present < cells:
+        notes.append(f"{cells - present} of {cells} cells of the grid have no results yet; averages leave them out.")
     return "".join(f"<p class='warning'>{note}</p>" for note in notes)
 
 

@@ -6,12 +6,12 @@ from html import escape
 
 from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.analysis.groups import group_effects
 from lightning_vlmq.study.analysis.published import held_against
 from lightning_vlmq.study.report import figures, improvement, spectral, tables, tradeoffs
 from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
+from lightning_vlmq.study.report.numbers import are_many, numbers_file
 
-MOST_CELLS = 20_000
-"""With more comparisons, the page leaves the tables of all of them to the file beside it."""
 Section = tuple[str, str, str]
 """Anchor, heading, and content; without content the section is left out."""
 
@@ -115,7 +115,14 @@ def _averages(analysis: StudyAnalysis) -> str:
         "independent.</p>"
     )
     shares = f"{note}{improvement.improvement_table(analysis)}{improvement.joint_table(analysis)}"
+    groups = tables.group_table(group_effects(analysis))
+    note = (
+        "<p class='note'>Mean over VLMs, each with the mean over its settings, and a 95 % interval for other VLMs and other test images "
+        "(Student's t over VLMs, and what the common images add); of one VLM over images alone. Controls and tuned logit scales do not "
+        "count.</p>"
+    )
     return (
+        f"<details open><summary>By kind of method, bits, scope, architecture and pre-training</summary>{note}{groups}</details>"
         f"<details{is_open}><summary>Means over VLMs with 95 % intervals</summary>{means}</details>"
         f"<details{is_open}><summary>Share of improved runs</summary>{shares}</details>"
         f"<details><summary>Every VLM in every dimension</summary>{each}</details>"
@@ -152,7 +159,7 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
         "corrected over the whole grid; hover over a cell for interval and p-value, over a heading for its convention. Changes of ECE, "
         "adaptive and class-wise ECE are of the debiased errors; MCE is not tested.</p>"
     )
-    is_large = len(analysis.comparisons) > MOST_CELLS
+    is_large = are_many(analysis)
     by_vlm = "".join(
         f"<details{'' if position else ' open'}><summary>{escape(vlm)}</summary>{tables.vlm_table(analysis, vlm)}</details>"
         for position, vlm in enumerate([] if is_large else analysis.vlms)
@@ -161,7 +168,7 @@ def _table_sections(analysis: StudyAnalysis) -> list[Section]:
     if is_large:
         legend = (
             f"<p class='note'>{len(analysis.comparisons):,} comparisons are too many for a page: every one, with interval, p-value and "
-            "convention, is a line of <a href='comparisons.csv'>comparisons.csv</a> beside it.</p>"
+            f"convention, is a line of <a href='{numbers_file(analysis)}'>{numbers_file(analysis)}</a> beside it.</p>"
         )
     if detection:
         detection = f"<details><summary>AUROC by data set and score (DeLong)</summary>{detection}</details>"

@@ -13,6 +13,7 @@ from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
+from lightning_vlmq.study.analysis.groups import GroupEffect
 from lightning_vlmq.study.analysis.published import Claim
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.notation import percent_interval, signed
@@ -101,12 +102,13 @@ def _heading(measure: Measure, unit: str = " %") -> str:
 def average_table(analysis: StudyAnalysis) -> str:
     """Effects averaged over VLMs, by setting and dimension, with p-values corrected over the table."""
     shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
-    names = ("method", "weight_bits", "act_bits", "scope", "variant")
     means: dict[tuple[Setting, Dimension], Interval] = {}
-    for setting in analysis.settings:
-        for dimension in shown:
-            if found := analysis.changes(dimension.measure, **{name: getattr(setting, name) for name in names}):
-                means[setting, dimension] = average_effect(found)
+    for dimension in shown:
+        found: dict[Setting, list[Comparison]] = {}
+        for _, setting, comparison in analysis.comparisons.of(dimension.measure):
+            if setting.is_quantization:
+                found.setdefault(setting, []).append(comparison)
+        means |= {(setting, dimension): average_effect(own) for setting, own in found.items() if not setting.is_tuned}
     p_values = torch.tensor([mean.p_value for mean in means.values()], dtype=torch.float64)
     q_values = dict(zip(means, benjamini_hochberg(p_values).tolist()))
     body = []
@@ -124,6 +126,25 @@ def average_table(analysis: StudyAnalysis) -> str:
         body.append(cells)
     head = ["setting", *(f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)]
     return html_table([head], body)
+
+
+def group_table(found: Sequence[GroupEffect]) -> str:
+    """Mean effects of groups of settings: one row a group, one column a dimension."""
+    shown = list(dict.fromkeys(effect.dimension for effect in found))
+    by_cell = {(e.grouping, e.group, e.dimension): e for e in found}
+    body = []
+    for grouping, group in dict.fromkeys((e.grouping, e.group) for e in found):
+        own = [by_cell.get((grouping, group, dimension)) for dimension in shown]
+        pairs = max(e.n_cells for e in own if e is not None)
+        vlms = max(e.found.n_clusters for e in own if e is not None)
+        label = f"{escape(group)} <small>{escape(grouping)}</small>" if grouping else f"<b>{escape(group)}</b>"
+        cells = [
+            "–" if e is None else "{} <i>{}</i>".format(*percent_interval(e.found.estimate, e.found.low, e.found.high))
+            for e in own
+        ]
+        body.append([label, *cells, f"{pairs:,} of {vlms:,}"])
+    titles = (f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)
+    return html_table([["settings", *titles, "pairs of VLMs"]], body) if body else ""
 
 
 def dimension_table(analysis: StudyAnalysis) -> str:
@@ -205,8 +226,8 @@ def zero_shot_table(analysis: StudyAnalysis) -> str:
     """Top-1 of the full-precision models on every labelled data set, corruptions averaged over severities."""
     results = analysis.results
     references = {run.run_id: vlm for vlm in analysis.vlms for run in results.runs_of(vlm)[0]}
-    rows = results.rows[results.rows["run_id"].isin(references) & (results.rows["dataset"] != "")]
-    rows = rows[rows["metric"] == "top1"].copy()
+    rows = results.about("top1")
+    rows = rows[rows["run_id"].isin(references) & (rows["dataset"] != "")].copy()
     if rows.empty:
         return ""
     rows["vlm"] = rows["run_id"].map(references)
@@ -235,8 +256,7 @@ def zero_shot_table(analysis: StudyAnalysis) -> str:
 
 def coverage_table(analysis: StudyAnalysis) -> str:
     """Shares of the scope's matrix weights and multiply-accumulates that are quantized, by VLM and scope."""
-    rows = analysis.results.rows
-    rows = rows[rows["metric"].isin(["coverage_weights", "coverage_macs"])]
+    rows = analysis.results.about("coverage_weights", "coverage_macs")
     if rows.empty:
         return ""
     names = {run.run_id: analysis.results.vlm_of(run) for run in analysis.results.runs}
@@ -261,8 +281,7 @@ def _range(values: pd.Series) -> str:
 def spectrum_table(analysis: StudyAnalysis) -> str:
     """Stable rank, effective rank and top energy by layer group, full precision and every setting."""
     titles = {"stable_rank": "stable rank", "effective_rank": "effective rank", "top_energy": "top energy, %"}
-    rows = analysis.results.rows
-    rows = rows[rows["metric"].isin(titles)]
+    rows = analysis.results.about(*titles)
     if rows.empty:
         return ""
     names = {run.run_id: (analysis.results.vlm_of(run), run.setting) for run in analysis.results.runs}
@@ -304,8 +323,8 @@ def claims_table(claims: list[Claim]) -> str:
 
 def data_table(analysis: StudyAnalysis) -> str:
     """The evaluation data sets with their numbers of samples."""
-    rows = analysis.results.rows
-    rows = rows[rows["role"].isin(_ROLE_TITLES) & rows["metric"].isin(["top1", "auroc"]) & (rows["dataset"] != "")]
+    rows = analysis.results.about("top1", "auroc")
+    rows = rows[rows["role"].isin(_ROLE_TITLES) & (rows["dataset"] != "")]
     body = []
     for role in _ROLE_TITLES:
         own = rows[rows["role"] == role]

@@ -162,7 +162,7 @@ def test_spurious_gap_and_vulnerability(store, analysis):
 
 
 def test_p_values_are_corrected_over_the_whole_grid(analysis):
-    table = analysis.table()
+    table = analysis.comparisons.table()
     tested = table[table["p_value"].notna() & (table["tested_by"] == table["metric"])]
     assert analysis.n_tests == len(tested) > 40
     np.testing.assert_allclose(tested["q_value"], false_discovery_control(tested["p_value"]))

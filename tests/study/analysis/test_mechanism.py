@@ -8,6 +8,7 @@ import pytest
 from cases.mechanism import VLMS, write_mechanism
 
 from lightning_vlmq.evaluation.measures import Measure
+from lightning_vlmq.study.analysis.columns import Comparisons
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.mechanism import (
     ALL_VLMS,
@@ -104,7 +105,7 @@ def test_fewer_seeds_are_undecided(analysis):
         for key, c in analysis.comparisons.items()
         if not (key[1].method == "matched_noise" and "seed=0" not in key[1].variant)
     }
-    found = verdicts(replace(analysis, comparisons=comparisons))
+    found = verdicts(replace(analysis, comparisons=Comparisons.gathered(comparisons)))
     noise = {v.found.verdict for v in found if v.control == "matched_noise"}
     assert noise <= {"undecided", "nothing to reproduce"} and "undecided" in noise
 

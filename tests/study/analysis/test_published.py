@@ -30,7 +30,7 @@ def claims(analysis):
 @pytest.fixture(scope="module")
 def table(analysis):
     """Every comparison of a quantization; the control is none."""
-    table = analysis.table()
+    table = analysis.comparisons.table()
     return table[~table["method"].isin(["fp32", "matched_noise"]) & (table["dataset"] == "")]
 
 

@@ -63,7 +63,7 @@ def test_unsorted_samples_are_aligned(tmp_path):
         StudyResults.load(write_study(tmp_path / "ordered", KEYS[:2], size=0.05, settings=Statistics()).root)
     )
     keys = ["method", "role", "dataset", "score", "metric"]
-    tables = (analysis.table().sort_values(keys, ignore_index=True) for analysis in (shuffled, ordered))
+    tables = (analysis.comparisons.table().sort_values(keys, ignore_index=True) for analysis in (shuffled, ordered))
     pd.testing.assert_frame_equal(*tables)
 
 

@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_analysis(page, analysis, root):
     assert f"{100 * found.value:.1f} ±{100 * found.stderr:.1f}{sign}{abs(100 * found.change.estimate):.1f}" in page.text
     table = pd.read_csv(root / "comparisons.csv", keep_default_na=False, na_values=["nan", ""])
     assert len(table) == len(analysis.comparisons)
-    np.testing.assert_allclose(table["q_value"], analysis.table()["q_value"])
+    np.testing.assert_allclose(table["q_value"], analysis.comparisons.table()["q_value"])
     assert f"{analysis.n_tests:,} comparisons" in page.text
 
 

@@ -29,7 +29,7 @@ def effects_over_damage(analysis: StudyAnalysis) -> Figure | None:
             for vlm, (colour, marker) in styles.items():
                 found = [
                     (known[name, setting], comparison)
-                    for name, setting, comparison in analysis.changed[dimension.measure]
+                    for name, setting, comparison in analysis.comparisons.of(dimension.measure)
                     if name == vlm and (name, setting) in known
                 ]
                 if found:

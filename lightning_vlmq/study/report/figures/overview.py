@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.statistics import Interval
+from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.figures.style import (
@@ -27,6 +30,8 @@ from lightning_vlmq.study.report.figures.style import (
 
 _MANY_ROWS = 16
 """From here on, the scale is written above the rows too."""
+_MOST_HIGH_ROWS = 64
+"""With more, rows are as high as their labels; else high enough for a mark a VLM."""
 
 
 def overview(analysis: StudyAnalysis) -> Figure | None:
@@ -38,7 +43,7 @@ def overview(analysis: StudyAnalysis) -> Figure | None:
     columns = min(len(shown) + 1, 4)
     lines = -(-(len(shown) + 1) // columns)
     with styled():
-        row_height = 0.16 + 0.035 * len(analysis.vlms)
+        row_height = 0.16 + (0.035 * len(analysis.vlms) if len(rows) <= _MOST_HIGH_ROWS else 0.04)
         figure = new_figure(11.5, lines * (row_height * (1 - min(rows.values())) + 1.05))
         grid = figure.subplots(lines, columns, squeeze=False)
         for place, (axis, dimension) in enumerate(zip(grid.flat, shown)):
@@ -65,20 +70,22 @@ def _panel(axis: Axes, analysis: StudyAnalysis, dimension: Dimension, rows: dict
     styles = vlm_styles(analysis.vlms)
     spread = 0.62 / max(len(styles), 1)
     axis.axvline(0, color=GREY, linewidth=1)
-    for setting, y in rows.items():
-        found = []
-        for place, (vlm, (colour, marker)) in enumerate(styles.items()):
+    found: dict[Setting, list[Comparison]] = {}
+    for place, (vlm, (colour, marker)) in enumerate(styles.items()):
+        heights, effects = [], []
+        for setting, y in rows.items():
             comparison = analysis.comparisons.get((vlm, setting, dimension.measure))
-            if comparison is None or comparison.effect is None:
-                continue
-            found.append(comparison)
-            effect, height = comparison.effect, y + 0.31 - spread * (place + 0.5)
-            axis.plot([effect.low, effect.high], [height, height], color=colour, linewidth=0.9, alpha=0.55)
-            axis.plot(effect.estimate, height, marker, color=colour, markersize=3.6, markeredgewidth=0)
-        if len(found) > 1:
-            mean = average_effect(found)
-            axis.plot([mean.low, mean.high], [y, y], color=BLACK, linewidth=2, solid_capstyle="butt")
-            axis.plot(mean.estimate, y, "D", color="white", markeredgecolor=BLACK, markeredgewidth=1.3, markersize=5)
+            if comparison is not None and comparison.effect is not None:
+                found.setdefault(setting, []).append(comparison)
+                heights.append(y + 0.31 - spread * (place + 0.5))
+                effects.append(comparison.effect)
+        look = {"color": colour, "markersize": 3.6, "markeredgewidth": 0}
+        _intervals(
+            axis, heights, effects, {"color": colour, "linewidth": 0.9, "alpha": 0.55}, {"marker": marker, **look}
+        )
+    means = {rows[setting]: average_effect(own) for setting, own in found.items() if len(own) > 1}
+    look = {"color": "white", "markeredgecolor": BLACK, "markeredgewidth": 1.3, "markersize": 5}
+    _intervals(axis, list(means), list(means.values()), {"color": BLACK, "linewidth": 2}, {"marker": "D", **look})
     axis.set_title(dimension.title)
     axis.set_xlabel(f"{dimension.effect}   (worse →)")
     axis.tick_params(axis="x", labeltop=len(rows) > _MANY_ROWS)
@@ -90,13 +97,26 @@ def _panel(axis: Axes, analysis: StudyAnalysis, dimension: Dimension, rows: dict
         axis.invert_xaxis()
 
 
+def _intervals(
+    axis: Axes, heights: list[float], effects: list[Interval], line: dict[str, Any], mark: dict[str, Any]
+) -> None:
+    """Intervals with their estimates, as one collection and one line of marks: a study has thousands."""
+    if effects:
+        estimates, _, lows, highs = zip(*effects)
+        axis.hlines(heights, lows, highs, **line)
+        axis.plot(estimates, heights, linestyle="", **mark)
+
+
 def _label_rows(axis: Axes, rows: dict[Setting, float], is_first: bool) -> None:
     axis.set_ylim(min(rows.values()) - 0.7, 0.9)
     axis.set_yticks(list(rows.values()), [s.details for s in rows] if is_first else [])
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
+    tops: dict[str, float] = {}
     for setting, y in rows.items():
-        if y == max(other for s, other in rows.items() if s.method == setting.method):
+        tops[setting.method] = max(y, tops.get(setting.method, y))
+    for setting, y in rows.items():
+        if y == tops[setting.method]:
             axis.axhline(y + 0.55, color=LIGHT, linewidth=0.8)
             if is_first:
                 place = axis.get_yaxis_transform()
@@ -124,6 +144,12 @@ def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
         return None
     colours, dashes = method_colours(analysis.settings), scope_dashes(analysis.settings)
     bits = list(dict.fromkeys(setting.bits for setting in analysis.settings))
+    beside = {name: [setting for setting in analysis.settings if setting.bits == name] for name in bits}
+    where = {
+        setting: 1 + place + 0.55 * ((k + 0.5) / len(beside[name]) - 0.5)
+        for place, name in enumerate(bits)
+        for k, setting in enumerate(beside[name])
+    }
     columns = min(len(vlms), 4)
     lines = -(-len(vlms) // columns)
     with styled():
@@ -131,20 +157,16 @@ def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
         grid = figure.subplots(lines, columns, squeeze=False, sharey=True, sharex=True)
         for axis, vlm in zip(grid.flat, vlms):
             full = analysis.comparisons[vlm, FULL, measure]
-            for setting in analysis.settings:
-                comparison = analysis.comparisons.get((vlm, setting, measure))
-                if comparison is None or comparison.change is None:
-                    continue
-                beside = [other for other in analysis.settings if other.bits == setting.bits]
-                x = 1 + bits.index(setting.bits) + 0.55 * ((beside.index(setting) + 0.5) / len(beside) - 0.5)
-                colour, end = colours[setting.method], comparison.value
-                axis.plot(
-                    [0, x], [full.value, end], linewidth=1.2, alpha=0.7, color=colour, linestyle=dashes[setting.scope]
-                )
-                ends = [full.value + comparison.change.low, full.value + comparison.change.high]
-                axis.plot([x, x], ends, linewidth=1, alpha=0.5, color=colour)
-                face = colour if comparison.q_value < 0.05 else "white"
-                axis.plot(x, end, "o", color=colour, markerfacecolor=face, markersize=5)
+            known = {s: c for s in analysis.settings if (c := analysis.comparisons.get((vlm, s, measure))) and c.change}
+            x, ends = [where[setting] for setting in known], [c.value for c in known.values()]
+            colour = [colours[setting.method] for setting in known]
+            lines_to = [((0, full.value), end) for end in zip(x, ends)]
+            dash = [dashes[setting.scope] for setting in known]
+            axis.add_collection(LineCollection(lines_to, colors=colour, linestyles=dash, linewidths=1.2, alpha=0.7))
+            low, high = ([full.value + getattr(c.change, end) for c in known.values()] for end in ("low", "high"))
+            axis.vlines(x, low, high, colors=colour, linewidth=1, alpha=0.5)
+            face = [tone if c.q_value < 0.05 else "white" for tone, c in zip(colour, known.values())]
+            axis.scatter(x, ends, s=25, facecolors=face, edgecolors=colour, linewidths=1, zorder=2)
             axis.plot(0, full.value, "o", color=BLACK, markersize=6)
             axis.set_title(vlm)
             axis.set_xticks(range(len(bits) + 1), ["FP32", *bits])

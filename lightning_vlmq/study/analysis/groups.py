@@ -1,0 +1,123 @@
+"""Effects over the grid: by kind of method, bits, scope, architecture and pre-training source, with intervals that hold for other VLMs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
+from lightning_vlmq.statistics import ClusteredMean, clustered_mean
+from lightning_vlmq.study.analysis.change import Comparison
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.analysis.runs import Setting
+
+Kind = Literal["growth", "change", "better", "effect"]
+"""Which number of a comparison: (A_q - A_f) / A_f; the change in the measure's unit; 1 where it got better and else 0; or the effect as
+figures show it."""
+
+ARCHITECTURES = ("siglip", "align", "coca", "convnext", "vit")
+"""Words in the names of VLMs that say their family; the first that fits, for a SigLIP or a CoCa has a ViT too."""
+SOURCES = {"noisy": ("noisy", "laion"), "clean": ("clean", "dfn", "metaclip", "wit", "openai")}
+"""Words in the names of VLMs or of their weights that say what captions they were trained on."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One VLM in one setting: a number, and its replicates over test samples ``[R]`` where they are known."""
+
+    point: float
+    replicates: NDArray[np.float64] | None = None
+
+    @classmethod
+    def of(cls, measure: Measure, c: Comparison, kind: Kind) -> Cell:
+        """A comparison as it is asked for."""
+        if kind == "better":
+            return cls(float(measure.info.gain(c.reference, c.value) > 0))
+        assert c.effect is not None and c.change is not None
+        replicates = c.effects if len(c.effects) else None
+        if kind == "effect":
+            return cls(c.effect.estimate, replicates)
+        relative = measure.info.is_relative
+        if kind == "growth":
+            if not relative:
+                return cls(c.change.estimate / c.reference, None if replicates is None else replicates / c.reference)
+            return cls(-c.effect.estimate, None if replicates is None else -replicates)
+        drawn = None if replicates is None else (-replicates * c.reference if relative else replicates)
+        return cls(c.change.estimate, drawn)
+
+
+def by_vlm(cells: Mapping[str, Sequence[Cell]]) -> ClusteredMean:
+    """The mean over VLMs, each with the mean over its cells."""
+    points = np.array([np.mean([cell.point for cell in own]) for own in cells.values()])
+    drawn = [[cell.replicates for cell in own if cell.replicates is not None] for own in cells.values()]
+    if [len(own) for own in drawn] != [len(own) for own in cells.values()]:
+        return clustered_mean(points)
+    return clustered_mean(points, np.stack([np.mean(own, axis=0) for own in drawn], axis=1))
+
+
+def architecture_of(vlm: str) -> str:
+    """The VLM's family, one of :data:`ARCHITECTURES`; empty where its name says none."""
+    return next((word for word in ARCHITECTURES if word in vlm.lower()), "")
+
+
+def source_of(analysis: StudyAnalysis, vlm: str) -> str:
+    """``"noisy"`` or ``"clean"``, by the name of the VLM or of its weights; empty where these say nothing."""
+    name = f"{vlm} {analysis.results.runs_of(vlm)[0][0].key.pretrained}".lower()
+    return next((source for source, words in SOURCES.items() if any(word in name for word in words)), "")
+
+
+@dataclass(frozen=True)
+class GroupEffect:
+    """The mean effect of a group of (VLM, setting) pairs in one dimension.
+
+    Attributes:
+        grouping: by what, e.g. ``"bits"``; empty for all pairs.
+        group: which, e.g. ``"W4A8"``.
+        dimension: the reliability dimension.
+        found: mean over VLMs, each with the mean over its settings, with an interval for other VLMs and other test images.
+        n_cells: number of pairs.
+    """
+
+    grouping: str
+    group: str
+    dimension: Dimension
+    found: ClusteredMean
+    n_cells: int
+
+
+def group_effects(analysis: StudyAnalysis) -> list[GroupEffect]:
+    """Effects of all quantizations (no control, no surgery, the logit scale as it came), then by group.
+
+    A grouping that does not divide the pairs, and a pair of which a grouping says nothing, are left out.
+    """
+    architectures = {vlm: architecture_of(vlm) for vlm in analysis.vlms}
+    sources = {vlm: source_of(analysis, vlm) for vlm in analysis.vlms}
+    groupings: dict[str, Callable[[str, Setting], str]] = {
+        "": lambda vlm, setting: "all",
+        "methods": lambda vlm, setting: "trained" if setting.is_trained else "post-training",
+        "bits": lambda vlm, setting: setting.bits,
+        "scope": lambda vlm, setting: setting.scope,
+        "architecture": lambda vlm, setting: architectures[vlm],
+        "pre-training": lambda vlm, setting: sources[vlm],
+    }
+    found = []
+    for grouping, group_of in groupings.items():
+        groups: dict[str, dict[Dimension, dict[str, list[Cell]]]] = {}
+        for dimension in dimensions(analysis.score):
+            for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
+                if setting.is_quantization and not setting.is_tuned and (group := group_of(vlm, setting)):
+                    own = groups.setdefault(group, {}).setdefault(dimension, {}).setdefault(vlm, [])
+                    own.append(Cell.of(dimension.measure, comparison, "effect"))
+        if grouping and len(groups) < 2:
+            continue
+        order = sorted(groups) if grouping != "bits" else list(dict.fromkeys(s.bits for s in analysis.settings))
+        for group in (name for name in order if name in groups):
+            found += [
+                GroupEffect(grouping, group, dimension, by_vlm(cells), sum(map(len, cells.values())))
+                for dimension, cells in groups[group].items()
+            ]
+    return found

@@ -1,0 +1,55 @@
+"""The page of results says what the store holds; the rows beside it are a store that a study goes on from."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from cases.study import grid, write_study
+from PIL import Image
+
+from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.published import held_against
+from lightning_vlmq.study.analysis.runs import StudyResults
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "scripts" / "make_results_page.py"
+KEYS = grid(["vit_clean", "convnext_noisy"], ["minmax"], [(8, 8), (4, 8)], ["vision_text"], tuned=True)
+
+
+def make(root, page):
+    return subprocess.run([sys.executable, SCRIPT, root, page], capture_output=True, text=True, check=False)
+
+
+def test_page_figures_and_rows(tmp_path):
+    root, page = tmp_path / "logs" / "embedded", tmp_path / "docs" / "results.md"
+    store = write_study(root, KEYS, size=0.05)
+    page.parent.mkdir()
+    page.write_text((REPOSITORY / "docs" / "results.md").read_text())
+    done = make(root, page)
+    assert done.returncode == 0, done.stderr
+    text, analysis = page.read_text(), analyse(StudyResults.load(root))
+    claims = held_against(analysis)
+    assert len(claims) > 5 and all(f"| {c.claim} |" in text and f"**{c.verdict}**" in text for c in claims)
+    assert f"{analysis.results.evaluations:,} evaluation runs" in text and "W4A8" in text
+    for name in ("overview", "spurious"):
+        assert f"images/results_{name}.png" in text
+        Image.open(page.parent / "images" / f"results_{name}.png").verify()
+    shutil.copytree(page.parent / "data" / "embedded", tmp_path / "again")
+    kept = ResultsStore(tmp_path / "again")
+    assert kept.run_ids() == store.run_ids() and all(map(kept.has, kept.run_ids()))
+    order = ["run_id", "dataset", "role", "score", "metric"]
+    frames = (s.rows().sort_values(order, ignore_index=True) for s in (kept, store))
+    pd.testing.assert_frame_equal(*frames)
+    assert make(root, page).returncode == 0 and page.read_text() == text  # again: the same page
+
+
+@pytest.mark.parametrize("text", ["# Results\n", None])
+def test_what_is_missing_is_said(tmp_path, text):
+    page = tmp_path / "results.md"
+    page.write_text((REPOSITORY / "docs" / "results.md").read_text() if text is None else text)
+    done = make(tmp_path / "nothing", page)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make_results_page: error" in done.stderr
