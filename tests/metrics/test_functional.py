@@ -103,6 +103,9 @@ def test_kl_divergence_of_undefined_and_impossible_classes():
     found = m.kl_divergence(f, q)
     assert found[[0, 1, 4]].tolist() == [0, inf, 0] and found[[2, 3]].isnan().all()
     assert m.kl_divergence(f[:0], q[:0]).shape == (0,)
+    same, copied = m.kl_divergence(q, q), m.kl_divergence(q, q.clone())
+    assert same.dtype == copied.dtype == torch.float64 and torch.equal(same.isnan(), copied.isnan())
+    assert torch.equal(same.nan_to_num(), copied.nan_to_num())
     with pytest.raises(VLMQError, match="of the same samples"):
         m.kl_divergence(f, q[:, :1])
 

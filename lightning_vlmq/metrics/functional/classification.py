@@ -178,6 +178,8 @@ def kl_divergence(logits_f: Tensor, logits_q: Tensor) -> Tensor:
         raise VLMQError(
             f"kl_divergence needs logits [n, C] of the same samples, got {tuple(logits_f.shape)} and {tuple(logits_q.shape)}"
         )
+    if logits_f is logits_q:  # a model beside itself, which every full precision is
+        return torch.where(logits_q.softmax(-1).isnan().any(-1), torch.nan, torch.zeros((), dtype=torch.float64))
     log_f, log_q = (logits.double().log_softmax(-1) for logits in (logits_f, logits_q))
     p_f = log_f.exp()
     terms = torch.where(p_f == 0, 0.0, p_f * (log_f - log_q))

@@ -17,7 +17,9 @@ from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.filedata import FileData
 from lightning_vlmq.data.images import FileImages
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm, split_name
+from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.results.counting import evaluations_a_model
@@ -55,6 +57,7 @@ class Costs:
         pixels: bytes of a decoded image; 0 where images are in memory.
         forward: seconds to encode an image in full precision, by VLM.
         width: features an image, by VLM.
+        patches: patches of an image whose features a score compares, by VLM; 0 where none does.
         unmeasured: VLMs that cannot be built here, which the mean of the others stands for.
     """
 
@@ -62,6 +65,7 @@ class Costs:
     pixels: int
     forward: Mapping[str, float]
     width: Mapping[str, int]
+    patches: Mapping[str, int]
     unmeasured: Sequence[str] = ()
 
 
@@ -77,6 +81,8 @@ class Plan:
         evaluations_a_model: see :func:`~lightning_vlmq.results.counting.evaluations_a_model`.
         models_a_run: 2 where every run is judged with its logit scale tuned too.
         epochs: over the pairs, of methods that train.
+        n_scored: number of images that OOD scores are recorded of.
+        has_patches: whether one of them compares patches, which takes another forward pass of these images.
         decoded_gb: room for images that are decoded once, ``--data.decoded_gb``; 0 where they are not kept.
     """
 
@@ -87,6 +93,8 @@ class Plan:
     evaluations_a_model: int
     models_a_run: int
     epochs: int
+    n_scored: int
+    has_patches: bool
     decoded_gb: float = 0.0
 
     @property
@@ -99,7 +107,9 @@ class Plan:
         n = sum(self.images.values())
         decoded = self._decoded(costs) * costs.pixels * n * len(costs.width)
         models = len(self.runs) * self.models_a_run
-        features = {vlm: 4.0 * costs.width[vlm] * n for vlm in costs.width}
+        features = {
+            vlm: 4.0 * costs.width[vlm] * (n + self.n_pairs + costs.patches[vlm] * self.n_scored) for vlm in costs.width
+        }
         towers = {
             (run.vlm, run.method, run.bits, run.seed, run.scope if run.kind == "qat" else "") for run in self.runs
         }
@@ -119,17 +129,18 @@ class Plan:
     def seconds(self, costs: Costs, cache: str) -> dict[str, float]:
         """Seconds of one process, by what they are for; statistics are not in it."""
         n, kept = sum(self.images.values()), self._decoded(costs)
+        passes_of_images = n + self.n_scored * self.has_patches
         found: defaultdict[str, float] = defaultdict(float)
         for run in self.runs:
             forward = costs.forward[run.vlm]
             times = (1 - kept) + kept * (run.kind == "fp32")  # with each VLM's first run, if kept
             found["decoding"] += costs.decode * (n * times + self.n_pairs)
             if run.kind == "fp32":
-                found["full precision"] += forward * n
+                found["full precision"] += forward * passes_of_images
                 continue
             shares_tower = run.kind == "ptq" and run.scope == "vision_text" and cache != "none"
-            found["quantized models"] += 0.0 if shares_tower else forward * FAKE_QUANTIZED * n
-            found["full precision"] += forward * n if cache == "none" else 0.0
+            found["quantized models"] += 0.0 if shares_tower else forward * FAKE_QUANTIZED * passes_of_images
+            found["full precision"] += forward * passes_of_images if cache == "none" else 0.0
             method = find_method(run.method)  # an axis may name one with options
             passes = PASSES.get(method.name, TYPICAL)
             if method.needs_training:
@@ -153,12 +164,17 @@ def plan(runs: Sequence[Run]) -> tuple[Plan, list[EvalSet]]:
     images: Counter[str] = Counter()
     for s in sets:
         images[s.role] += len(s.images)
-    count = evaluations_a_model([s.role for s in sets], len(model_setting(arguments, "scores")))
+    scores = [ood_score(text) for text in model_setting(arguments, "scores")]
+    count = evaluations_a_model([s.role for s in sets], len(scores))
+    n_scored = sum(n for role, n in images.items() if ROLES[role].is_scored)
+    has_patches = any("local_cosine" in score.needs for score in scores)
     tuned = 2 if model_setting(arguments, "lst") else 1
     trained = next((run.arguments for run in runs if run.kind == "qat"), arguments)
     epochs = int(setting(trained, "trainer", "max_epochs", 0) or 0)
     gb = float(setting(arguments, "data", "decoded_gb", 100.0)) if setting(arguments, "data", "decoded", None) else 0.0
-    return Plan(runs, dict(images), len(sets), 0 if pairs is None else len(pairs), count, tuned, epochs, gb), sets
+    n_pairs = 0 if pairs is None else len(pairs)
+    about = (count, tuned, epochs, n_scored, has_patches, gb)
+    return Plan(runs, dict(images), len(sets), n_pairs, *about), sets
 
 
 def measure(found: Plan, sets: Sequence[EvalSet]) -> Costs:
@@ -173,19 +189,21 @@ def measure(found: Plan, sets: Sequence[EvalSet]) -> Costs:
         decode, pixels = (time.perf_counter() - start) / len(some), 3 * files.preprocess.size**2
     forward: dict[str, float] = {}
     width: dict[str, int] = {}
+    patches: dict[str, int] = {}
     for name in dict.fromkeys(run.vlm for run in found.runs):
         try:
             vlm = _built(name)
         except (VLMQError, OSError, ImportError):
             continue
         forward[name], width[name] = _timed(vlm)
+        patches[name] = _patches(vlm) if found.has_patches else 0
     if not forward:
         raise VLMQError("none of the study's VLMs can be built here, so nothing can be measured; check study.axes.vlm")
     unmeasured = [name for name in dict.fromkeys(run.vlm for run in found.runs) if name not in forward]
     for name in unmeasured:
         forward[name] = sum(forward.values()) / len(forward)
-        width[name] = max(width.values())
-    return Costs(decode, pixels, forward, width, unmeasured)
+        width[name], patches[name] = max(width.values()), max(patches.values())
+    return Costs(decode, pixels, forward, width, patches, unmeasured)
 
 
 def plan_table(found: Plan, costs: Costs, cache: str) -> Table:
@@ -234,6 +252,12 @@ def _built(name: str) -> VLM:
     if architecture.startswith("hf-hub:"):
         raise VLMQError(f"'{name}' would have to be fetched")
     return load_vlm(architecture, RANDOM if pretrained else None)
+
+
+@torch.no_grad()
+def _patches(vlm: VLM) -> int:
+    side = vlm.preprocessing.framing.size
+    return encode_patches(vlm, torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
 
 
 @torch.no_grad()

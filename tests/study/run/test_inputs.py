@@ -101,18 +101,24 @@ def test_what_is_shared_costs_once():
             ("minmax", "ptq", "vision_text"),
         )
     ]
-    found = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0)
-    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64})
+    found = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, 10, False)
+    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
     seconds = {cache: found.seconds(costs, cache) for cache in ("all", "reference", "none")}
     assert seconds["reference"]["full precision"] == 10 and seconds["none"]["full precision"] == 30
     assert seconds["none"]["quantized models"] == pytest.approx(2 * seconds["reference"]["quantized models"])
     assert {cache: found.bytes_on_disk(costs, cache)["features"] for cache in seconds} == {
-        "all": 2 * 10 * 64 * 4.0,
-        "reference": 10 * 64 * 4.0,
+        "all": 2 * 14 * 64 * 4.0,
+        "reference": 14 * 64 * 4.0,
         "none": 0.0,
     }
-    costs = Costs(2.0, 100, {"vit_clean": 1.0}, {"vit_clean": 64})
+    local = Plan(
+        runs, {"id": 4, "corruption": 6}, 2, 4, 1, 1, 0, 4, True
+    )  # a score compares 9 patches of 4 of the images
+    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 9})
+    assert local.seconds(costs, "reference")["full precision"] == 14
+    assert local.bytes_on_disk(costs, "reference")["features"] == (14 + 9 * 4) * 64 * 4.0
+    costs = Costs(2.0, 100, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
     assert found.seconds(costs, "all")["decoding"] == 2.0 * 3 * (10 + 4)  # in every run
-    half = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, decoded_gb=5e-7)  # room for 5 of 10 images
+    half = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, 10, False, decoded_gb=5e-7)  # room for 5 of 10 images
     assert half.seconds(costs, "all")["decoding"] == pytest.approx(2.0 * (3 * (5 + 4) + 5))
     assert half.bytes_on_disk(costs, "all")["decoded images"] == pytest.approx(500)
