@@ -8,6 +8,7 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.data.corruptions import CORRUPTIONS
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded.concepts import FOLDER, require_apart
+from lightning_vlmq.data.embedded.kept import kept_sets
 from lightning_vlmq.data.embedded.sets import DATASETS, Recipe, build_sets, read_pairs
 from lightning_vlmq.data.embedded.wording import TEMPLATES
 from lightning_vlmq.data.images.encoded import OnBadImage
@@ -40,6 +41,8 @@ class EmbeddedData(ReliabilityDataModule):
         batch_size: images a batch when evaluating.
         train_batch_size: image-caption pairs a batch when training or calibrating.
         num_workers: loader processes; images are in memory, so 0 is fastest.
+        decoded: folder to make the evaluation sets into, once for all processes, which map them into their memory; ``None`` makes them in
+            each. Moves no number.
         calibration_pairs: number of caption pairs to calibrate and train on, from the first; ``None`` takes all (1,000).
     """
 
@@ -60,6 +63,7 @@ class EmbeddedData(ReliabilityDataModule):
         train_batch_size: int = 125,
         num_workers: int = 0,
         calibration_pairs: int | None = None,
+        decoded: str | None = None,
     ) -> None:
         super().__init__(batch_size, train_batch_size, num_workers)
         self.save_hyperparameters()
@@ -81,7 +85,7 @@ class EmbeddedData(ReliabilityDataModule):
             if number is not None and number < 1:
                 raise VLMQError(f"{what} must be at least 1, got {number}")
         self.calibration_pairs = calibration_pairs
-        self.datasets = tuple(datasets)
+        self.datasets, self.decoded = tuple(datasets), decoded
         self.recipe = Recipe(
             path=str(FOLDER / "drawings.parquet" if path is None else path),
             n_concepts=n_concepts,
@@ -99,7 +103,13 @@ class EmbeddedData(ReliabilityDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Build the evaluation sets and the caption pairs; a second call in one process takes the sets from memory."""
-        self.eval_sets = [s for name in self.datasets for s in build_sets(name, self.recipe)]
+        self.eval_sets = [
+            s
+            for name in self.datasets
+            for s in (
+                build_sets(name, self.recipe) if self.decoded is None else kept_sets(name, self.recipe, self.decoded)
+            )
+        ]
         n = self.calibration_pairs
         self.pairs = read_pairs(self.recipe.path, self.recipe.data_seed, self.recipe.on_bad_image, n)
         if n is not None and n > len(self.pairs):

@@ -102,7 +102,7 @@ def map_decoded(images: FileImages, folder: Path, num_workers: int) -> FileImage
         OSError: the folder cannot be written; ``filename`` says where.
     """
     path = folder / f"{images.digest()}.pixels"
-    with _locked(path):
+    with locked(path):
         if not path.is_file() or path.stat().st_size != file_bytes(images):
             size, readable = images.preprocess.size, True
             with replacing(path) as partial, open(partial, "wb") as file:
@@ -131,7 +131,8 @@ def checksum(image: NDArray[np.uint8]) -> bytes:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else makes the file meanwhile; its folder is there then."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)

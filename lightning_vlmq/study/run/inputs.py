@@ -13,6 +13,7 @@ import yaml
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.embedded import EmbeddedData
 from lightning_vlmq.data.filedata import FileData
 from lightning_vlmq.data.sets import EvalSet
 
@@ -42,11 +43,18 @@ def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
     return found
 
 
-def sets_of(data: ReliabilityDataModule) -> list[EvalSet]:
-    """A data module's evaluation sets. Those in files are listed, and nothing is decoded; embedded ones are made."""
+def sets_of(data: ReliabilityDataModule, writes: bool = True) -> list[EvalSet]:
+    """A data module's evaluation sets. Those in files are listed, and nothing is decoded; embedded ones are made.
+
+    Args:
+        data: not set up yet.
+        writes: whether embedded ones are kept where the data module says so.
+    """
     if isinstance(data, FileData):
         data.take([s for reader in data.readers for s in reader.read(data.reading)])
     else:
+        if isinstance(data, EmbeddedData) and not writes:
+            data.decoded = None
         data.setup("validate")
     return list(data.eval_sets)
 

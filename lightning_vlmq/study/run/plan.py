@@ -149,8 +149,12 @@ class Plan:
         return dict(found)
 
 
-def plan(runs: Sequence[Run]) -> tuple[Plan, list[EvalSet]]:
+def plan(runs: Sequence[Run], writes: bool = True) -> tuple[Plan, list[EvalSet]]:
     """What a grid holds: its data sets are listed (embedded ones made), no model is loaded.
+
+    Args:
+        runs: the grid, or a part of it.
+        writes: whether embedded sets are kept where the runs look for them.
 
     Raises:
         VLMQError: the grid is empty, or data are missing or damaged.
@@ -159,7 +163,7 @@ def plan(runs: Sequence[Run]) -> tuple[Plan, list[EvalSet]]:
         raise VLMQError("there is nothing to run: the shard has no runs; use fewer shards")
     arguments = runs[0].arguments
     data = data_of(arguments)
-    sets = sets_of(data)
+    sets = sets_of(data, writes)
     pairs = data.read_pairs() if isinstance(data, FileData) and data.pair_reader is not None else data.pairs
     images: Counter[str] = Counter()
     for s in sets:

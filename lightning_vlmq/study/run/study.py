@@ -57,7 +57,7 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
         if plain["status"]:
             say_status(study, own, console)
             return outcome
-        found, sets = plan(own)
+        found, sets = plan(own, writes=not plain["dry_run"])
         part = f" (shard {escape(study.shard)} of {len(runs):,})" if study.shard else ""
         console.print(
             f"[bold]{escape(study.name)}[/]: {len(own):,} runs{part}, {found.evaluations:,} evaluation runs, "
