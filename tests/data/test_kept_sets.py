@@ -5,6 +5,7 @@ import torch
 
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.embedded import kept
+from lightning_vlmq.data.embedded.sets import DATASETS
 
 SMALL = {"n_concepts": 16, "n_shifted": 12, "n_ood": 9, "corruptions": ["contrast"], "severities": [1, 5]}
 
@@ -34,7 +35,7 @@ def same(found, wanted):
 def test_made_once_and_the_same(tmp_path, plain, monkeypatch):
     same(sets(tmp_path), plain)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
-    assert len(files) == 8
+    assert len(files) == len(DATASETS)
     monkeypatch.setattr(kept, "_write", lambda *_: pytest.fail("made again"))
     same(sets(tmp_path), plain)
     assert files == {path: path.stat().st_mtime_ns for path in files}

@@ -17,7 +17,7 @@ VLMS = ["vit_clean", "convnext_noisy", "siglip_clean"]
 @pytest.fixture(scope="module")
 def analysis(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    write_study(root, grid(VLMS, ["minmax", "lsq_contrastive"], [(8, 8), (4, 8)], ["vision"], tuned=True), size=0.05)
+    write_study(root, grid(VLMS, ["minmax", "lsq_contrastive"], [(8, 8), (4, 8)], ["vision"]), size=0.05)
     return analyse(StudyResults.load(root))
 
 

@@ -81,6 +81,6 @@ def test_fronts_hold_full_precision_and_the_smallest(analysis):
 
 def test_nothing_is_drawn_of_stores_without_these_numbers():
     empty = SimpleNamespace(
-        results=SimpleNamespace(rows=pd.DataFrame({"metric": [], "run_id": [], "value": []}), runs=())
+        results=SimpleNamespace(about=lambda *_: pd.DataFrame({"run_id": [], "value": []}), runs=())
     )
     assert damage(empty) == {}
