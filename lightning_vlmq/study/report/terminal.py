@@ -14,9 +14,14 @@ from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.report.notation import signed
 
+MOST_LINES = 200
+"""With more VLMs and settings the terminal shows none of them: the report has them, sorted and searched."""
 
-def summary_table(analysis: StudyAnalysis) -> Table:
-    """Per VLM and setting the number that stands for each dimension, in percent, with its change in points."""
+
+def summary_table(analysis: StudyAnalysis) -> Table | str:
+    """Per VLM and setting the number that stands for each dimension, in percent, with its change in points; a word where there are many."""
+    if (lines := analysis.comparisons.cells([FULL, *analysis.settings])) > MOST_LINES:
+        return f"{lines:,} models compared: too many for a terminal, see the report"
     measured = {measure for _, _, measure in analysis.comparisons}
     shown = [dimension for dimension in dimensions(analysis.score) if dimension.measure in measured]
     title = "percent (change in points; * significant at 5 % FDR)"
