@@ -1,7 +1,7 @@
 """The page of results says what the store holds; the rows beside it are a store that a study goes on from."""
 
+import importlib.util
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,18 +10,17 @@ import pytest
 from cases.study import grid, write_study
 from PIL import Image
 
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.published import held_against
 from lightning_vlmq.study.analysis.runs import StudyResults
 
 REPOSITORY = Path(__file__).parents[2]
-SCRIPT = REPOSITORY / "scripts" / "make_results_page.py"
+spec = importlib.util.spec_from_file_location("results_page", REPOSITORY / "scripts" / "make_results_page.py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
 KEYS = grid(["vit_clean", "convnext_noisy"], ["minmax"], [(8, 8), (4, 8)], ["vision_text"], tuned=True)
-
-
-def make(root, page):
-    return subprocess.run([sys.executable, SCRIPT, root, page], capture_output=True, text=True, check=False)
 
 
 def test_page_figures_and_rows(tmp_path):
@@ -29,8 +28,7 @@ def test_page_figures_and_rows(tmp_path):
     store = write_study(root, KEYS, size=0.05)
     page.parent.mkdir()
     page.write_text((REPOSITORY / "docs" / "results.md").read_text())
-    done = make(root, page)
-    assert done.returncode == 0, done.stderr
+    script.write(root, page)
     text, analysis = page.read_text(), analyse(StudyResults.load(root))
     claims = held_against(analysis)
     assert len(claims) > 5 and all(f"| {c.claim} |" in text and f"**{c.verdict}**" in text for c in claims)
@@ -44,12 +42,27 @@ def test_page_figures_and_rows(tmp_path):
     order = ["run_id", "dataset", "role", "score", "metric"]
     frames = (s.rows().sort_values(order, ignore_index=True) for s in (kept, store))
     pd.testing.assert_frame_equal(*frames)
-    assert make(root, page).returncode == 0 and page.read_text() == text  # again: the same page
+    script.write(root, page)
+    assert page.read_text() == text  # again: the same page
 
 
 @pytest.mark.parametrize("text", ["# Results\n", None])
-def test_what_is_missing_is_said(tmp_path, text):
+def test_what_is_missing_is_said(tmp_path, text, monkeypatch, capsys):
     page = tmp_path / "results.md"
     page.write_text((REPOSITORY / "docs" / "results.md").read_text() if text is None else text)
-    done = make(tmp_path / "nothing", page)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make_results_page: error" in done.stderr
+    monkeypatch.setattr(sys, "argv", ["make_results_page", str(tmp_path / "nothing"), str(page)])
+    with pytest.raises(SystemExit) as left:
+        script.main()
+    said = capsys.readouterr().err
+    assert left.value.code == 2 and said.count("\n") == 1 and "make_results_page: error" in said
+
+
+def test_rows_that_are_too_many_change_nothing(tmp_path, monkeypatch):
+    root, kept = tmp_path / "logs", tmp_path / "data"
+    write_study(root, KEYS[:2], size=0.05)
+    kept.mkdir()
+    (kept / "here").touch()
+    monkeypatch.setattr(script, "MOST_BYTES", 100.0)
+    with pytest.raises(VLMQError, match="keep a beginning"):
+        script.keep_rows(StudyResults.load(root), kept)
+    assert [path.name for path in tmp_path.iterdir() if path != root] == ["data"] and (kept / "here").exists()

@@ -51,13 +51,17 @@ def kept_sets(name: str, recipe: Recipe, folder: str) -> list[EvalSet]:
 
 def _write(sets: list[EvalSet], path: Path) -> None:
     tensors: dict[str, Tensor] = {}
-    about = []
+    about, seen = [], set[int]()
     for number, s in enumerate(sets):
         assert isinstance(s.images, TensorImages)
         columns = {name: column for name, column in s.images.columns.items() if isinstance(column, Tensor)}
         assert len(columns) == len(s.images.columns)
         tensors |= {f"{number}.{name}": column.clone() for name, column in columns.items()}
-        tensors[f"{number}.images"] = s.images.images.contiguous()
+        pixels = s.images.images.contiguous()
+        tensors[f"{number}.images"] = (
+            pixels.clone() if pixels.data_ptr() in seen else pixels
+        )  # two sets may show the same
+        seen.add(pixels.data_ptr())
         about.append({"digest": s.digest, "columns": list(columns), **{name: getattr(s, name) for name in _PLAIN}})
     with replacing(path) as partial:
         save_file(tensors, partial, {"sets": json.dumps(about)})
