@@ -115,7 +115,7 @@ def _averages(analysis: StudyAnalysis) -> str:
         "independent.</p>"
     )
     shares = f"{note}{improvement.improvement_table(analysis)}{improvement.joint_table(analysis)}"
-    groups = tables.group_table(group_effects(analysis))
+    groups = tradeoffs.group_table(group_effects(analysis))
     note = (
         "<p class='note'>Mean over VLMs, each with the mean over its settings, and a 95 % interval for other VLMs and other test images "
         "(Student's t over VLMs, and what the common images add); of one VLM over images alone. Controls and tuned logit scales do not "

@@ -13,7 +13,6 @@ from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
-from lightning_vlmq.study.analysis.groups import GroupEffect
 from lightning_vlmq.study.analysis.published import Claim
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.notation import percent_interval, signed
@@ -126,25 +125,6 @@ def average_table(analysis: StudyAnalysis) -> str:
         body.append(cells)
     head = ["setting", *(f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)]
     return html_table([head], body)
-
-
-def group_table(found: Sequence[GroupEffect]) -> str:
-    """Mean effects of groups of settings: one row a group, one column a dimension."""
-    shown = list(dict.fromkeys(effect.dimension for effect in found))
-    by_cell = {(e.grouping, e.group, e.dimension): e for e in found}
-    body = []
-    for grouping, group in dict.fromkeys((e.grouping, e.group) for e in found):
-        own = [by_cell.get((grouping, group, dimension)) for dimension in shown]
-        pairs = max(e.n_cells for e in own if e is not None)
-        vlms = max(e.found.n_clusters for e in own if e is not None)
-        label = f"{escape(group)} <small>{escape(grouping)}</small>" if grouping else f"<b>{escape(group)}</b>"
-        cells = [
-            "–" if e is None else "{} <i>{}</i>".format(*percent_interval(e.found.estimate, e.found.low, e.found.high))
-            for e in own
-        ]
-        body.append([label, *cells, f"{pairs:,} of {vlms:,}"])
-    titles = (f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)
-    return html_table([["settings", *titles, "pairs of VLMs"]], body) if body else ""
 
 
 def dimension_table(analysis: StudyAnalysis) -> str:

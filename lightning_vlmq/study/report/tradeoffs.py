@@ -1,12 +1,15 @@
-"""The report's tables of models that no other beats, and of seeds beside samples."""
+"""The report's tables over the grid: effects by group, models that no other beats, seeds beside samples."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.analysis.groups import GroupEffect
 from lightning_vlmq.study.analysis.tradeoffs import pareto_front, seed_spread
+from lightning_vlmq.study.report.notation import percent_interval
 from lightning_vlmq.study.report.tables import html_table
 
 
@@ -42,3 +45,22 @@ def seed_table(analysis: StudyAnalysis) -> str:
         "runs of (VLM, setting) pairs",
     ]
     return html_table([head], body) if body else ""
+
+
+def group_table(found: Sequence[GroupEffect]) -> str:
+    """Mean effects of groups of settings: one row a group, one column a dimension."""
+    shown = list(dict.fromkeys(effect.dimension for effect in found))
+    by_cell = {(e.grouping, e.group, e.dimension): e for e in found}
+    body = []
+    for grouping, group in dict.fromkeys((e.grouping, e.group) for e in found):
+        own = [by_cell.get((grouping, group, dimension)) for dimension in shown]
+        pairs = max(e.n_cells for e in own if e is not None)
+        vlms = max(e.found.n_clusters for e in own if e is not None)
+        label = f"{escape(group)} <small>{escape(grouping)}</small>" if grouping else f"<b>{escape(group)}</b>"
+        cells = [
+            "–" if e is None else "{} <i>{}</i>".format(*percent_interval(e.found.estimate, e.found.low, e.found.high))
+            for e in own
+        ]
+        body.append([label, *cells, f"{pairs:,} of {vlms:,}"])
+    titles = (f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)
+    return html_table([["settings", *titles, "pairs of VLMs"]], body) if body else ""

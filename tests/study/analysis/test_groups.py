@@ -9,7 +9,7 @@ from scipy import stats
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.groups import architecture_of, group_effects
 from lightning_vlmq.study.analysis.runs import StudyResults
-from lightning_vlmq.study.report.tables import group_table
+from lightning_vlmq.study.report.tradeoffs import group_table
 
 VLMS = ["vit_clean", "convnext_noisy", "siglip_clean"]
 
