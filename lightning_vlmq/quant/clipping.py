@@ -29,6 +29,8 @@ from lightning_vlmq.quant.scheme import QuantScheme
 
 REPORTED = 0.01
 """A grid that clips more than this share of its values is named in the coverage report."""
+COSTLY = 10.0
+"""So is one with more than this many times the squared error of the min-max grid: what it clips may be rare and all that counts."""
 REFUSED = 0.25
 """A grid may be refused where it clips more than this share of its values: the best 2-bit grid of normal values clips 5 %."""
 LOST = 0.25
@@ -39,7 +41,7 @@ ENOUGH = 1000
 
 @dataclass(frozen=True)
 class ClippedGrid:
-    """A grid that clips more than :data:`REPORTED` of its values, or has no level on one side of zero where values lie.
+    """A grid that clips more than :data:`REPORTED` of its values, or to no good, or has no level on one side of zero where values lie.
 
     Attributes:
         layer: its name.
@@ -50,6 +52,8 @@ class ClippedGrid:
             :data:`REPORTED` of all are cut to zero.
         lost: share of the clipped values' energy that clipping takes, 0 to 1.
         useless: whether the grid is to be refused.
+        cost: squared error of all values over that of the min-max grid of the same bits, where it clips any; at most 1 where clipping
+            pays.
     """
 
     layer: str
@@ -58,9 +62,12 @@ class ClippedGrid:
     saturated: bool
     lost: float = 0.0
     useless: bool = False
+    cost: float = 0.0
 
     def __str__(self) -> str:
-        return f"{self.layer} {self.side} {self.share:.1%}" + (" (zero point saturated)" if self.saturated else "")
+        said = f"{self.layer} {self.side} {self.share:.{1 if self.share > REPORTED else 3}%}"
+        said += f", {self.cost:.0f} times min-max's error" if self.cost > COSTLY else ""
+        return said + (" (zero point saturated)" if self.saturated else "")
 
 
 class ClippingObserver:
@@ -138,7 +145,7 @@ def measure_clipping(vlm: VLM) -> tuple[ClippedGrid, ...]:
         clipping = layer.act_fake_quant.clipping
         if clipping is not None and clipping.values >= ENOUGH:
             found.append(_grid(name, "input", clipping, layer.act_fake_quant))
-    return tuple(grid for grid in found if grid.share > REPORTED or grid.saturated)
+    return tuple(grid for grid in found if grid.share > REPORTED or grid.saturated or grid.cost > COSTLY)
 
 
 def require_usable(clipped: Iterable[ClippedGrid]) -> None:
@@ -159,7 +166,8 @@ def _grid(name: str, side: str, clipping: Clipping, quantizer: FakeQuantizer) ->
     below, above = clipping.shares
     saturated = offset is None and ((at_low and below > REPORTED) or (at_high and above > REPORTED))
     useless = below + above > REFUSED and clipping.lost > LOST and clipping.error > clipping.minmax_error
-    return ClippedGrid(name, side, below + above, saturated, clipping.lost, useless)
+    cost = clipping.error / max(clipping.minmax_error, 1e-30)  # no error at all where all values are levels
+    return ClippedGrid(name, side, below + above, saturated, clipping.lost, useless, cost)
 
 
 def _with_images(batches: Iterable[Batch]) -> Iterator[Batch]:

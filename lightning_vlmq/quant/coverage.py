@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import TOWERS, VLM
 from lightning_vlmq.quant.attention import AttentionProducts
-from lightning_vlmq.quant.clipping import REPORTED, ClippedGrid
+from lightning_vlmq.quant.clipping import COSTLY, REPORTED, ClippedGrid
 from lightning_vlmq.quant.layers import QuantizedLayer
 from lightning_vlmq.quant.rotation.folds import StreamExit
 from lightning_vlmq.quant.rotation.rotate import rotation_kinds
@@ -70,7 +70,7 @@ class CoverageReport:
             sizes.
         unquantized: matrix weights left in full precision, by name, with their sizes.
         rotations: where a tower is rotated, by tower: ``residual stream``, or ``inside the blocks`` with the reason.
-        clipped: the grids that clip a share of their values worth telling, or whose zero point is saturated.
+        clipped: the grids that clip a share of their values worth telling, or lose much by it, or whose zero point is saturated.
     """
 
     rows: tuple[CoverageRow, ...]
@@ -131,9 +131,10 @@ class CoverageReport:
         """A table for ``rich.print``; exclusions, rotations and the grids that clip most are named in its caption."""
         listed = ", ".join(f"{name} ({size:,})" for name, size in self.excluded.items()) or "none"
         rotated = "".join(f"\nRotated, {tower}: {kind}" for tower, kind in self.rotations.items())
-        worst = sorted(self.clipped, key=lambda grid: (not grid.saturated, -grid.share))
+        worst = sorted(self.clipped, key=lambda grid: (not grid.saturated, grid.cost <= COSTLY, -grid.share))
         named = "; ".join(map(str, worst[:5])) + ("; ..." if len(worst) > 5 else "")
-        clips = f"\n{len(worst)} grids clip more than {REPORTED:.0%} of their values: {named}" if worst else ""
+        bounds = f"clip more than {REPORTED:.0%} of their values, or to {COSTLY:.0f} times min-max's error"
+        clips = f"\n{len(worst)} grids {bounds}: {named}" if worst else ""
         table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}{rotated}{clips}")
         for column in ("tower", "layer type", "weights", "quantized", "MACs", "quantized "):
             table.add_column(column, justify="left" if column in ("tower", "layer type") else "right")

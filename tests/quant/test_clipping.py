@@ -9,8 +9,10 @@ from torchao.quantization.granularity import PerTensor
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant import FakeQuantizer, QuantLinear, QuantScheme, quantize, quantized_layers
 from lightning_vlmq.quant.clipping import (
+    COSTLY,
     LOST,
     REFUSED,
+    REPORTED,
     ClippingObserver,
     count_clipped,
     judge,
@@ -95,6 +97,20 @@ def test_a_method_that_cuts_a_layer_off_is_refused():
     vlm = build("vit_clean")
     with pytest.raises(VLMQError, match="clip more than 25% of their values"):
         quantize(vlm, "percentile(share=0.6)", QuantScheme(8, 8), make_batches(vlm))
+
+
+def test_rare_values_that_are_all_that_counts_are_told():
+    """A channel in every thousandth place, beyond the percentile: few values, most of the energy."""
+    vlm = build("vit_clean")
+    name = "model.visual.transformer.resblocks.1.mlp.c_fc"
+    with torch.no_grad():
+        vlm.get_submodule("model.visual.transformer.resblocks.1.ln_2").weight[5] *= 300
+    made = quantize(vlm, "percentile(share=0.9985, clip_weights=False)", QuantScheme(8, 8), make_batches(vlm))
+    told = {grid.layer: grid for grid in made.coverage.clipped if grid.side == "input"}
+    assert told[name].share < REPORTED and told[name].cost > COSTLY and not told[name].useless
+    quantizer = quantized_layers(vlm)[name].act_fake_quant
+    assert told[name].cost == quantizer.clipping.error / quantizer.clipping.minmax_error
+    assert f"{name} input {told[name].share:.3%}, {told[name].cost:.0f} times" in made.coverage.table().caption
 
 
 def test_two_bits_from_the_least_squared_error_are_told_not_refused():
