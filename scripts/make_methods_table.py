@@ -37,13 +37,14 @@ SPREAD = {"top1": ("correct", 100.0), "kl": ("kl", 1000.0)}
 """Where the spread is told: the column of the samples that a metric is the mean of, and what its numbers are multiplied with."""
 HEAD = """# The sixteen methods
 
-Each of them on one model of every tower family, both towers quantized, judged on the in-distribution set. Top-1 accuracy,
-expected calibration error (ECE, 15 bins), agreement with full precision and coverage (shares of both towers' matrix weights and
+Each of them on one model of every tower family, {towers} quantized, judged on the in-distribution set. Top-1 accuracy,
+expected calibration error (ECE, 15 bins), agreement with full precision and coverage (shares of these towers' matrix weights and
 of their multiply-accumulates, MACs, that are quantized) are in percent; ± is a standard error over the {n:,} images. KL is the
 divergence of full precision's class probabilities from the quantized model's, in thousandths of a nat: it tells methods apart that leave
 nearly all predictions as they are. Loss, of the trained methods, is what they minimise, in thousandths, on caption pairs that they
 are not trained on: before training and of the state that is kept. These pairs choose that state, the images behind KL choose nothing.
-Seconds are those to quantize (for the trained methods: and to train) on a machine of {cores} CPU cores, one thread.
+Seconds are those to quantize (for the trained methods: and to train) by the clock, one thread of a machine of {cores} CPU cores; they count
+what else the machine did meanwhile.
 
 ```console
 OMP_NUM_THREADS=1 .venv/bin/vlmq-study study=methods_table
@@ -69,6 +70,16 @@ about {chance:.1f} of these standard errors apart on average (the mean range of 
 |---|---|---|---|---:|---:|---|---|---:|---:|
 """
 CHANCE = 3.53 / 2**0.5
+TOWERS = {"vision": "the image tower", "vision_text": "both towers"}
+PAYS = """
+## What training is worth
+
+Of the trained methods: how many ended with less loss than they started with (the others keep their start), the least, median and largest
+ratio of loss after to loss before, and how many ended with less KL, on images that chose nothing, than `minmax` and than `gptq`.
+
+| model | bits | trained | lowered their loss | least | median | largest | below minmax's KL | below gptq's KL |
+|---|---|---:|---:|---:|---:|---:|---:|---:|
+"""
 STAYS = """
 ## What stays in float
 
@@ -101,7 +112,7 @@ def read_results(root: str | Path) -> pd.DataFrame:
     rows = rows[(rows["role"] == "id") & rows["metric"].isin(METRICS) & ~rows["is_tuned"] & (rows["dataset"] != "")]
     if rows.empty:
         raise VLMQError(f"'{root}' holds no results; run first: vlmq-study study=methods_table")
-    index = ["run_id", "model", "method", "weight_bits", "act_bits"]
+    index = ["run_id", "model", "scope", "method", "weight_bits", "act_bits"]
     wide = rows.pivot(index=index, columns="metric", values=["value", "stderr"])
     table = pd.DataFrame({metric: wide["value"].get(metric) for metric in METRICS}).assign(
         top1_stderr=wide["stderr"]["top1"], ece_stderr=wide["stderr"]["ece"]
@@ -116,7 +127,10 @@ def read_results(root: str | Path) -> pd.DataFrame:
 
 def page(table: pd.DataFrame, store: ResultsStore) -> str:
     """The Markdown page of what :func:`read_results` gives, and of the samples that the store holds."""
-    lines = [HEAD.format(n=int(table["n"].max()), cores=int(table["cores"].max()))]
+    scopes = sorted({TOWERS[scope] for scope in table["scope"] if scope in TOWERS})
+    if len(scopes) > 1:
+        raise VLMQError("the store holds runs of both scopes, which one table does not tell apart; take one of them")
+    lines = [HEAD.format(n=int(table["n"].max()), cores=int(table["cores"].max()), towers=scopes[0])]
     for name in (name for name in ORDER if name in set(table["method"])):
         lines.append(
             f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {in_cell(summary(METHODS[name]))} |\n"
@@ -127,6 +141,10 @@ def page(table: pd.DataFrame, store: ResultsStore) -> str:
         own = table[(table["model"] == model) & (table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
         parts = [part for metric in SPREAD for part in spread(own, metric, store)]
         lines.append(f"| {model} | W{weight_bits}A{act_bits} | {' | '.join(parts)} |\n")
+    lines.append(PAYS)
+    for model, (weight_bits, act_bits) in cells:
+        own = table[(table["model"] == model) & (table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
+        lines.append(f"| {model} | W{weight_bits}A{act_bits} | {' | '.join(worth(own))} |\n")
     for model in table["model"].unique():
         lines.append(model_section(model, table[table["model"] == model]))
     return "".join(lines)
@@ -172,6 +190,23 @@ def spread(runs: pd.DataFrame, metric: str, store: ResultsStore) -> list[str]:
     error = difference.std(ddof=1) / len(difference) ** 0.5
     apart = f"{abs(difference.mean()) / error:.1f}" if error > 0 else "–"
     return [f"`{ends[0]['method']}`", f"`{ends[1]['method']}`", f"{factor * abs(difference.mean()):.2f}", apart]
+
+
+def worth(runs: pd.DataFrame) -> list[str]:
+    """Cells of :data:`PAYS`, of one model and one number of bits; a dash where nothing was trained, or the other method is not there."""
+    trained = runs[[METHODS[name].needs_training if name in METHODS else False for name in runs["method"]]]
+    ratio = (trained["held_out_loss"] / trained["held_out_loss_start"]).dropna()
+    if not len(ratio):
+        return ["0", *["–"] * 6]
+    cells = [
+        str(len(ratio)),
+        str(int((ratio < 1).sum())),
+        *(f"{x:.3f}" for x in (ratio.min(), ratio.median(), ratio.max())),
+    ]
+    for name in ("minmax", "gptq"):
+        other = runs.loc[runs["method"] == name, "kl"]
+        cells.append("–" if other.isna().all() else str(int((trained["kl"] < other.iloc[0]).sum())))
+    return cells
 
 
 def _samples(store: ResultsStore, run_id: str) -> pd.DataFrame:

@@ -68,6 +68,11 @@ def test_page_shows_the_stored_numbers(tmp_path):
     assert "| 2.4 | 99.5 | – | – | 100.0 | 96.4 | 2.6 |" in eight and text.index("W8A8") < text.index("W4A8")
     assert "| 3.5 | 98.7 | 3.12 | – | 99.9 | 99.0 | 3.3 |" in four
     assert "| 2.0 | 99.0 | 2.00 | 2.40 → 1.75 | 100.0 | 96.4 | 9.0 |" in four
+    assert "every tower family, the image tower quantized" in text
+    assert (
+        "| vit_clean | W4A8 | 1 | 1 | 0.729 | 0.729 | 0.729 | – | 1 |" in text
+    )  # no minmax there; KL 2.00 against 3.12
+    assert "| vit_clean | W8A8 | 0 | – | – | – | – | – | – |" in text
     assert "and the feature loss of CLIP-KD. |" in text and "`awq`" not in text
     assert "`lsq_feature` | yes |" in text and "| 10.0 |" not in text
 
@@ -117,6 +122,14 @@ def test_duration_is_kept_with_the_run_but_not_in_its_rows(tmp_path):
     store.write("c", make_rows("c"), make_samples(), make_curves())
     with pytest.raises(VLMQError, match=r"run 'c' .* without its duration"):
         store.seconds("c")
+
+
+def test_scopes_are_not_mixed(tmp_path):
+    store = ResultsStore(tmp_path)
+    for scope in ("vision", "vision_text"):
+        write(store, scope, replace(KEY, scope=scope), 1.0, top1=0.5, ece=0.1)
+    with pytest.raises(VLMQError, match="both scopes"):
+        script.page(script.read_results(tmp_path), store)
 
 
 def test_empty_store_is_one_line(tmp_path):
