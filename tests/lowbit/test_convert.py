@@ -329,7 +329,7 @@ DISK_CASES = {
     "own": ("minmax", QuantScheme(3, 8, scope="vision_text"), Conversion(kernels="own")),
     "offsets": ("hqq", QuantScheme(4, 16, "per_group", 4, scope="vision_text"), Conversion()),
     "learned offsets": ("lsqplus_contrastive", W4A8, Conversion()),
-    "following weights": ("ste_contrastive", W8A8, Conversion()),
+    "following weights": ("ste_contrastive(weights='rtn')", W8A8, Conversion()),
     "scales": ("smoothquant", W8A8, Conversion("dynamic")),
     "rotations": ("quarot", QuantScheme(8, 16, scope="vision_text"), Conversion("static")),
     "mixed": ("minmax", MIXED, Conversion()),

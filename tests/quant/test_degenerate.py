@@ -15,7 +15,7 @@ from lightning_vlmq.quant.observers import SecondMomentObserver, output_error
 from lightning_vlmq.quant.ptq.gptq import GPTQ
 
 EVERY = INTEGER_METHODS
-BY_INPUTS = ("awq", "gptq", *(name for name in EVERY if "lsq" in name))
+BY_INPUTS = ("awq", "gptq", *(name for name in EVERY if METHODS[name].needs_training))
 """Methods whose weights depend on the calibration inputs even where activations are not quantized."""
 
 

@@ -1,5 +1,6 @@
 import copy
 
+import pytest
 import torch
 from cases.quant import make_batches
 
@@ -8,7 +9,7 @@ from lightning_vlmq.quant import QuantScheme, quantize, quantized_layers
 
 
 def test_weight_ranges_follow_the_weights(vit: VLM):
-    quantize(vit, "ste_contrastive", QuantScheme(weight_bits=4), make_batches(vit))
+    quantize(vit, "ste_contrastive(weights='rtn')", QuantScheme(weight_bits=4), make_batches(vit))
     layer = quantized_layers(vit)["model.visual.transformer.resblocks.0.mlp.c_fc"]
     with torch.no_grad():
         before = layer.effective_weight().clone()
@@ -16,11 +17,12 @@ def test_weight_ranges_follow_the_weights(vit: VLM):
         torch.testing.assert_close(layer.effective_weight(), 10 * before)
 
 
-def test_it_starts_as_min_max_and_learns_no_steps(vit: VLM):
+@pytest.mark.parametrize(("start", "same_as"), [("rtn", "minmax"), ("gptq", "gptq")])
+def test_it_starts_as_the_untrained_method_and_learns_no_steps(vit: VLM, start: str, same_as: str):
     batches = make_batches(vit)
     images = batches[0]["image"]
     outputs = []
-    for method in ("minmax", "ste_contrastive"):
+    for method in (same_as, f"ste_contrastive(weights={start!r})"):
         model = copy.deepcopy(vit)
         quantize(model, method, QuantScheme(weight_bits=4), batches)
         with torch.no_grad():
