@@ -15,6 +15,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lightning_vlmq.core.errors import first_line
+
 log = logging.getLogger(__name__)
 
 
@@ -90,7 +92,7 @@ def _restored(kind: type, state: dict[str, Any]) -> Any:
 
 
 def _why(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def takes_figures(trainer: Trainer) -> bool:

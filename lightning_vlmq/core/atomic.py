@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lightning_vlmq.core.errors import first_line
+
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 _PARTIAL = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 STALE_SECONDS = 24 * 3600
@@ -85,7 +87,7 @@ def disk_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | 
         error: what was raised while ``path`` was written.
         path: the file.
     """
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    text = first_line(error)
     if isinstance(error, OSError):
         number = error.errno or errno.EIO
         return OSError(number, os.strerror(number) if error.errno else text, os.fspath(path))

@@ -31,6 +31,16 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> VLMQError:
     return VLMQError(f"unknown {kind} '{name}'; {hint}")
 
 
+def first_line(error: BaseException) -> str:
+    r"""What an exception says first: its first line that holds something, at most 300 characters; its kind where it says nothing.
+
+    Example:
+        >>> first_line(RuntimeError("\nout of memory\n at 0x0")), first_line(KeyError())
+        ('out of memory', 'KeyError')
+    """
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 _OF_THE_DISK = {
     getattr(errno, name)
     for name in (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_vlmq.core.atomic import replacing
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.models import VLM
 
 PROGRAMS = {"vision": "image_encoder.pt2", "text": "text_encoder.pt2"}
@@ -70,7 +70,7 @@ def export_encoder(
             batch = torch.export.Dim("batch", min=1)
             program = torch.export.export(Encoder(vlm, tower).eval(), (example,), dynamic_shapes=({0: batch},))
     except Exception as error:  # torch.export raises what it likes
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise VLMQError(f"the {tower} encoder of '{vlm.name}' cannot be exported: {reason}") from error
     for node in program.graph.nodes:
         for key in TRACES:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -79,7 +79,7 @@ def read_archive(path: Path) -> Any:
     except VLMQError:
         raise
     except Exception as error:  # a damaged pickle makes nearly anything be raised
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise VLMQError(f"checkpoint '{path}' is damaged ({reason}); fetch it again") from error
 
 

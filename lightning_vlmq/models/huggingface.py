@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Interpolation, Preprocessing
 from lightning_vlmq.models.provenance import Provenance
@@ -148,7 +148,7 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(
-            f"'{folder / CONFIG}' is no config of a model of transformers ({_first_line(error)})"
+            f"'{folder / CONFIG}' is no config of a model of transformers ({type(error).__name__}: {first_line(error)})"
         ) from error
     if kind not in CLASSES:
         raise unknown(f"model type of transformers in '{folder / CONFIG}':", str(kind), CLASSES)
@@ -185,7 +185,8 @@ def _weights(cls: Any, folder: Path) -> Any:
         )
     except Exception as error:  # OSError without weights, SafetensorError, RuntimeError of another shape, and more
         raise VLMQError(
-            f"the weights in '{folder}' do not load as {cls.__name__} ({_first_line(error)}); put model.safetensors, or all shards "
+            f"the weights in '{folder}' do not load as {cls.__name__} ({type(error).__name__}: {first_line(error)}); "
+            "put model.safetensors, or all shards "
             "with their index, beside config.json"
         ) from error
     for problem in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -204,7 +205,9 @@ def _from_folder(what: str, cls: Any, folder: Path, files: str) -> Any:
         advice = f"put {files} beside config.json"
         if isinstance(error, ImportError):
             advice = "install what it names"
-        raise VLMQError(f"cannot make the {what} of '{folder}' ({_first_line(error)}); {advice}") from error
+        raise VLMQError(
+            f"cannot make the {what} of '{folder}' ({type(error).__name__}: {first_line(error)}); {advice}"
+        ) from error
 
 
 def _preprocessing(config: Any, processor: Any, folder: Path) -> Preprocessing:
@@ -261,8 +264,3 @@ def _framing(size: dict[str, Any], crop: dict[str, Any], how: Interpolation, ref
     final = int(crop["height"]) if crop else side
     mode = "squash" if shortest is None else "shortest"
     return Framing(final, mode, how, resize_to=side if side != final else None)  # type: ignore[arg-type]
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

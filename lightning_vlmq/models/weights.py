@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.models.archives import Inert, read_archive, script_tensors
 
 log = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise VLMQError(
-            f"checkpoint '{path}' is damaged or no safetensors file ({_first_line(error)}); fetch it again"
+            f"checkpoint '{path}' is damaged or no safetensors file ({first_line(error)}); fetch it again"
         ) from error
 
 
@@ -197,7 +197,7 @@ def _read_legacy(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle makes nearly anything be raised
         raise VLMQError(
-            f"checkpoint '{path}' is damaged or holds more than tensors ({_first_line(error)}); fetch it again, or save its "
+            f"checkpoint '{path}' is damaged or holds more than tensors ({first_line(error)}); fetch it again, or save its "
             "state_dict() as safetensors"
         ) from error
 
@@ -207,7 +207,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names: Sequence[str] = sorted(set(shards.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise VLMQError(f"'{index}' is no index of weights ({_first_line(error)}); fetch it again") from error
+        raise VLMQError(f"'{index}' is no index of weights ({first_line(error)}); fetch it again") from error
     state: dict[str, Tensor] = {}
     for name in names:
         state |= read_weights(index.parent / Path(name).name)
@@ -225,7 +225,7 @@ def _fit_big_vision(model: nn.Module, path: Path) -> None:
         load_big_vision_weights(model, str(path))
     except Exception as error:  # a missing array is a KeyError, another shape a RuntimeError
         raise VLMQError(
-            f"checkpoint '{path}' does not fit the model ({type(error).__name__}: {_first_line(error)}); give the architecture "
+            f"checkpoint '{path}' does not fit the model ({type(error).__name__}: {first_line(error)}); give the architecture "
             "it was trained as"
         ) from error
     kept = [n for n, t in model.state_dict().items() if t.ndim > 1 and torch.equal(t, before[n])]
@@ -235,7 +235,3 @@ def _fit_big_vision(model: nn.Module, path: Path) -> None:
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

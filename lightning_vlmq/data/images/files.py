@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.data.images.encoded import OnBadImage
 from lightning_vlmq.data.images.fingerprints import Fingerprints, shown
 from lightning_vlmq.data.images.pixels import Preprocess, UnreadableImage
@@ -82,7 +82,7 @@ class FileImages(Dataset[Batch]):
             with self.source.open(row) as image:
                 return self.preprocess(image)
         except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             advice = "" if self.on_bad_image == "skip" else "; replace it or set on_bad_image: skip"
             raise UnreadableImage(f"image '{self.source.name(row)}' cannot be read ({reason}){advice}") from error
 

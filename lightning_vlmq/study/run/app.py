@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_vlmq.core.configs import config_folder
-from lightning_vlmq.core.errors import VLMQError, in_one_line
+from lightning_vlmq.core.errors import VLMQError, first_line, in_one_line
 from lightning_vlmq.core.names import one_line
 from lightning_vlmq.core.stopping import stoppable
 
@@ -112,7 +112,7 @@ def _exit_with(error: Exception) -> None:
     text = in_one_line(error)
     if text is None:
         text = str(error).split("Config search path")[0]
-        text += f" ({str(error.__cause__).splitlines()[0]})" if error.__cause__ is not None else ""
+        text += f" ({first_line(error.__cause__)})" if error.__cause__ is not None else ""
     print(f"vlmq-study: error: {one_line(text)}", file=sys.stderr)
     sys.exit(2)
 

@@ -10,7 +10,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded import EmbeddedData
@@ -39,7 +39,7 @@ def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
     try:
         found: ReliabilityDataModule = made.instantiate(made.parse_args(words)).data
     except jsonargparse.ArgumentError as error:
-        raise VLMQError(f"the study's data cannot be set up: {str(error).splitlines()[0]}") from error
+        raise VLMQError(f"the study's data cannot be set up: {first_line(error)}") from error
     return found
 
 
