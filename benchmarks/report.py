@@ -26,8 +26,10 @@ from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.metrics import OOD_SCORES
 from lightning_vlmq.quant import METHODS
 from lightning_vlmq.results.counting import COUNTED
+from lightning_vlmq.results.packing import packing
+from lightning_vlmq.results.said import FACTS
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, RunKey
-from lightning_vlmq.results.store import _FACTS, ResultsStore
+from lightning_vlmq.results.store import ResultsStore
 
 VLMS = [
     f"{family}_{source}" for family in ("vit", "convnext", "siglip", "coca", "align") for source in ("clean", "noisy")
@@ -92,7 +94,7 @@ def fill(root: Path, n: int) -> int:
     filed = first.assign(code_version="0.1.0", run_id="r00000"), pd.DataFrame(), pd.DataFrame()
     store.write("r00000", *filed, identity=about)  # what a run says of itself is as long as a real one's
     said = store._read("results", "r00000").schema.metadata
-    said[_FACTS] = json.dumps(
+    said[FACTS] = json.dumps(
         {"evaluations": int((both["metric"].isin(COUNTED) & (both["dataset"] != "")).sum())}
     ).encode()
     templates = {
@@ -116,7 +118,7 @@ def fill(root: Path, n: int) -> int:
         ordered = [columns[field.name].cast(field.type) for field in ROW_SCHEMA]
         return pa.Table.from_arrays(ordered, schema=ROW_SCHEMA.with_metadata(said))
 
-    with store._packs.packing() as packer:
+    with packing(store._packs) as packer:
         packer.pack(list(every), part, keeps_samples=False)
     shutil.rmtree(root / "results")
     return total

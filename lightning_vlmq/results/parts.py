@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lightning_vlmq.core.atomic import replacing
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.core.names import one_line
-from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA
+from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
 
 PARTS = {"results": ROW_SCHEMA, "samples": SAMPLE_SCHEMA, "curves": CURVE_SCHEMA}
 """Folders below a store's root, each with a file for each run, and the columns that these have at least."""
@@ -42,7 +43,7 @@ def read_part(path: Path, schema: pa.Schema, advice: str) -> pa.Table:
         if kept is None or kept.decode("ascii", "replace") != content_digest(table):
             raise OSError("its content is not what a results store wrote")
     except (pa.ArrowException, OSError, ValueError, MemoryError, TypeError, OverflowError, LookupError) as error:
-        reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+        reason = one_line(first_line(error))
         raise VLMQError(f"{path} cannot be read ({reason}); {advice}") from error
     missing = [name for name in schema.names if name not in table.column_names]
     if missing:
@@ -105,9 +106,24 @@ def as_table(frame: pd.DataFrame, schema: pa.Schema, what: str) -> pa.Table:
     try:
         table = pa.Table.from_pandas(frame[schema.names], schema=schema, preserve_index=False)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise VLMQError(f"the {what} do not fit their columns' types: {str(error).splitlines()[0]}") from error
+        raise VLMQError(f"the {what} do not fit their columns' types: {first_line(error)}") from error
     for name in schema.names:
         optional = name in _MAY_BE_UNDEFINED or (what == "samples" and name not in SAMPLE_SCHEMA.names)
         if table[name].null_count and not optional:
             raise VLMQError(f"column {name} of the {what} has {table[name].null_count} empty cells; fill them")
     return table
+
+
+def check_rows(run_id: str, rows: pd.DataFrame) -> None:
+    """Refuse rows of another run, of several runs, or the same evaluation twice."""
+    strangers = set(rows["run_id"]) - {run_id}
+    if strangers:
+        raise VLMQError(f"rows of run '{sorted(map(str, strangers))[0]}' cannot be stored as run '{run_id}'")
+    key_columns = [field.name for field in fields(RunKey)]
+    if len(rows[key_columns].drop_duplicates()) > 1:
+        raise VLMQError(f"the rows of run '{run_id}' differ in {', '.join(key_columns)}; store one run at a time")
+    evaluation = ["dataset", "role", "corruption", "severity", "score", "metric"]
+    twice = rows[rows.duplicated(evaluation)]
+    if len(twice):
+        cell = " ".join(str(value) for value in twice.iloc[0][evaluation] if value != "")
+        raise VLMQError(f"run '{run_id}' has two rows for {cell}; keep one")

@@ -16,13 +16,10 @@ runs share a file.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,27 +29,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_vlmq.core.errors import VLMQError, unknown
-from lightning_vlmq.core.identity import describe, first_difference
-from lightning_vlmq.core.names import one_line
+from lightning_vlmq.core.identity import first_difference
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.results.counting import evaluations_in
+from lightning_vlmq.results.loose import LooseRuns
+from lightning_vlmq.results.packing import packing
 from lightning_vlmq.results.packs import Packs
-from lightning_vlmq.results.parts import DIGEST, PARTS, as_table, read_part, write_part
-from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA, RunKey
+from lightning_vlmq.results.parts import PARTS, as_table, check_rows, write_part
+from lightning_vlmq.results.said import Said, say
+from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA
 from lightning_vlmq.statistics import Statistics
 
 log = logging.getLogger(__name__)
 
-_WRITTEN = b"lightning_vlmq.written"
-_STATISTICS = b"lightning_vlmq.statistics"
 AS_PUBLISHED = Statistics()
-_SECONDS = b"lightning_vlmq.seconds"
-_IDENTITY = b"lightning_vlmq.identity"
-_COMPANIONS = b"lightning_vlmq.companions"
-_SIBLINGS = b"lightning_vlmq.siblings"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,149}")
-_CORES = b"lightning_vlmq.cpu_count"
-_FACTS = b"lightning_vlmq.facts"
 
 
 class ResultsStore:
@@ -64,7 +54,7 @@ class ResultsStore:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
-        self._packs = Packs(self.root)
+        self._loose, self._packs = LooseRuns(self.root), Packs(self.root)
 
     def write(
         self,
@@ -101,29 +91,18 @@ class ResultsStore:
         scores = [pa.field(str(name), pa.float32()) for name in samples.columns if name not in SAMPLE_SCHEMA.names]
         sample_table = as_table(samples, pa.schema([*SAMPLE_SCHEMA, *scores]), "samples")
         curve_table = as_table(curves, CURVE_SCHEMA, "curves")
-        _check_rows(run_id, rows)
+        check_rows(run_id, rows)
         sample_roles = set(samples["role"].unique()) if len(samples) else set()
         for role in sorted((set(rows["role"].unique()) - {""}) | sample_roles):
             if role not in ROLES:
                 raise unknown("role", role, ROLES)
-        now = datetime.now(UTC)
-        numbers = {**(facts or {}), "evaluations": evaluations_in(row_table), "written": now.timestamp()}
-        metadata = {
-            _WRITTEN: now.isoformat().encode(),
-            _STATISTICS: json.dumps(asdict(statistics)).encode(),
-            _IDENTITY: json.dumps(describe(identity or {})).encode(),
-            _COMPANIONS: json.dumps(list(companions)).encode(),
-            _FACTS: json.dumps(numbers).encode(),
-            _SIBLINGS: json.dumps(
-                {
-                    "samples": write_part(self._path("samples", run_id), sample_table, {}),
-                    "curves": write_part(self._path("curves", run_id), curve_table, {}),
-                }
-            ).encode(),
+        siblings = {
+            "samples": write_part(self._loose.path("samples", run_id), sample_table, {}),
+            "curves": write_part(self._loose.path("curves", run_id), curve_table, {}),
         }
-        if seconds is not None:
-            metadata |= {_SECONDS: repr(seconds).encode(), _CORES: str(os.cpu_count()).encode()}
-        write_part(self._path("results", run_id), row_table, metadata)
+        counted = {**(facts or {}), "evaluations": evaluations_in(row_table)}
+        said = say(statistics, identity, companions, siblings, counted, seconds)
+        write_part(self._loose.path("results", run_id), row_table, said)
 
     def has(self, run_id: str) -> bool:
         """Whether the run is done: every part of it is there and holds what was written, also those of its companions.
@@ -139,48 +118,16 @@ class ResultsStore:
         if packed is None or not found:
             return found
         own = [why] if (why := self._packs.problem_of(packed.pack)) else []
-        return own + [why for name in json.loads(packed.said[_COMPANIONS]) for why in self.problems(name)]
+        return own + [why for name in Said(packed.said, run_id).companions for why in self.problems(name)]
 
     def _problems_loose(self, run_id: str) -> list[str]:
-        found: list[str] = []
-        tables: dict[str, pa.Table] = {}
-        for kind in PARTS:
-            try:
-                tables[kind] = self._read_loose(kind, run_id)
-            except VLMQError as error:
-                if (
-                    self._path(kind, run_id).exists() or not found
-                ):  # what is missing beside a file that is no run's says nothing more
-                    found.append(str(error))
-        if "results" not in tables:
-            return found
-        path = self._path("results", run_id)
-        try:
-            metadata = tables["results"].schema.metadata
-            siblings, companions = json.loads(metadata[_SIBLINGS]), json.loads(metadata[_COMPANIONS])
-            datetime.fromisoformat(metadata[_WRITTEN].decode())
-            for kind in tables.keys() - {"results"}:
-                if tables[kind].schema.metadata[DIGEST].decode() != siblings[kind]:
-                    found.append(f"{self._path(kind, run_id)} is not of the same run as {path}; run '{run_id}' again")
-        except (KeyError, ValueError, TypeError) as error:
-            return [*found, f"{path} was not written by this version's results store ({type(error).__name__}: {error})"]
-        names = set(tables["results"]["run_id"].to_pylist())
-        if names != {run_id}:
-            found.append(f"{path} holds {f'run {min(names)}' if names else 'no rows'}: it is a copy; delete it")
-        return found + [why for name in companions for why in self.problems(name)]
+        own, companions = self._loose.examine(run_id)
+        return own + [why for name in companions for why in self.problems(name)]
 
     def sound(self) -> tuple[list[str], list[str]]:
         """Run ids that count, sorted, and one line for each bad part of the others and for each foreign file."""
-        runs, bad = [], self._packs.problems()
-        ids = set(self._packs.runs())
-        for kind in PARTS:
-            for path in sorted((self.root / kind).glob("[!.]*")):
-                if path.suffix != ".parquet" or not _NAME.fullmatch(path.stem):
-                    bad.append(f"{one_line(str(path))} is no part of a results store; move it away")
-                elif kind == "results":
-                    ids.add(path.stem)
-                elif path.stem not in ids:
-                    bad.append(f"{path} belongs to no run that was filed; run '{path.stem}' again, or delete it")
+        ids = {run_id for run_id in self.run_ids() if self._loose.is_name(run_id)}
+        runs, bad = list[str](), self._packs.problems() + self._loose.strays(ids)
         for run_id in sorted(ids):
             if why := self.problems(run_id):
                 bad += why
@@ -190,8 +137,7 @@ class ResultsStore:
 
     def identity(self, run_id: str) -> dict[str, Any]:
         """What decided a run's numbers, as it was filed. Raises :class:`VLMQError` like :meth:`rows`."""
-        stored: dict[str, Any] = json.loads(self._metadata(run_id).get(_IDENTITY, b"{}"))
-        return stored
+        return self._said(run_id).identity
 
     def require_same(self, run_id: str, identity: Any) -> None:
         """Check that a run of this name, if there is one, is the experiment with this identity: only then may it be written again.
@@ -204,19 +150,16 @@ class ResultsStore:
         if (difference := first_difference(self.identity(run_id), identity)) is not None:
             raise VLMQError(
                 f"'{self.root}' holds another run '{run_id}' ({difference}); choose another --results.run_id or --results.root, "
-                f"or delete {self._path('results', run_id)}"
+                f"or delete {self._loose.path('results', run_id)}"
             )
 
     def require_name(self, run_id: str) -> None:
         """Raise :class:`VLMQError` for what cannot be a run's file name."""
-        self._path("results", run_id)
+        self._loose.path("results", run_id)
 
     def run_ids(self) -> list[str]:
         """Run ids with a results file, sorted. Empty for a store nothing was written to."""
-        return sorted({*self._loose(), *self._packs.runs()})
-
-    def _loose(self) -> list[str]:
-        return sorted(path.stem for path in (self.root / "results").glob("[!.]*.parquet"))
+        return sorted({*self._loose.ids(), *self._packs.runs()})
 
     def compact(self, keeps_samples: bool = True) -> int:
         """Pack the runs that lie in files of their own; returns how many. Others may read and file runs meanwhile.
@@ -229,17 +172,18 @@ class ResultsStore:
         Raises:
             VLMQError: the disk does not take it, or somebody else packs at this moment.
         """
-        with self._packs.packing() as packer:
+        with packing(self._packs) as packer:
             loose = [
-                run_id for run_id in self._loose() if not self._is_packed(run_id) and not self._problems_loose(run_id)
+                run_id
+                for run_id in self._loose.ids()
+                if not self._is_packed(run_id) and not self._problems_loose(run_id)
             ]
-            packer.pack(loose, self._read_loose, keeps_samples)
-            for run_id in filter(self._is_packed, self._loose()):
-                for kind in PARTS:
-                    self._path(kind, run_id).unlink(missing_ok=True)
+            packer.pack(loose, self._loose.read, keeps_samples)
+            for run_id in filter(self._is_packed, self._loose.ids()):
+                self._loose.remove(run_id)
             for kind in PARTS:  # what somebody who was killed here has left
                 for path in (self.root / kind).glob("[!.]*.parquet"):
-                    if self._is_packed(path.stem) and not self._lies_loose(path.stem):
+                    if self._is_packed(path.stem) and not self._loose.has(path.stem):
                         path.unlink(missing_ok=True)
         return len(loose)
 
@@ -249,22 +193,16 @@ class ResultsStore:
         Raises:
             VLMQError: like :meth:`rows`, or the disk does not take it.
         """
-        with ResultsStore(root)._packs.packing() as packer:
+        with packing(ResultsStore(root)._packs) as packer:
             packer.pack(list(run_ids), self._read, keeps_samples=False)
 
     def _is_packed(self, run_id: str) -> bool:
         packed = self._packs.runs().get(run_id)
         return packed is not None and not self._packs.problem_of(packed.pack)
 
-    def _lies_loose(self, run_id: str) -> bool:
-        return self._path("results", run_id).exists()
-
     def written(self, run_id: str) -> datetime:
         """When the run was filed (UTC), by the clock of the machine that filed it. Raises :class:`VLMQError` like :meth:`rows`."""
-        metadata = self._metadata(run_id)
-        if _WRITTEN not in metadata:
-            raise VLMQError(f"{self._path('results', run_id)} was not written by a results store; delete it")
-        return datetime.fromisoformat(metadata[_WRITTEN].decode())
+        return self._said(run_id).written
 
     def statistics(self, run_id: str) -> Statistics:
         """The settings that a run's rows were computed with.
@@ -272,13 +210,7 @@ class ResultsStore:
         Raises:
             VLMQError: like :meth:`rows`, or the run was stored without them or with unknown ones.
         """
-        metadata = self._metadata(run_id)
-        try:
-            return Statistics(**json.loads(metadata[_STATISTICS]))
-        except (KeyError, TypeError, json.JSONDecodeError):
-            raise VLMQError(
-                f"run '{run_id}' in '{self.root}' does not say how its statistics were computed; delete it and run it again"
-            ) from None
+        return self._said(run_id).statistics
 
     def seconds(self, run_id: str) -> tuple[float, int]:
         """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores.
@@ -286,12 +218,7 @@ class ResultsStore:
         Raises:
             VLMQError: like :meth:`rows`, or nothing was measured.
         """
-        metadata = self._metadata(run_id)
-        if _SECONDS not in metadata:
-            raise VLMQError(
-                f"run '{run_id}' in '{self.root}' was stored without its duration; delete it and run it again"
-            )
-        return float(metadata[_SECONDS]), int(metadata[_CORES])
+        return self._said(run_id).seconds
 
     def facts(self, run_id: str) -> dict[str, float]:
         """Numbers about the making of a run, by name.
@@ -302,11 +229,11 @@ class ResultsStore:
         Raises:
             VLMQError: the file is not there or damaged.
         """
-        path = self._path("results", run_id)
+        path = self._loose.path("results", run_id)
         packed = None if path.exists() else self._packs.runs().get(run_id)
         try:
             metadata = pq.read_schema(path).metadata or {} if packed is None else packed.said
-            return {str(name): float(value) for name, value in json.loads(metadata.get(_FACTS, b"{}")).items()}
+            return Said(metadata, str(path)).facts
         except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
             raise VLMQError(f"{path} cannot be read ({type(error).__name__}); run the study again") from error
 
@@ -335,7 +262,7 @@ class ResultsStore:
         Raises:
             VLMQError: like :meth:`rows`.
         """
-        packed = [run_id for run_id in run_ids if not self._lies_loose(run_id) and run_id in self._packs.runs()]
+        packed = [run_id for run_id in run_ids if not self._loose.has(run_id) and run_id in self._packs.runs()]
         own = set(packed)
         names = [name for name in columns if pa.types.is_string(ROW_SCHEMA.field(name).type)]
         text = {name: pa.dictionary(pa.int32(), pa.string()) for name in names}
@@ -354,16 +281,16 @@ class ResultsStore:
         packed = self._packs.runs()
         total = 0
         for run_id in run_ids:
-            if run_id in packed and not self._lies_loose(run_id):
+            if run_id in packed and not self._loose.has(run_id):
                 start, stop = packed[run_id].spans["results"]
                 total += stop - start
             else:
-                total += pq.read_metadata(self._path("results", run_id)).num_rows
+                total += pq.read_metadata(self._loose.path("results", run_id)).num_rows
         return total
 
     def keeps_samples(self, run_id: str) -> bool:
         """Whether the run's samples are there: packing may leave them out."""
-        packed = None if self._lies_loose(run_id) else self._packs.runs().get(run_id)
+        packed = None if self._loose.has(run_id) else self._packs.runs().get(run_id)
         return packed is None or "samples" in packed.spans
 
     def samples(self, run_id: str) -> pd.DataFrame:
@@ -374,37 +301,12 @@ class ResultsStore:
         """Curves of one run; text columns are categorical. Raises like :meth:`rows`."""
         return self._read("curves", run_id).to_pandas(strings_to_categorical=True)
 
-    def _path(self, kind: str, run_id: str) -> Path:
-        if not _NAME.fullmatch(run_id):
-            raise VLMQError(f"'{run_id[:80]}' cannot be a run id; use up to 150 letters, digits, '.', '_' and '-'")
-        return self.root / kind / f"{run_id}.parquet"
-
     def _read(self, kind: str, run_id: str) -> pa.Table:
-        if run_id in self._packs.runs() and (not self._lies_loose(run_id) or self._problems_loose(run_id)):
+        if run_id in self._packs.runs() and (not self._loose.has(run_id) or self._problems_loose(run_id)):
             return self._packs.read(kind, run_id)
-        return self._read_loose(kind, run_id)
+        return self._loose.read(kind, run_id)
 
-    def _read_loose(self, kind: str, run_id: str) -> pa.Table:
-        path = self._path(kind, run_id)
-        if not path.exists():
-            raise VLMQError(f"the store has no {kind} of run '{run_id}': {path} is missing; run it (again)")
-        return read_part(path, PARTS[kind], f"delete {self._path('results', run_id)} and run the study again")
-
-    def _metadata(self, run_id: str) -> dict[bytes, bytes]:
-        packed = None if self._lies_loose(run_id) else self._packs.runs().get(run_id)
-        return (self._read("results", run_id).schema.metadata or {}) if packed is None else dict(packed.said)
-
-
-def _check_rows(run_id: str, rows: pd.DataFrame) -> None:
-    """Refuse rows of another run, of several runs, or the same evaluation twice."""
-    strangers = set(rows["run_id"]) - {run_id}
-    if strangers:
-        raise VLMQError(f"rows of run '{sorted(map(str, strangers))[0]}' cannot be stored as run '{run_id}'")
-    key_columns = [field.name for field in fields(RunKey)]
-    if len(rows[key_columns].drop_duplicates()) > 1:
-        raise VLMQError(f"the rows of run '{run_id}' differ in {', '.join(key_columns)}; store one run at a time")
-    evaluation = ["dataset", "role", "corruption", "severity", "score", "metric"]
-    twice = rows[rows.duplicated(evaluation)]
-    if len(twice):
-        cell = " ".join(str(value) for value in twice.iloc[0][evaluation] if value != "")
-        raise VLMQError(f"run '{run_id}' has two rows for {cell}; keep one")
+    def _said(self, run_id: str) -> Said:
+        packed = None if self._loose.has(run_id) else self._packs.runs().get(run_id)
+        metadata = (self._read("results", run_id).schema.metadata or {}) if packed is None else packed.said
+        return Said(metadata, f"run '{run_id}' in '{self.root}'")

@@ -131,7 +131,7 @@ def test_zeroed_bytes_are_not_read_as_values(tmp_path):
 def test_a_date_in_the_future_is_said_and_does_not_win(tmp_path, monkeypatch):
     from datetime import UTC, datetime, timedelta
 
-    from lightning_vlmq.results import store as module
+    from lightning_vlmq.results import said as module
 
     keys = grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"])
     store = write_study(tmp_path, keys, size=0.02)

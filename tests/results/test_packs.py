@@ -11,7 +11,7 @@ import pytest
 from cases.store import make_curves, make_rows, make_samples
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.results import packs as module
+from lightning_vlmq.results import packing as module
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
 
@@ -158,5 +158,5 @@ def test_a_damaged_pack_is_said_and_its_runs_are_run_again(store, tmp_path, kind
 
 
 def test_packing_twice_at_once_is_refused(store):
-    with store._packs.packing(), pytest.raises(VLMQError, match="being packed by another process"):
+    with module.packing(store._packs), pytest.raises(VLMQError, match="being packed by another process"):
         store.compact()
