@@ -15,8 +15,9 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
 from lightning_vlmq.models import huggingface, openclip, zoo
-from lightning_vlmq.models.openclip import Activation
+from lightning_vlmq.models.fetching import NotHere, fetch_repository, nothing_fetched
 from lightning_vlmq.models.provenance import RANDOM, Provenance
+from lightning_vlmq.models.recipes import ARCHITECTURE, Activation
 from lightning_vlmq.models.vlm import VLM, require_finite
 
 SCHEMAS = openclip.SCHEMAS
@@ -98,13 +99,13 @@ def load_origin(described: Mapping[str, Any], with_weights: bool = True, typed: 
     elif name.startswith(SCHEMAS):
         source, activation = None, None
     elif source is not None and Path(source).is_file():
-        like = openclip.ARCHITECTURE
+        like = ARCHITECTURE
     if typed is not None and typed != name:
         raise VLMQError(f"the model was made from '{name[:100]}', not from '{typed}'; give that name to fetch it")
     try:
-        with nullcontext() if typed is not None else openclip.nothing_fetched():
+        with nullcontext() if typed is not None else nothing_fetched():
             vlm = load_vlm(name, source, like, activation)
-    except openclip.NotHere as error:
+    except NotHere as error:
         raise VLMQError(
             f"'{name[:100]}', which the model was made from, is not on this machine, and a file's word fetches nothing; if you trust "
             f"it, name it too: model={name[:100]}"
@@ -171,7 +172,7 @@ def _load_by_schema(name: str) -> VLM:
         raise VLMQError(
             f"'{name}' names no {'folder' if schema == 'local-dir' else 'repository'}; put one after the colon"
         )
-    folder, revision = (Path(place).expanduser(), "") if schema == "local-dir" else openclip.fetch_repository(place)
+    folder, revision = (Path(place).expanduser(), "") if schema == "local-dir" else fetch_repository(place)
     if not folder.is_dir():
         raise VLMQError(f"folder '{folder}' of '{name}' does not exist; check the path")
     if (folder / openclip.CONFIG).is_file():

@@ -3,46 +3,25 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 from torch import nn
 
-from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
+from lightning_vlmq.models.fetching import download, one_line_errors
 from lightning_vlmq.models.provenance import RANDOM, Provenance
+from lightning_vlmq.models.recipes import Activation, Recipe, is_quick, recipe_of_file, recipe_of_tag
 from lightning_vlmq.models.vlm import VLM, draw_missing_weights
-from lightning_vlmq.models.weights import fit, is_script
-
-log = logging.getLogger(__name__)
-
-Activation = Literal["gelu", "quick_gelu"]
-
-ARCHITECTURE = "architecture"
-"""In place of a tag: a file's weights were trained as the architecture's own config says."""
+from lightning_vlmq.models.weights import fit
 
 CONFIG = "open_clip_config.json"
 SCHEMAS = ("hf-hub:", "local-dir:")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What weights were trained with that their tensors do not show.
-
-    Attributes:
-        quick_gelu: whether the towers' activation is OpenAI's QuickGELU, x * sigmoid(1.702 x).
-        preprocess: entries of open_clip's preprocessing config: mean, std, interpolation, resize_mode, fill_color.
-    """
-
-    quick_gelu: bool
-    preprocess: Mapping[str, Any]
 
 
 def load_named(name: str, pretrained: str | None, trained_like: str | None, activation: Activation | None) -> VLM:
@@ -71,16 +50,16 @@ def load_named(name: str, pretrained: str | None, trained_like: str | None, acti
     config = open_clip.get_model_config(name)
     path: Path | None = None
     if pretrained == RANDOM:
-        recipe = Recipe(_is_quick(config), {})
+        recipe = Recipe(is_quick(config), {})
     elif is_file:
         path = Path(pretrained)
         if not path.is_file():
             raise VLMQError(
                 f"checkpoint '{path}' does not exist; give the path of a file or one of the tags {', '.join(tags)}"
             )
-        recipe = _recipe_of_file(name, path, config, trained_like, activation)
+        recipe = recipe_of_file(name, path, config, trained_like, activation)
     else:
-        recipe = _recipe_of_tag(name, pretrained, config, activation)
+        recipe = recipe_of_tag(name, pretrained, config, activation)
     if activation is not None:
         recipe = Recipe(activation == "quick_gelu", recipe.preprocess)
     config["quick_gelu"] = recipe.quick_gelu
@@ -89,7 +68,7 @@ def load_named(name: str, pretrained: str | None, trained_like: str | None, acti
     if pretrained == RANDOM:
         draw_missing_weights(model)
     else:
-        fit(model, path or _download(name, pretrained))
+        fit(model, path or download(name, pretrained))
     vlm = _finish(model, tokenize, name, pretrained, recipe.preprocess, config)
     vlm.activation = "quick_gelu" if recipe.quick_gelu else "gelu"
     return vlm
@@ -110,31 +89,12 @@ def load_folder(name: str, folder: Path, revision: str = "") -> VLM:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config = dict(content["model_cfg"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model ({_reason(error)})") from error
+        raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model ({first_line(error)})") from error
     path = _weights_in(folder)
     tokenize = tokenizer_of(f"local-dir:{folder}")
     model = build(name, config)
     fit(model, path)
     return _finish(model, tokenize, name, path.name, content.get("preprocess_cfg") or {}, config, revision)
-
-
-def fetch_repository(place: str) -> tuple[Path, str]:
-    """The files of a Hugging Face repository, ``owner/name`` or ``owner/name@revision``, as a folder, and their commit.
-
-    Raises:
-        VLMQError: they can be neither fetched nor found among those fetched before.
-    """
-    from huggingface_hub import snapshot_download
-
-    repository, _, revision = place.partition("@")
-    files = ["*.json", "*.txt", "*.model"]
-    with _one_line_errors(f"cannot fetch 'hf-hub:{place}'"):
-        folder = Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=[*files, "*.safetensors"])
-        )
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=[*files, "*.bin"]))
-    return folder, folder.name
 
 
 def _finish(
@@ -173,58 +133,6 @@ def preprocessing(model: Any, preprocess: Mapping[str, Any], name: str) -> Prepr
     return Preprocessing(framing, tuple(mean), tuple(std))
 
 
-def _recipe_of_tag(name: str, tag: str, config: Mapping[str, Any], activation: Activation | None) -> Recipe:
-    """What open_clip says of a tag. An architecture that says QuickGELU itself, of a tag that does not, is refused."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    if not open_clip.is_pretrained_cfg(name, tag):
-        raise unknown(f"pretrained tag for {name}", tag, tags)
-    said = open_clip.get_pretrained_cfg(name, tag)
-    quick = bool(said.get("quick_gelu", False))
-    if _is_quick(config) and not quick and activation is None:
-        raise VLMQError(
-            f"'{name}' is built with QuickGELU, but open_clip lists '{tag}' as trained with GELU; take an architecture without "
-            "QuickGELU, or say which is right by activation: gelu or quick_gelu"
-        )
-    if quick != _is_quick(config) and activation is None:
-        log.info("'%s' is built with QuickGELU, as '%s' was trained", name, tag)
-    return Recipe(quick, said)
-
-
-def _recipe_of_file(
-    name: str, path: Path, config: Mapping[str, Any], trained_like: str | None, activation: Activation | None
-) -> Recipe:
-    """Of a file: as it is told, as OpenAI's archives always are, or as all tags of the architecture agree."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
-    own = Recipe(_is_quick(config), {})
-    if trained_like == ARCHITECTURE:
-        return own
-    if trained_like is not None:
-        return _recipe_of_tag(name, trained_like, config, activation)
-    if "openai" in tags and is_script(path):
-        return _recipe_of_tag(name, "openai", config, activation)
-    recipes = [
-        Recipe(bool(c.get("quick_gelu", False)), c) for c in (open_clip.get_pretrained_cfg(name, t) for t in tags)
-    ]
-    known = {digest({"quick_gelu": r.quick_gelu, **_decisive(r.preprocess)}) for r in recipes}
-    if len(known) > 1:
-        raise VLMQError(
-            f"'{path}' does not say how it was trained, and the weights known for '{name}' differ in activation or "
-            f"preprocessing; set trained_like to one of {', '.join(tags)}, or to {ARCHITECTURE}"
-        )
-    if recipes:
-        return recipes[0]
-    log.warning("no weights are known for '%s': '%s' is taken to be trained with open_clip's defaults", name, path)
-    return own
-
-
-def _decisive(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: preprocess.get(key) for key in ("mean", "std", "interpolation", "resize_mode", "fill_color")}
-
-
-def _is_quick(config: Mapping[str, Any]) -> bool:
-    return bool(config.get("quick_gelu", False))
-
-
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:
     """The architecture of a config, freshly drawn; no weights of towers are fetched."""
     entries = json.loads(json.dumps(config))
@@ -235,81 +143,18 @@ def build(name: str, config: Mapping[str, Any]) -> nn.Module:
         entries["text_cfg"]["hf_model_pretrained"] = False
     kind = open_clip.CLIP if not custom else open_clip.CoCa if "multimodal_cfg" in entries else open_clip.CustomTextCLIP
     try:
-        with _one_line_errors(f"cannot build model '{name}'"):
+        with one_line_errors(f"cannot build model '{name}'"):
             return kind(**entries)
     except TypeError as error:
-        raise VLMQError(f"cannot build model '{name}': its config has an entry too many ({_reason(error)})") from error
+        raise VLMQError(
+            f"cannot build model '{name}': its config has an entry too many ({first_line(error)})"
+        ) from error
 
 
 def tokenizer_of(name: str) -> Any:
     """open_clip's tokenizer of an architecture or ``local-dir:`` folder. Raises :class:`VLMQError` where its files lack."""
-    with _one_line_errors(f"cannot make the tokenizer of '{name}'"):
+    with one_line_errors(f"cannot make the tokenizer of '{name}'"):
         return open_clip.get_tokenizer(name)
-
-
-class NotHere(VLMQError):
-    """What is asked for would have to be fetched, and may not be."""
-
-
-@contextmanager
-def nothing_fetched() -> Iterator[None]:
-    """While it lasts, models, weights and tokenizers are taken from this machine or are :class:`NotHere`."""
-    from huggingface_hub import constants
-
-    kept = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    except VLMQError as error:
-        causes = [error.__cause__, getattr(error.__cause__, "__cause__", None)]
-        if kept or not any(_is_offline(cause) for cause in causes):
-            raise
-        raise NotHere(str(error)) from error
-    finally:
-        constants.HF_HUB_OFFLINE = kept
-
-
-def _is_offline(error: BaseException | None) -> bool:
-    said = f"{type(error).__name__} {error}".lower()
-    return error is not None and any(
-        word in said for word in ("offline", "localentrynotfound", "cached files", "not on this machine")
-    )
-
-
-def _download(name: str, tag: str) -> Path:
-    from huggingface_hub import is_offline_mode
-
-    config = open_clip.get_pretrained_cfg(name, tag)
-    if is_offline_mode() and config.get("url") and not config.get("hf_hub"):
-        path = Path("~/.cache/clip").expanduser() / Path(config["url"]).name  # where open_clip puts what it fetches
-        if not path.is_file():
-            raise NotHere(f"the weights '{tag}' of '{name}' are not on this machine; fetch them first")
-    with _one_line_errors(f"cannot fetch the weights '{tag}' of '{name}'"):
-        return Path(open_clip.download_pretrained(config))
-
-
-@contextmanager
-def _one_line_errors(what: str) -> Iterator[None]:
-    """Whatever open_clip, transformers or a download raise, in one line, with what to do."""
-    try:
-        yield
-    except VLMQError:
-        raise
-    except ModuleNotFoundError as error:
-        package = "transformers" if "transformers" in str(error) else error.name
-        raise VLMQError(f"{what}: {package} is not installed; pip install {package}") from error
-    except Exception as error:
-        said = _reason(error)
-        if "transformers" in said.lower() and "install" in said.lower():
-            advice = "pip install 'lightning_vlmq[hf]'"
-        elif any(
-            word in f"{type(error).__name__} {error}".lower()
-            for word in ("connect", "offline", "hub", "resolve", "download")
-        ):
-            advice = "without a connection, put the model's files in a folder and give local-dir:<folder>"
-        else:
-            advice = "check the name, the config and the files"
-        raise VLMQError(f"{what}: {said}; {advice}") from error
 
 
 def _weights_in(folder: Path) -> Path:
@@ -335,9 +180,3 @@ def _weights_in(folder: Path) -> Path:
             f"call the one that is meant {preferred[0]}"
         )
     return found[0]
-
-
-def _reason(error: BaseException) -> str:
-    """The last informative line of what an exception says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import digest
-from lightning_vlmq.models import RANDOM, load_origin, load_vlm, openclip, origin, split_name, zoo
+from lightning_vlmq.models import RANDOM, load_origin, load_vlm, openclip, origin, recipes, split_name, zoo
 
 CONFIG = {
     "embed_dim": 16,
@@ -137,7 +137,7 @@ class TestRecipe:
         for name, tag in open_clip.list_pretrained():
             config = open_clip.get_model_config(name)
             try:
-                recipe = openclip._recipe_of_tag(name, tag, config, None)
+                recipe = recipes.recipe_of_tag(name, tag, config, None)
             except VLMQError:
                 refused.append((name, tag))
                 continue

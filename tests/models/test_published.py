@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from lightning_vlmq.models import known_vlm
-from lightning_vlmq.models.openclip import _recipe_of_tag
+from lightning_vlmq.models.recipes import recipe_of_tag
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "configs" / "vlm").glob("*.yaml"))
@@ -26,7 +26,7 @@ def test_a_config_names_weights_that_are_offered_and_agree_with_their_architectu
     settings = yaml.safe_load(path.read_text())["model"]["init_args"]
     known_vlm(settings["vlm"], settings.get("pretrained"))
     if not settings["vlm"].startswith("hf-hub:"):
-        _recipe_of_tag(settings["vlm"], settings["pretrained"], open_clip.get_model_config(settings["vlm"]), None)
+        recipe_of_tag(settings["vlm"], settings["pretrained"], open_clip.get_model_config(settings["vlm"]), None)
     assert f"--config vlm/{path.stem}" in path.read_text()
 
 
