@@ -3,49 +3,42 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torchao
 from jsonargparse import lazy_instance
 from rich import print as rich_print
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.benchmark import Timer
 
-from lightning_vlmq.core.atomic import require_writable, scratch
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.atomic import require_writable
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.sets import in_distribution
 from lightning_vlmq.lowbit.convert import (
     Activations,
     Conversion,
     Kernels,
     amend_description,
     convert_layers,
-    flat_state,
     save_converted,
 )
+from lightning_vlmq.lowbit.costs import latencies, setting, sizes
 from lightning_vlmq.lowbit.export import PROGRAMS, export_encoder
 from lightning_vlmq.models import RANDOM, VLM, load_origin
 from lightning_vlmq.quant.checkpoint import (
     DESCRIPTION,
     FORMAT,
-    WEIGHTS,
     load_quantized,
     read_description,
-    write_tensors,
 )
 from lightning_vlmq.quant.description import described
-from lightning_vlmq.results.version import code_version
-
-WARM_UP = 3
-"""Untimed calls before the first timed one."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +130,8 @@ def convert(
     report: dict[str, Any] = {
         "layers": layers,
         "agreement": asdict(agreement),
-        "latency_ms": _latencies(full, converted, saved.scheme.towers, batch, rounds, compile),
-        "setting": _setting(full, batch, rounds),
+        "latency_ms": latencies(full, converted, saved.scheme.towers, batch, rounds, compile),
+        "setting": setting(full, batch, rounds),
         "random_weights": full.pretrained == RANDOM,
     }
     save_converted(converted, target, conversion, description, **report)
@@ -147,7 +140,7 @@ def convert(
     if export:
         for tower, program in PROGRAMS.items():
             export_encoder(converted, tower, target / program, pixels)
-    report["bytes"] = _sizes(full, converted, target)
+    report["bytes"] = sizes(full, converted, target)
     amend_description(target, bytes=report["bytes"])
     rich_print(_table(report, target))
     return report
@@ -156,7 +149,8 @@ def convert(
 def id_images(data: ReliabilityDataModule) -> list[Tensor]:
     """The images of a data module's in-distribution set, uint8 ``[b, 3, h, w]`` each batch."""
     loaders = data.val_dataloader()
-    loader = next(loader for s, loader in zip(data.eval_sets, loaders) if s.role == "id")
+    inside = in_distribution(data.eval_sets)
+    loader = next(loader for s, loader in zip(data.eval_sets, loaders) if s is inside)
     return [b["image"] for b in loader]
 
 
@@ -202,88 +196,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise VLMQError(f"device '{name}' is not there ({str(error).splitlines()[0]}); use cpu or cuda") from error
+        raise VLMQError(f"device '{name}' is not there ({first_line(error)}); use cpu or cuda") from error
     return device
-
-
-@torch.no_grad()
-def _latencies(
-    full: VLM, converted: VLM, towers: Sequence[str], batch: int, rounds: int, compile: bool
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean milliseconds a call, with its standard error, of each encoder in scope: by encoder, then by model."""
-    size, device = full.image_size, full.mean.device
-    pixels = torch.randint(
-        0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    tokens = full.tokenize(["a photo of a red shoe"] * batch)
-    found = {}
-    for tower in towers:
-        x = (pixels if tower == "vision" else tokens).to(device)
-        calls: dict[str, Callable[[Tensor], Tensor]] = {}
-        for name, vlm in (("fp32", full), ("converted", converted)):
-            calls[name] = vlm.encode_image if tower == "vision" else vlm.encode_text
-            if compile:
-                calls[f"{name} compiled"] = _compiled(calls[name], x)
-        found["image" if tower == "vision" else "text"] = _take_turns(calls, x, rounds)
-    return found
-
-
-def _compiled(call: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[Tensor], Tensor]:
-    fast = torch.compile(call)
-    try:
-        fast(x)
-    except Exception as error:  # the compiler raises what it likes
-        raise VLMQError(f"torch.compile failed ({str(error).splitlines()[0]}); leave compile out") from error
-    return fast
-
-
-def _take_turns(calls: dict[str, Callable[[Tensor], Tensor]], x: Tensor, rounds: int) -> dict[str, dict[str, float]]:
-    """Time several functions of ``x`` in turn, so that whatever else the machine does hits all of them."""
-    threads = torch.get_num_threads()
-    timers = {n: Timer("f(x)", globals={"f": f, "x": x}, num_threads=threads) for n, f in calls.items()}
-    for timer in timers.values():
-        timer.timeit(WARM_UP)
-    times = {n: torch.empty(rounds, dtype=torch.float64) for n in calls}
-    for i in range(rounds):
-        for n, timer in timers.items():
-            times[n][i] = 1000 * timer.timeit(1).mean
-    errors = {n: t.std().item() / math.sqrt(rounds) if rounds > 1 else math.nan for n, t in times.items()}
-    return {n: {"mean": t.mean().item(), "stderr": errors[n]} for n, t in times.items()}
-
-
-def _sizes(full: VLM, converted: VLM, folder: Path) -> dict[str, dict[str, int]]:
-    """Bytes of both models' files and of their tensors in memory, and of the programs."""
-    state = full.state_dict()
-    with scratch(folder / WEIGHTS) as partial:
-        write_tensors(partial, state)
-        fp32 = partial.stat().st_size
-    programs = {
-        program: (folder / program).stat().st_size for program in PROGRAMS.values() if (folder / program).exists()
-    }
-    return {
-        "file": {"fp32": fp32, "converted": (folder / WEIGHTS).stat().st_size},
-        "memory": {"fp32": _bytes(state.values()), "converted": _bytes(flat_state(converted)[0].values())},
-        "programs": programs,
-    }
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _setting(vlm: VLM, batch: int, rounds: int) -> dict[str, Any]:
-    device = vlm.mean.device
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": str(device),
-        "hardware": hardware,
-        "threads": torch.get_num_threads(),
-        "batch": batch,
-        "rounds": rounds,
-        "torch": torch.__version__,
-        "torchao": torchao.__version__,
-        "code_version": code_version(),
-    }
 
 
 def _table(report: dict[str, Any], folder: Path) -> Table:
@@ -292,7 +206,7 @@ def _table(report: dict[str, Any], folder: Path) -> Table:
     kinds = [layer["kind"] for layer in report["layers"].values()]
     counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     table = Table(
-        title=f"Converted to {folder}{' (random weights)' if report['random_weights'] else ''}",
+        title=f"Converted to {escape(str(folder))}{' (random weights)' if report['random_weights'] else ''}",
         caption=f"{counts}. Same top class on {agreement['top1']:.2%} of {agreement['images']} images, mean cosine of logits "
         f"{agreement['cosine']:.6f}. Latency: batch {setting['batch']}, {setting['threads']} thread(s), {setting['hardware']}.",
     )

@@ -46,9 +46,14 @@ def keep_best(
 
     Returns:
         The names of the fits that were left.
+
+    Raises:
+        VLMQError: no batch has an image, or no pair of fits has a finite loss.
     """
     device = next(vlm.parameters()).device
     judged = list(_first(calibration, device))
+    training = vlm.training
+    vlm.eval()
     with torch.no_grad(), full_precision(vlm):
         images = [vlm.encode_image(batch["image"]) for batch in judged]
         texts = [vlm.encode_text(b["tokens"]) if "tokens" in b else image for b, image in zip(judged, images)]
@@ -72,13 +77,15 @@ def keep_best(
         return total / sum(map(len, images))
 
     losses: dict[tuple[str, str], float] = {}
-    training = vlm.training
-    vlm.eval()
     for chosen in product(fitted_inputs, fitted_weights):
         put(chosen)
         losses[chosen] = judge()
     vlm.train(training)
     best = min(losses, key=lambda chosen: (math.isnan(losses[chosen]), losses[chosen]))
+    if not math.isfinite(losses[best]):
+        raise VLMQError(
+            "the loss is not a number from any start; check the weights and the calibration data for NaN or inf"
+        )
     put(best)
     told = ", ".join(f"{'/'.join(chosen)} {found:.3g}" for chosen, found in losses.items())
     log.info("training starts from %s grids of inputs and %s grids of weights (inputs/weights: %s)", *best, told)

@@ -93,7 +93,7 @@ def search_scale(layers: Sequence[QuantizedLayer], magnitude: Tensor, moment: Te
     Args:
         layers: their weights and weight quantizers are used; neither is changed.
         magnitude: mean magnitude of each input channel, ``[channels]``.
-        moment: second moment of the inputs, see :class:`SecondMomentObserver`.
+        moment: second moment of the inputs, see :class:`~lightning_vlmq.quant.observers.SecondMomentObserver`.
         grid: number of exponents tried.
 
     Returns:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.outliers import TOLERANCE, drawn_features
 from lightning_vlmq.models.vlm import TOWERS, VLM
-from lightning_vlmq.quant.rotation.streams import NoStream, Stream, find_stream
+from lightning_vlmq.quant.rotation.residual import NoStream, Stream
+from lightning_vlmq.quant.rotation.streams import find_stream
 
 
 @torch.no_grad()

@@ -21,7 +21,8 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import TOWERS, VLM
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.rotation.folds import InputFold, OutputFold, StreamEntry, StreamExit
-from lightning_vlmq.quant.rotation.streams import NoStream, Slot, Stream, Values, find_stream
+from lightning_vlmq.quant.rotation.residual import NoStream, Slot, Stream, Values
+from lightning_vlmq.quant.rotation.streams import find_stream
 from lightning_vlmq.quant.transforms import HeadRotation, Rotation, randomized_hadamard
 
 SEED = 0
