@@ -34,8 +34,8 @@ from lightning_vlmq.study.analysis.mechanism import (
     verdicts,
 )
 from lightning_vlmq.study.analysis.runs import StudyResults
-from lightning_vlmq.study.report import figures
-from lightning_vlmq.study.report.figures.style import BLACK, GREY, PALETTE, new_figure, styled
+from lightning_vlmq.study.report.figures.mechanism import verdict_summary
+from lightning_vlmq.study.report.figures.style import BLACK, GREY, PALETTE, as_png, new_figure, styled
 from lightning_vlmq.study.report.mechanism import MARKS, tally
 
 START, END = "<!-- results -->", "<!-- end of results -->"
@@ -211,14 +211,14 @@ def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
     about = {"command": "vlmq-study study=mechanism", "hardware": hardware(), "duration": duration(root)}
     about |= {"vlms": str(len(analysis.vlms)), "runs": f"{len(analysis.results.rows['run_id'].unique()):,}"}
     images, data = page.parent / "images", page.parent / "data" / "mechanism.parquet"
-    drawn = {"gain": gain_figure(gains), "verdicts": figures.verdict_summary(found)}
+    drawn = {"gain": gain_figure(gains), "verdicts": verdict_summary(found)}
     drawn["prediction"] = prediction_figure(shown) if len(shown) else None
     written = []
     images.mkdir(parents=True, exist_ok=True)
     for name, figure in drawn.items():
         if figure is not None:
             written.append(images / f"mechanism_{name}.png")
-            figures.as_png(figure, written[-1])
+            as_png(figure, written[-1])
     tables = {"gains": gains, "verdicts": verdict_frame(found), "predictions": predictions}
     whole = pd.concat([frame.assign(table=name) for name, frame in tables.items() if len(frame)], ignore_index=True)
     made = pa.Table.from_pandas(whole, preserve_index=False)

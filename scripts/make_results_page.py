@@ -26,7 +26,10 @@ from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.groups import GroupEffect, group_effects
 from lightning_vlmq.study.analysis.published import Claim, held_against
 from lightning_vlmq.study.analysis.runs import StudyResults
-from lightning_vlmq.study.report import figures
+from lightning_vlmq.study.report.figures.damage import effects_over_damage
+from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
+from lightning_vlmq.study.report.figures.robustness import corruption_changes
+from lightning_vlmq.study.report.figures.style import as_png
 from lightning_vlmq.study.report.notation import percent_interval
 
 START, END = "<!-- results -->", "<!-- end of results -->"
@@ -135,13 +138,13 @@ def write(root: Path, page: Path) -> list[Path]:
     data = page.parent / "data" / root.name
     data.parent.mkdir(parents=True, exist_ok=True)
     keep_rows(analysis.results, data)
-    drawn = {"overview": figures.overview(analysis), "damage": figures.effects_over_damage(analysis)}
-    drawn |= {"spurious": figures.spurious_gap_slopes(analysis), "corruption": figures.corruption_changes(analysis)}
+    drawn = {"overview": overview(analysis), "damage": effects_over_damage(analysis)}
+    drawn |= {"spurious": spurious_gap_slopes(analysis), "corruption": corruption_changes(analysis)}
     (page.parent / "images").mkdir(exist_ok=True)
     images = {name: figure for name, figure in drawn.items() if figure is not None}
     written = [page.parent / "images" / f"results_{name}.png" for name in images]
     for path, figure in zip(written, images.values()):
-        figures.as_png(figure, path, dpi=80)
+        as_png(figure, path, dpi=80)
     section = results_text(analysis, f"vlmq-study study={root.name}", list(images), f"data/{root.name}")
     page.write_text(text.split(START)[0] + section + text.split(END)[1], encoding="utf-8")
     return [*written, data, page]

@@ -90,8 +90,8 @@ committed, its text spreads over rank 125 with 15 % of the energy from rank 64 o
 ranks still classify by chance, around zero they do not.
 
 Outlier channels: gains are never decayed. Training the ViT for 36 epochs instead of 20 (`--trainer.max_epochs 20`) raised its largest
-activation over the median from 31 to 42 and top-1 from 37.6 to 52.8 %; the convolutional towers have the largest without any help. `--model.outliers` plants
-stronger ones (docs/experiments.md).
+activation over the median from 31 to 42 and top-1 from 37.6 to 52.8 %; the convolutional towers have the largest without any
+help. `--model.outliers` plants stronger ones (docs/experiments.md).
 """
 
 

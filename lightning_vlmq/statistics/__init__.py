@@ -20,6 +20,7 @@ from lightning_vlmq.statistics.replicates import (
 from lightning_vlmq.statistics.resamples import bootstrap_indices, bootstrap_means, bootstrap_replicates
 from lightning_vlmq.statistics.settings import Statistics
 from lightning_vlmq.statistics.significance import (
+    FALSE_DISCOVERY_RATE,
     Z95,
     DeLongResult,
     Interval,
@@ -33,6 +34,7 @@ from lightning_vlmq.statistics.significance import (
 )
 
 __all__ = [
+    "FALSE_DISCOVERY_RATE",
     "Z95",
     "BootstrapResult",
     "ClusteredMean",

@@ -110,7 +110,8 @@ def bootstrap_means(columns: Tensor, n_resamples: int = 10_000, seed: int = 0) -
     """Means of many columns over the same resamples, as multinomial weights times a matrix.
 
     Ratios and differences of means (accuracies, relative changes) follow from the returned columns row by row; put them
-    through :func:`summarise`. The resamples are those of :func:`bootstrap_replicates` with the same seed.
+    through :func:`~lightning_vlmq.statistics.bootstrap.summarise`. The resamples are those of :func:`bootstrap_replicates` with the
+    same seed.
 
     Args:
         columns: ``[n, k]``, any real dtype.

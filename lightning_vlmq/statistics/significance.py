@@ -35,6 +35,9 @@ def standard_error_of_mean(column: Tensor) -> Tensor:
 Z95 = float(norm.ppf(0.975))
 """Standard errors to either side of an estimate that make a 95 % interval."""
 
+FALSE_DISCOVERY_RATE = 0.05
+"""A corrected p-value below this is called significant, in every table, figure and screen."""
+
 
 class Interval(NamedTuple):
     """An estimate with its standard error and 95 % interval over test samples."""

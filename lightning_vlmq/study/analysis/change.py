@@ -10,7 +10,7 @@ from lightning_vlmq.evaluation.estimates import Array, Estimate, deviation
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.evaluation.rows import change as change_of
 from lightning_vlmq.quant.scheme import FULL_PRECISION
-from lightning_vlmq.statistics import Interval
+from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval
 from lightning_vlmq.study.analysis.runs import Setting
 
 FULL = Setting(FULL_PRECISION, 32, 32, "none")
@@ -45,6 +45,11 @@ class Comparison:
     p_value: float = float("nan")
     q_value: float = float("nan")
     effects: Array = field(default_factory=lambda: np.empty(0), repr=False)
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the change is significant at the study's false discovery rate; not where nothing is tested."""
+        return self.q_value < FALSE_DISCOVERY_RATE
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +112,12 @@ def _closed_form(setting: Setting, measure: Measure, pairs: list[Pair], value: f
     return replace(bare, change=change, effect=effect, p_value=change.p_value)
 
 
+def tested_gain(measure: Measure, comparison: Comparison) -> float:
+    """By how much a setting is better than full precision by the change that is tested (see ``Metric.tested_by``)."""
+    change = 0.0 if comparison.change is None else comparison.change.estimate
+    return measure.info.gain(comparison.reference, comparison.reference + change)
+
+
 def relative(change: Interval, reference: float) -> Interval:
     """Delta from a change, the reference taken as known."""
     if reference == 0:
@@ -117,3 +128,22 @@ def relative(change: Interval, reference: float) -> Interval:
 def over_samples(estimate: float, replicates: Array) -> Interval:
     """What an estimate's replicates say of it; those that are not finite are left out, as in every standard error."""
     return Interval.normal(estimate, deviation(replicates))
+
+
+def average_effect(comparisons: list[Comparison]) -> Interval:
+    """Mean effect of several comparisons of one measure.
+
+    Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images. Where there are
+    none, the comparisons' errors count as one and the same, which is the most that they can be.
+    """
+    effects = [(c.effect, c.effects) for c in comparisons if c.effect]
+    if not all(len(drawn) for _, drawn in effects):
+        estimates, errors = zip(*((own.estimate, own.stderr) for own, _ in effects))
+        return Interval.normal(float(np.mean(estimates)), float(np.mean(errors)))
+    common = over_samples(
+        float(np.mean([own.estimate for own, _ in effects])), np.mean([drawn for _, drawn in effects], axis=0)
+    )
+    doubt = np.mean(
+        [max(own.stderr**2 - deviation(drawn) ** 2, 0.0) ** 0.5 for own, drawn in effects]
+    )  # of one sign, maybe
+    return Interval.normal(common.estimate, float(np.hypot(common.stderr, doubt)))

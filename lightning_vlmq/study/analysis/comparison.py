@@ -9,17 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from lightning_vlmq.evaluation.estimates import Estimate, deviation
-from lightning_vlmq.evaluation.evaluators import estimate_all, main_score, recorded_scores
-from lightning_vlmq.evaluation.measures import METRICS, Measure
-from lightning_vlmq.evaluation.quantities import AlignedRuns, SampleMean
-from lightning_vlmq.evaluation.records import SampleMatrix
+from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.metrics.functional import TrajectoryBins
-from lightning_vlmq.statistics import Interval, Statistics
-from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare, over_samples
+from lightning_vlmq.statistics import Statistics
+from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare
 from lightning_vlmq.study.analysis.columns import Comparisons, Key
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
-from lightning_vlmq.study.analysis.runs import Setting, StoredRun, StudyResults, align, reference_of
+from lightning_vlmq.study.analysis.runs import Setting, StudyResults, align, reference_of
+from lightning_vlmq.study.analysis.shown import shown_estimates
 from lightning_vlmq.study.analysis.stored import comparisons_from_rows
 
 
@@ -113,25 +110,6 @@ class StudyAnalysis:
         return None if c is None or c.effect is None or np.isnan(c.effect.estimate) else c
 
 
-def average_effect(comparisons: list[Comparison]) -> Interval:
-    """Mean effect of several comparisons of one measure.
-
-    Replicates of all comparisons come from the same resamples, so the interval accounts for their common test images. Where there are
-    none, the comparisons' errors count as one and the same, which is the most that they can be.
-    """
-    effects = [(c.effect, c.effects) for c in comparisons if c.effect]
-    if not all(len(drawn) for _, drawn in effects):
-        estimates, errors = zip(*((own.estimate, own.stderr) for own, _ in effects))
-        return Interval.normal(float(np.mean(estimates)), float(np.mean(errors)))
-    common = over_samples(
-        float(np.mean([own.estimate for own, _ in effects])), np.mean([drawn for _, drawn in effects], axis=0)
-    )
-    doubt = np.mean(
-        [max(own.stderr**2 - deviation(drawn) ** 2, 0.0) ** 0.5 for own, drawn in effects]
-    )  # of one sign, maybe
-    return Interval.normal(common.estimate, float(np.hypot(common.stderr, doubt)))
-
-
 def analyse(results: StudyResults) -> StudyAnalysis:
     """Compare every run of a study with the full-precision run of its VLM (of its seed, where there is one).
 
@@ -163,7 +141,7 @@ def analyse(results: StudyResults) -> StudyAnalysis:
             runs = [reference, *(run for run in quantized if reference_of(run, references) is reference)]
             settings = [FULL, *(run.setting for run in runs[1:])]
             sets = align(runs)
-            estimates = _estimates(sets, results, runs, settings_of_all)
+            estimates = shown_estimates(sets, results, runs, settings_of_all)
             for measure, estimate in estimates.items():
                 for position, setting in enumerate(settings):
                     if measure.follows_logit_scale or not setting.is_tuned:
@@ -203,49 +181,6 @@ def _analysis(
         unreferenced=unreferenced,
         score=next((measure.score for measure in comparisons.measures if measure.score and not measure.dataset), ""),
     )
-
-
-def _estimates(
-    sets: dict[str, list[SampleMatrix]], results: StudyResults, runs: list[StoredRun], settings: Statistics
-) -> dict[Measure, Estimate]:
-    """What the report shows: everything in distribution, means on other labelled sets, all metrics of the main OOD score, AUROC of all.
-
-    Corrupted and shifted sets are left out of what takes a pass over every resample: there are hundreds of them.
-    """
-    main = main_score(recorded_scores(sets["id"])) if "id" in sets else ""
-    quick = {name for name in METRICS if isinstance(METRICS[name].of, SampleMean)} | {"mean_corruption_error"}
-    quick -= {"adaptive_ece", "adaptive_ece_debiased"}
-
-    def wanted(metric: str, role: str, score: str) -> bool:
-        if score:
-            return metric == "auroc" or score == main
-        return role == "id" or (role != "spurious" and metric in quick)
-
-    every = [matrix for matrices in sets.values() for matrix in matrices]
-    estimates = estimate_all(AlignedRuns(every, settings, wanted))
-    shown = {m: e for m, e in estimates.items() if not m.dataset or (m.metric == "auroc" and m.role != "spurious")}
-    return shown | _stored_estimates(results, [run.run_id for run in runs])
-
-
-def _stored_estimates(results: StudyResults, run_ids: list[str]) -> dict[Measure, Estimate]:
-    """Measures that follow from more than samples, from the rows: class-wise errors, each with its standard error and its change's."""
-    found: dict[Measure, Estimate] = {}
-    for name in ("classwise_ece", "classwise_ece_debiased"):
-        rows = results.about(name, f"delta_{name}")
-        own = rows[(rows["role"] == "id") & (rows["dataset"] == "")]
-        stored = own.set_index(["metric", "run_id"])[["value", "stderr"]]
-        value, stderr, change = (np.full(len(run_ids), np.nan) for _ in range(3))
-        for k, run_id in enumerate(run_ids):
-            if (name, run_id) in stored.index:
-                value[k], stderr[k] = stored.loc[(name, run_id)]
-            if (f"delta_{name}", run_id) in stored.index:
-                scale = value[0] if METRICS[name].is_relative else 1.0
-                change[k] = stored.loc[(f"delta_{name}", run_id), "stderr"] * scale
-        if not np.isnan(value).all():
-            n = int(own["n"].max())
-            empty = np.empty((0, len(value)))
-            found[Measure(name, "id")] = Estimate(value, empty, n, np.stack([stderr, change]))
-    return found
 
 
 def _alike(seeds: list[TrajectoryBins]) -> list[TrajectoryBins]:

@@ -39,7 +39,7 @@ SHARE_MARGIN = 0.15
 
 @dataclass(frozen=True)
 class Query:
-    """Which numbers a claim is about: one of each VLM and quantized setting that it names; controls never count.
+    """Which numbers a claim is about: one of each VLM and quantized setting that it names; controls and surgeries never count.
 
     Attributes:
         measure: what is compared with full precision; the OOD score is the study's main one.
@@ -157,9 +157,9 @@ for _title, _method, _bits, _gap, _vulnerability, _expects in _GAPS:
 
 
 def _compared(analysis: StudyAnalysis, measure: Measure) -> Iterator[tuple[str, Setting, Comparison]]:
-    """Every comparison of a measure that is known, controls left out."""
+    """Every comparison of a measure that is known, of quantizations: no controls, no surgeries."""
     for vlm, setting, comparison in analysis.comparisons.of(measure):
-        if not setting.is_control:
+        if setting.is_quantization:
             yield vlm, setting, comparison
 
 
@@ -245,7 +245,7 @@ def _share(analysis: StudyAnalysis, holds: Callable[[dict[str, float]], bool], t
     """1 where it holds of a setting's gains in accuracy, ECE and AUROC, else 0; by VLM."""
     found: dict[str, list[Cell]] = {}
     for (vlm, setting), gains in analysis.joint_gains().items():
-        if not setting.is_control and (setting.is_trained or not trained):
+        if setting.is_trained or not trained:
             found.setdefault(vlm, []).append(Cell(float(holds(gains))))
     return found
 

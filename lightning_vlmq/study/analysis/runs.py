@@ -67,7 +67,7 @@ class Setting:
 
     @cached_property
     def is_quantization(self) -> bool:
-        """Whether it is a quantized model as it is: no control, and no surgery on its error."""
+        """Whether it is a model as it came or as a method made it: no control, and no surgery on its error."""
         return not self.surgery and not self.is_control
 
     @cached_property

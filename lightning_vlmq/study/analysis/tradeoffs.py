@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_vlmq.evaluation.about import BITS_PER_WEIGHT, OUTPUT_SQNR
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.evaluation.results import BITS_PER_WEIGHT, OUTPUT_SQNR
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
@@ -63,7 +63,7 @@ class Candidate:
 def pareto_front(analysis: StudyAnalysis) -> dict[str, list[Candidate]]:
     """Of each VLM the models that none of its others beats in one of accuracy, ECE, OOD detection and size without losing in another.
 
-    By the values as they are, whose errors the tables have; controls do not take part. By falling size.
+    By the values as they are, whose errors the tables have; controls and surgeries do not take part. By falling size.
     """
     bits = of_models(analysis, BITS_PER_WEIGHT)
     found: dict[str, list[Candidate]] = {}
@@ -73,7 +73,7 @@ def pareto_front(analysis: StudyAnalysis) -> dict[str, list[Candidate]]:
             size = 32.0 if setting == FULL else bits.get((vlm, setting), float("nan"))
             named = {m: analysis.comparisons.get((vlm, setting, m)) for m in _measures(analysis)}
             values = [c.value for c in named.values() if c is not None]
-            if not setting.is_control and len(values) == len(named) and not np.isnan([*values, size]).any():
+            if setting.is_quantization and len(values) == len(named) and not np.isnan([*values, size]).any():
                 top1, ece, near, far = values
                 candidates.append(Candidate(vlm, setting, top1, ece, (near + far) / 2, size))
         kept = undominated(np.array([c.goods for c in candidates]).reshape(-1, 4))
@@ -120,7 +120,7 @@ def seed_spread(analysis: StudyAnalysis) -> list[SeedSpread]:
     cells = {
         run.run_id: (results.vlm_of(run), run.setting)
         for run in results.runs
-        if not run.key.is_full_precision and not run.setting.is_tuned
+        if not run.key.is_full_precision and not run.setting.is_tuned and run.setting.is_quantization
     }
     shown = dimensions(analysis.score)
     rows = results.about(*{dimension.measure.metric for dimension in shown})

@@ -9,10 +9,10 @@ import torch
 
 from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.statistics import share_improved
-from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.change import FULL, Comparison, tested_gain
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
-from lightning_vlmq.study.report.tables import comparison_cell, html_table
+from lightning_vlmq.study.report.cells import comparison_cell, html_table
 
 ECE = Measure("ece", "id")
 TUNED_MEASURES = (ECE, Measure("adaptive_ece", "id"), Measure("nll", "id"), Measure("brier", "id"))
@@ -38,7 +38,7 @@ def _share(measure: Measure, comparisons: list[Comparison]) -> str:
     share = share_improved(torch.zeros_like(gains), gains, better="higher")
     if share.n_compared == 0:
         return "–"
-    significant = [tested_gain(measure, c) > 0 for c in comparisons if c.q_value < 0.05]
+    significant = [tested_gain(measure, c) > 0 for c in comparisons if c.is_significant]
     better = sum(significant)
     text = f"{100 * share.share:.0f} % <i>[{100 * share.low:.0f}, {100 * share.high:.0f}]</i>"
     counts = (
@@ -50,12 +50,6 @@ def _share(measure: Measure, comparisons: list[Comparison]) -> str:
 def gain(measure: Measure, comparison: Comparison) -> float:
     """By how much a setting's value is better than full precision's."""
     return measure.info.gain(comparison.reference, comparison.value)
-
-
-def tested_gain(measure: Measure, comparison: Comparison) -> float:
-    """The same of the change that is tested, see :class:`~lightning_vlmq.evaluation.measures.Metric`."""
-    change = 0.0 if comparison.change is None else comparison.change.estimate
-    return measure.info.gain(comparison.reference, comparison.reference + change)
 
 
 def joint_table(analysis: StudyAnalysis) -> str:

@@ -9,6 +9,7 @@ from html import escape
 import pandas as pd
 
 from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict
+from lightning_vlmq.study.report.cells import html_table
 
 MARKS = {"reproduces": "●", "does not": "○", "undecided": "?", "nothing to reproduce": "–"}
 """How a verdict is marked, in table and figure."""
@@ -38,15 +39,15 @@ def summary_table(found: Sequence[Verdict]) -> str:
         dict.fromkeys(v.control for v in found), key=lambda c: next(v for v in found if v.control == c).is_surgery
     )
     dimensions = list(dict.fromkeys(v.dimension.title for v in found))
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("dimension", *columns))
     body = []
     for dimension in dimensions:
         cells = []
         for column in columns:
             own = counts.get((dimension, column))
-            told = "" if own is None else " ".join(f"{MARKS[verdict]}&nbsp;{n}" for verdict, n in own.items() if n)
-            cells.append(f"<td>{told}</td>")
-        body.append(f"<tr><td>{escape(dimension)}</td>{''.join(cells)}</tr>")
+            cells.append(
+                "" if own is None else " ".join(f"{MARKS[verdict]}&nbsp;{n}" for verdict, n in own.items() if n)
+            )
+        body.append([escape(dimension), *cells])
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     note = (
         "<p class='note'>Number of quantized settings by verdict: does the change of the control, or of the model whose error was healed "
@@ -54,9 +55,7 @@ def summary_table(found: Sequence[Verdict]) -> str:
         "<code>rank_truncation</code>, <code>spectral_shrink</code> and <code>hurt</code> of the high ranks would reproduce the change, "
         "and <code>heal</code> of them would not.</p>"
     )
-    return (
-        f"{note}<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return note + html_table([["dimension", *map(escape, columns)]], body)
 
 
 def verdict_table(found: Sequence[Verdict]) -> str:
@@ -67,23 +66,24 @@ def verdict_table(found: Sequence[Verdict]) -> str:
     controls = list(dict.fromkeys(v.control for v in shown))
     rows = list(dict.fromkeys((v.quantized, v.dimension) for v in shown))
     by_cell = {(v.quantized, v.dimension, v.control): v for v in shown}
-    head = "".join(f"<th>{escape(name)}</th>" for name in ("setting", "dimension", "change", *controls))
     body = []
     for setting, dimension in sorted(rows, key=lambda row: row[0].sort_key):
         own = [by_cell.get((setting, dimension, control)) for control in controls]
         change = next(v.change for v in own if v is not None)
-        cells = "".join(f"<td>{_cell(v)}</td>" for v in own)
         body.append(
-            f"<tr><td>{escape(setting.label)}</td><td>{escape(dimension.title)}</td><td>{100 * change:+.1f}</td>{cells}</tr>"
+            [
+                escape(setting.label),
+                f"<td class='left'>{escape(dimension.title)}</td>",
+                f"{100 * change:+.1f}",
+                *map(_cell, own),
+            ]
         )
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     note = (
         "<p class='note'>Change: as in the overview, in percent or points. Cells: the control's change as a share of "
         f"quantization's, with the 90 % interval of two one-sided 5 % tests. {marks}; equivalent means within half of it.</p>"
     )
-    return (
-        f"{note}<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return note + html_table([["setting", "dimension", "change", *map(escape, controls)]], body)
 
 
 def _cell(v: Verdict | None) -> str:
@@ -99,27 +99,23 @@ def prediction_html(table: pd.DataFrame, most: int = 6) -> str:
     table = table[table["rho"].notna()] if not table.empty else table
     if table.empty:
         return ""
-    head = "".join(
-        f"<th>{name}</th>" for name in ("outcome", "predictor", "Spearman ρ", "95 % interval", "one VLM left out", "q")
-    )
+    head = ["outcome", "predictor", "Spearman ρ", "95 % interval", "one VLM left out", "q"]
     body = []
     for outcome, part in table.groupby("outcome", sort=False):
         kept = pd.concat([part[~part["is_baseline"]].head(most), part[part["is_baseline"]]])
         for row in kept.itertuples():
             name = f"<i>{escape(row.predictor)}</i>" if row.is_baseline else escape(row.predictor)
-            cells = (
+            cells = [
                 escape(str(outcome)),
-                name,
+                f"<td class='left'>{name}</td>",
                 f"{row.rho:.2f}",
                 f"{row.low:.2f} to {row.high:.2f}",
                 f"{row.left_out_low:.2f} to {row.left_out_high:.2f}",
                 f"{row.q_value:.3f}",
-            )
-            body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+            ]
+            body.append(cells)
     note = (
         "<p class='note'>Correlation inside a VLM at one bit-width (bits: inside a VLM), averaged over VLMs; intervals and "
         "p-values from a bootstrap over VLMs, q corrected over the table. In italics: plain baselines.</p>"
     )
-    return (
-        f"{note}<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
-    )
+    return note + html_table([head], body)

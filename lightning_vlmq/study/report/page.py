@@ -17,9 +17,11 @@ import numpy as np
 
 from lightning_vlmq.core.atomic import write_text
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
-from lightning_vlmq.study.report import figures
+from lightning_vlmq.study.report.figures.overview import overview
+from lightning_vlmq.study.report.figures.style import as_png
 from lightning_vlmq.study.report.numbers import numbers_file, write_numbers
 from lightning_vlmq.study.report.sections import LINKS, sections
 
@@ -47,10 +49,10 @@ def build_report(root: str | os.PathLike[str], readme_figure: str | os.PathLike[
 
 def save_overview(analysis: StudyAnalysis, path: Path) -> None:
     """Write the overview figure as PNG. Raises :class:`VLMQError` if there is nothing to compare."""
-    figure = figures.overview(analysis)
+    figure = overview(analysis)
     if figure is None:
         raise VLMQError(f"'{analysis.results.root}' has no quantized run beside a full-precision one; nothing to draw")
-    figures.as_png(figure, path)
+    as_png(figure, path)
 
 
 def write_report(analysis: StudyAnalysis) -> Path:
@@ -85,7 +87,7 @@ def _facts(analysis: StudyAnalysis) -> str:
         **({"logit scales tuned": f"{tuned:,}"} if tuned else {}),
         "result rows": f"{results.n_rows:,}",
         "comparisons tested": f"{tested.sum():,}",
-        "significant (5 % FDR)": f"{(q_values[tested] < 0.05).sum():,}",
+        "significant (5 % FDR)": f"{(q_values[tested] < FALSE_DISCOVERY_RATE).sum():,}",
     }
     return "<dl>" + "".join(f"<div><dd>{value}</dd><dt>{title}</dt></div>" for title, value in facts.items()) + "</dl>"
 

@@ -8,8 +8,12 @@ from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.groups import group_effects
 from lightning_vlmq.study.analysis.published import held_against
-from lightning_vlmq.study.report import figures, improvement, spectral, tables, tradeoffs
-from lightning_vlmq.study.report.figures.reliability import MIN_COUNT
+from lightning_vlmq.study.report import improvement, spectral, tables, tradeoffs
+from lightning_vlmq.study.report.figures.damage import effects_over_damage
+from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
+from lightning_vlmq.study.report.figures.reliability import MIN_COUNT, reliability_diagrams, reliability_trajectories
+from lightning_vlmq.study.report.figures.robustness import corruption_changes, corruption_curves, prediction_flips
+from lightning_vlmq.study.report.figures.style import as_html
 from lightning_vlmq.study.report.numbers import are_many, numbers_file
 
 Section = tuple[str, str, str]
@@ -27,50 +31,50 @@ def sections(analysis: StudyAnalysis) -> list[Section]:
 
 
 def _figure_sections(analysis: StudyAnalysis) -> list[Section]:
-    overview = figures.as_html(
-        figures.overview(analysis),
+    glance = as_html(
+        overview(analysis),
         "Change against full precision in each reliability dimension, by setting and VLM",
         "Change against full precision, one panel a dimension. δ = (A<sub>FP32</sub> − A<sub>quantized</sub>) / "
         "A<sub>FP32</sub>; every panel is turned so that <b>right is worse</b>. Small marks: one VLM each; diamonds: mean "
         "over VLMs; lines: 95 % paired bootstrap intervals over test images.",
     )
-    slopes = figures.as_html(
-        figures.spurious_gap_slopes(analysis),
+    slopes = as_html(
+        spurious_gap_slopes(analysis),
         "Relative spurious gap of full precision and each quantized setting",
         "Relative spurious gap, RSG = (accuracy on common − on counter backgrounds) / accuracy on common. Bars: 95 % "
         "intervals of the change. Filled marks: the change is significant after correction.",
     )
-    reliability = figures.as_html(
-        figures.reliability_diagrams(analysis),
+    reliability = as_html(
+        reliability_diagrams(analysis),
         "Reliability diagrams of full precision and quantized models",
         f"Accuracy over mean confidence in {analysis.statistics.n_bins} equal-width bins of the in-distribution images (bins of fewer than "
         f"{MIN_COUNT} left out). Below the diagonal: overconfident; above: underconfident.",
     )
-    curves = figures.as_html(
-        figures.corruption_curves(analysis),
+    curves = as_html(
+        corruption_curves(analysis),
         "Accuracy over corruption severity",
         "Top-1 accuracy over severity, mean over corruptions; severity 0 is the in-distribution set. Band: 95 % interval of "
         "full precision alone; changes are paired and known more precisely, see the tables.",
     )
-    changes = figures.as_html(
-        figures.corruption_changes(analysis),
+    changes = as_html(
+        corruption_changes(analysis),
         "Accuracy change by corruption and setting",
         "Change of top-1 accuracy by corruption in points, mean over severities and VLMs.",
     )
-    damage = figures.as_html(
-        figures.effects_over_damage(analysis),
+    damage = as_html(
+        effects_over_damage(analysis),
         "Change in each reliability dimension over the damage to the image features",
         "Every VLM and setting by what quantization did to its image features, not by its bits: the change in each dimension over the "
         "output's signal-to-quantization-noise ratio, −10 log₁₀ of the mean over in-distribution images of |z<sub>q</sub> − z|² of "
         "unit-norm features. <b>Up is worse, right is more damage</b>; models at the same place of the axis are equally damaged.",
     )
-    flips = figures.as_html(
-        figures.prediction_flips(analysis),
+    flips = as_html(
+        prediction_flips(analysis),
         "Share of changed predictions by kind",
         "Predictions on in-distribution images that quantization changes. The rest agrees with full precision.",
     )
     return [
-        ("overview", "Overview", overview + _averages(analysis) if overview else ""),
+        ("overview", "Overview", glance + _averages(analysis) if glance else ""),
         ("calibration", "Calibration", reliability + _tuning(analysis)),
         ("spectra", "Spectra", spectral.spectra_section(analysis)),
         ("spurious", "Spurious correlation", slopes),
@@ -130,8 +134,8 @@ def _averages(analysis: StudyAnalysis) -> str:
 
 
 def _tuning(analysis: StudyAnalysis) -> str:
-    trajectories = figures.as_html(
-        figures.reliability_trajectories(analysis),
+    trajectories = as_html(
+        reliability_trajectories(analysis),
         "Each confidence bin followed from full precision to quantized to tuned",
         f"Where the images of each of full precision's {analysis.statistics.n_bins} confidence bins (of at least "
         f"{MIN_COUNT} images) go when the model is quantized, and when its logit scale is then tuned: accuracy over mean confidence. Of "

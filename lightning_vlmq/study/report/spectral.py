@@ -6,9 +6,15 @@ from html import escape
 
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
-from lightning_vlmq.study.report import figures
-from lightning_vlmq.study.report.figures.ranks import Ranks, read_ranks
-from lightning_vlmq.study.report.figures.spectra import Spectra, read_spectra
+from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
+from lightning_vlmq.study.report.figures.ranks import Ranks, rank_curves, rank_maps, read_ranks
+from lightning_vlmq.study.report.figures.spectra import (
+    Spectra,
+    read_spectra,
+    singular_value_heatmaps,
+    singular_value_ratios,
+)
+from lightning_vlmq.study.report.figures.style import as_html
 from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, verdict_table
 
 
@@ -28,14 +34,14 @@ def spectra_section(analysis: StudyAnalysis) -> str:
 
 
 def _weight_spectra(spectra: Spectra, vlm: str, where: str) -> str:
-    lines = figures.as_html(
-        figures.singular_value_ratios(spectra),
+    lines = as_html(
+        singular_value_ratios(spectra),
         f"Singular values of {vlm} by layer group",
         f"Singular values of the weights, mean over the layers of a group ({where}). Above: relative to the largest of "
         "full precision; below: relative to full precision at the same rank.",
     )
-    heatmap = figures.as_html(
-        figures.singular_value_heatmaps(spectra),
+    heatmap = as_html(
+        singular_value_heatmaps(spectra),
         f"Change of singular values of {vlm} by layer and rank",
         f"log₂ ratio of quantized to full-precision singular values by layer and relative rank, 0 the largest ({where}).",
     )
@@ -45,16 +51,16 @@ def _weight_spectra(spectra: Spectra, vlm: str, where: str) -> str:
 def _activation_ranks(ranks: Ranks, vlm: str, where: str) -> str:
     """SQNR and gain after every block: noise lets SQNR fall and the gain at 1, a filter lowers the gain."""
     curves = "".join(
-        figures.as_html(
-            figures.rank_curves(ranks, tower),
+        as_html(
+            rank_curves(ranks, tower),
             f"SQNR and gain per rank after every block of the {tower} tower of {vlm}",
             f"Activations of the {tower} tower on full precision's principal directions ({where}), pooled over windows of ranks. "
             "SQNR falls with rank under any noise; the gain is below 1 only where a rank is damped.",
         )
         for tower in ("vision", "text")
     )
-    maps = figures.as_html(
-        figures.rank_maps(ranks),
+    maps = as_html(
+        rank_maps(ranks),
         f"SQNR and gain of {vlm} by layer and rank",
         f"The same after every block, by relative rank, 0 the largest ({where}). White is a gain of 1, blue is damped.",
     )
@@ -64,14 +70,14 @@ def _activation_ranks(ranks: Ranks, vlm: str, where: str) -> str:
 def mechanism_section(analysis: StudyAnalysis) -> str:
     """Controls and surgeries beside what they start from, and what foretells a change; empty without them and recorded activations."""
     found = verdicts(analysis)
-    summary = figures.as_html(
-        figures.verdict_summary(found),
+    summary = as_html(
+        verdict_summary(found),
         "Share of quantized settings by verdict, for each control and each surgery, by dimension",
         "Does it do what quantization does? Shares of the quantized settings that change a dimension (their number at the bar's end); "
         "controls, then the quantized model with its error healed, or left, in some ranks alone.",
     )
-    each = figures.as_html(
-        figures.verdict_overview(found),
+    each = as_html(
+        verdict_overview(found),
         "Change of each control as a share of quantization's, by dimension and setting",
         "Each control's change as a share of quantization's. Mean over VLMs; 90 % intervals over test images and seeds. Settings whose "
         "own change is not significant are left empty.",

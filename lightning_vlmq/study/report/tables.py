@@ -2,100 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from html import escape
 
 import numpy as np
 import pandas as pd
 import torch
 
+from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
-from lightning_vlmq.study.analysis.change import FULL, Comparison
-from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
+from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval, benjamini_hochberg
+from lightning_vlmq.study.analysis.change import FULL, Comparison, average_effect
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.published import Claim
 from lightning_vlmq.study.analysis.runs import Setting
-from lightning_vlmq.study.report.notation import percent_interval, signed
-
-_ROLE_TITLES = {
-    "id": "in-distribution",
-    "corruption": "corruptions (mean)",
-    "shift": "semantic shift (mean)",
-    "near_ood": "near-OOD",
-    "far_ood": "far-OOD",
-    "spurious": "spurious correlation",
-}
-
-
-def html_table(head: Sequence[Sequence[str]], body: Iterable[Sequence[str]], caption: str = "") -> str:
-    """A table of ready HTML cells. A cell that starts with ``<t`` brings its own tag (``<td …>``, ``<th …>``)."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        own = (cell if cell.startswith(("<td", "<th")) else f"<{tag}>{cell}</{tag}>" for cell in cells)
-        return f"<tr>{''.join(own)}</tr>"
-
-    title = f"<caption>{caption}</caption>" if caption else ""
-    rows = "".join(line([f"<th scope='row'>{cells[0]}</th>", *cells[1:]], "td") for cells in body)
-    heads = "".join(line(cells, "th") for cells in head)
-    return f"<div class='scroll'><table>{title}<thead>{heads}</thead><tbody>{rows}</tbody></table></div>"
-
-
-def stars(q_value: float) -> str:
-    """Significance mark of a corrected p-value."""
-    return "***" if q_value < 0.001 else "**" if q_value < 0.01 else "*" if q_value < 0.05 else ""
-
-
-def number(measure: Measure, value: float) -> str:
-    """A measure's value as the tables write it: in percent, or as it is."""
-    if np.isnan(value):
-        return "–"
-    digits = ".3f" if value == 0 or abs(value) >= 0.01 else ".2g"  # of a small one, as a divergence is, the first ones
-    text = f"{100 * value:.1f}" if measure.info.in_percent else f"{value:{digits}}"
-    return text.replace("-", "−")
-
-
-def signed_number(measure: Measure, value: float, is_significant: bool = False) -> str:
-    """A change of a measure as the tables write it, with the digits that show a significant one."""
-    return signed(100 * value, 1, is_significant) if measure.info.in_percent else signed(value, 3, is_significant)
-
-
-def comparison_cell(measure: Measure, comparison: Comparison | None) -> str:
-    """Value ± standard error above the change with its mark, coloured where it is significant."""
-    if comparison is None:
-        return "<td class='none'>–</td>"
-    stderr = "" if np.isnan(comparison.stderr) else f" <i>±{number(measure, comparison.stderr)}</i>"
-    value = "" if measure.metric == "vuln_add" else f"{number(measure, comparison.value)}{stderr}"
-    if comparison.change is None:
-        return f"<td>{value or '–'}</td>"
-    change = comparison.change
-    kind = (
-        ""
-        if not comparison.q_value < 0.05
-        else " class='better'"
-        if _improved(measure, comparison)
-        else " class='worse'"
-    )
-    error = f" ±{number(measure, change.stderr)}" if measure.metric == "vuln_add" else ""
-    mark = f"{signed_number(measure, change.estimate, comparison.q_value < 0.05)}{error}<sup>{stars(comparison.q_value)}</sup>"
-    title = f"change {signed_number(measure, change.estimate)}, not tested"
-    if not np.isnan(comparison.p_value):
-        title = f"change {signed_number(measure, change.estimate)} ± {number(measure, change.stderr)}, "
-        title += f"95 % interval {signed_number(measure, change.low)} to {signed_number(measure, change.high)}, "
-        title += f"p = {comparison.p_value:.2g}, corrected {comparison.q_value:.2g}"
-        title += "" if measure.tested_by == measure else f" (of {measure.tested_by.info.title})"
-    return f"<td{kind} title='{title}'>{value}{'<br>' if value else ''}<span>{mark}</span></td>"
-
-
-def _improved(measure: Measure, comparison: Comparison) -> bool:
-    change = 0.0 if comparison.change is None else comparison.change.estimate
-    return measure.info.gain(comparison.reference, comparison.reference + change) > 0
-
-
-def _heading(measure: Measure, unit: str = " %") -> str:
-    """A measure's column heading; its convention when the mouse is on it."""
-    text = escape(measure.info.title) + (unit if measure.info.in_percent else "")
-    convention = measure.info.convention
-    return f"<abbr title='{escape(convention, quote=True)}'>{text}</abbr>" if convention else text
+from lightning_vlmq.study.report.cells import comparison_cell, heading, html_table, interval_cell, stars
+from lightning_vlmq.study.report.notation import percent_interval
 
 
 def average_table(analysis: StudyAnalysis) -> str:
@@ -120,7 +41,7 @@ def average_table(analysis: StudyAnalysis) -> str:
                 continue
             estimate, interval = percent_interval(means[key].estimate, means[key].low, means[key].high)
             worse = (means[key].estimate > 0) == dimension.measure.worse_is_positive
-            kind = "" if not q_values[key] < 0.05 else " class='worse'" if worse else " class='better'"
+            kind = "" if not q_values[key] < FALSE_DISCOVERY_RATE else " class='worse'" if worse else " class='better'"
             cells.append(f"<td{kind}>{estimate}<sup>{stars(q_values[key])}</sup><br><i>{interval}</i></td>")
         body.append(cells)
     head = ["setting", *(f"{escape(d.title)}<br><small>{escape(d.effect)}</small>" for d in shown)]
@@ -138,42 +59,24 @@ def dimension_table(analysis: StudyAnalysis) -> str:
                 label = f"<small>{escape(setting.label)}</small>"
                 if setting == FULL:
                     label = f"{escape(vlm)} <small>full precision</small>"
-                body.append([label, *(_interval_cell(d.measure, c) for d, c in zip(shown, found))])
+                body.append([label, *(interval_cell(d.measure, c) for d, c in zip(shown, found))])
     titles = (f"{escape(d.title)}<br><small>{escape(d.measure.info.title)}, %</small>" for d in shown)
     return html_table([["VLM and setting", *titles]], body)
-
-
-def _interval_cell(measure: Measure, comparison: Comparison | None) -> str:
-    if comparison is None:
-        return "<td class='none'>–</td>"
-    value = f"{number(measure, comparison.value)} <i>±{number(measure, Z95 * comparison.stderr)}</i>"
-    change = comparison.change
-    if change is None:
-        return f"<td>{value}</td>"
-    kind = (
-        ""
-        if not comparison.q_value < 0.05
-        else " class='better'"
-        if _improved(measure, comparison)
-        else " class='worse'"
-    )
-    estimate, interval = percent_interval(change.estimate, change.low, change.high)
-    half = percent_interval(0.5 * (change.high - change.low), change.low, change.high)[0].lstrip("+")
-    mark = f"{estimate} ±{half}<sup>{stars(comparison.q_value)}</sup>"
-    return f"<td{kind} title='{interval}'>{value}<br><span>{mark}</span></td>"
 
 
 def vlm_table(analysis: StudyAnalysis, vlm: str) -> str:
     """Every measure of one VLM: full precision, then each setting beside it."""
     own = {measure for name, _, measure in analysis.comparisons if name == vlm}
     measures = [m for m in analysis.measures if m in own and not m.dataset and m.info.is_shown]
-    measures.sort(key=lambda m: list(_ROLE_TITLES).index(m.role))  # stable: display order inside a role
+    measures.sort(key=lambda m: list(ROLES).index(m.role))  # stable: display order inside a role
     groups: dict[str, list[Measure]] = {}
     for measure in measures:
         score = f", {measure.score}" if measure.score else ""
-        groups.setdefault(_ROLE_TITLES[measure.role] + score, []).append(measure)
+        groups.setdefault(
+            ROLES[measure.role].heading + (" (mean)" if ROLES[measure.role].is_averaged else "") + score, []
+        ).append(measure)
     top = ["<th></th>"] + [f"<th colspan='{len(m)}' class='group'>{escape(t)}</th>" for t, m in groups.items()]
-    head = ["setting", *map(_heading, measures)]
+    head = ["setting", *map(heading, measures)]
     body = []
     for setting in [FULL, *analysis.settings]:
         found = [analysis.comparisons.get((vlm, setting, measure)) for measure in measures]
@@ -189,7 +92,7 @@ def detection_table(analysis: StudyAnalysis) -> str:
     if not measures:
         return ""
     top = ["<th></th>", "<th></th>"]
-    top += [f"<th class='group'>{escape(f'{m.dataset} ({_ROLE_TITLES[m.role]})')}</th>" for m in measures]
+    top += [f"<th class='group'>{escape(f'{m.dataset} ({ROLES[m.role].heading})')}</th>" for m in measures]
     head = ["VLM", "<th class='left'>setting</th>", *(f"{escape(m.score)}, %" for m in measures)]
     body = []
     for vlm in analysis.vlms:
@@ -215,12 +118,12 @@ def zero_shot_table(analysis: StudyAnalysis) -> str:
     rows["set"] = rows["dataset"].where(~is_corrupted, rows["corruption"].str.replace("_", " ").replace("", "none"))
     grouped = rows.groupby(["vlm", "role", "set"], sort=False)[["value", "stderr"]].mean()
     order = rows.drop_duplicates(["role", "set"])[["role", "set"]].itertuples(index=False, name=None)
-    columns = sorted(order, key=lambda pair: list(_ROLE_TITLES).index(pair[0]))
+    columns = sorted(order, key=lambda pair: list(ROLES).index(pair[0]))
     roles = list(dict.fromkeys(role for role, _ in columns))
     top = ["<th></th>"]
     for role in roles:
         span = sum(own == role for own, _ in columns)
-        top.append(f"<th colspan='{span}' class='group'>{_ROLE_TITLES[role].replace(' (mean)', '')}</th>")
+        top.append(f"<th colspan='{span}' class='group'>{ROLES[role].heading}</th>")
     body = []
     for vlm in analysis.vlms:
         cells = [escape(vlm)]
@@ -304,9 +207,9 @@ def claims_table(claims: list[Claim]) -> str:
 def data_table(analysis: StudyAnalysis) -> str:
     """The evaluation data sets with their numbers of samples."""
     rows = analysis.results.about("top1", "auroc")
-    rows = rows[rows["role"].isin(_ROLE_TITLES) & (rows["dataset"] != "")]
+    rows = rows[rows["role"].isin(list(ROLES)) & (rows["dataset"] != "")]
     body = []
-    for role in _ROLE_TITLES:
+    for role in ROLES:
         own = rows[rows["role"] == role]
         if own.empty:
             continue
@@ -316,5 +219,5 @@ def data_table(analysis: StudyAnalysis) -> str:
         low, high = own["n"].min(), own["n"].max()
         n = f"{low:,}" if low == high else f"{low:,} – {high:,}"
         sets = f"<td class='left'>{escape(', '.join(names) + suffix)}</td>"
-        body.append([_ROLE_TITLES[role].replace(" (mean)", ""), sets, n])
+        body.append([ROLES[role].heading, sets, n])
     return html_table([["role", "<th class='left'>data sets</th>", "images each"]], body)

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lightning_vlmq.evaluation.measures import Measure, dimensions
-from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.change import FULL, Comparison, tested_gain
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.report.notation import signed
 
@@ -46,10 +46,10 @@ def _cell(measure: Measure, comparison: Comparison | None) -> str:
     if comparison.change is None:
         return value
     change = comparison.change.estimate
-    text = signed(100 * change, 1, comparison.q_value < 0.05)
-    if not comparison.q_value < 0.05:
+    text = signed(100 * change, 1, comparison.is_significant)
+    if not comparison.is_significant:
         return f"{value} [dim]({text})[/]"
-    colour = "green" if measure.info.gain(comparison.reference, comparison.reference + change) > 0 else "red"
+    colour = "green" if tested_gain(measure, comparison) > 0 else "red"
     return f"{value} [{colour}]({text}*)[/]"
 
 

@@ -9,8 +9,8 @@ from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.groups import GroupEffect
 from lightning_vlmq.study.analysis.tradeoffs import pareto_front, seed_spread
+from lightning_vlmq.study.report.cells import html_table
 from lightning_vlmq.study.report.notation import percent_interval
-from lightning_vlmq.study.report.tables import html_table
 
 
 def pareto_table(analysis: StudyAnalysis) -> str:

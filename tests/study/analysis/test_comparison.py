@@ -22,8 +22,8 @@ from lightning_vlmq.metrics.functional import (
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics, bootstrap_replicates, delong, paired_bootstrap
-from lightning_vlmq.study.analysis.change import FULL
-from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse, average_effect
+from lightning_vlmq.study.analysis.change import FULL, average_effect
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults
 
 W4 = Setting("minmax", 4, 8, "vision")

@@ -19,7 +19,7 @@ from lightning_vlmq.study.analysis.mechanism import (
     verdicts,
 )
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults
-from lightning_vlmq.study.report.figures import verdict_overview, verdict_summary
+from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, tally, verdict_table
 
 

@@ -7,7 +7,7 @@ import pytest
 from cases.study import grid, write_study
 
 from lightning_vlmq.study.analysis import runs as module
-from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.study.analysis.change import FULL, average_effect
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.stored import change_error
@@ -51,7 +51,6 @@ def test_rows_say_what_samples_say(root, monkeypatch):
 
 def test_means_over_vlms_are_never_surer_without_resamples(root, monkeypatch):
     from lightning_vlmq.evaluation.measures import Measure
-    from lightning_vlmq.study.analysis.comparison import average_effect
 
     measure, setting = Measure("top1", "id"), {"weight_bits": 4}
     whole = average_effect(analyse(StudyResults.load(root)).changes(measure, **setting))

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 from cases.study import grid, write_study
 
+from lightning_vlmq.evaluation.about import BITS_PER_WEIGHT, OUTPUT_SQNR
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.evaluation.results import BITS_PER_WEIGHT, OUTPUT_SQNR
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.tradeoffs import damage, pareto_front, seed_spread, undominated
-from lightning_vlmq.study.report import figures
+from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.sections import sections
 
 
@@ -53,7 +53,7 @@ def analysis(tmp_path_factory):
 
 def test_damage_is_by_vlm_and_setting(analysis):
     assert {s.weight_bits: db for (_, s), db in damage(analysis).items()} == {8: 24.0, 4: 12.0}
-    figure = figures.effects_over_damage(analysis)
+    figure = effects_over_damage(analysis)
     drawn = [
         x for axis in figure.axes for line in axis.lines for x in np.atleast_1d(line.get_xdata()) if len(axis.lines) > 1
     ]

@@ -21,11 +21,14 @@ from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.published import ECE, held_against
 from lightning_vlmq.study.analysis.runs import Setting, StudyResults
-from lightning_vlmq.study.report import figures, improvement
-from lightning_vlmq.study.report.figures.spectra import RANKS, read_spectra
+from lightning_vlmq.study.report import improvement
+from lightning_vlmq.study.report.cells import stars
+from lightning_vlmq.study.report.figures.overview import spurious_gap_slopes
+from lightning_vlmq.study.report.figures.reliability import reliability_diagrams
+from lightning_vlmq.study.report.figures.robustness import corruption_curves
+from lightning_vlmq.study.report.figures.spectra import RANKS, read_spectra, singular_value_heatmaps
 from lightning_vlmq.study.report.figures.style import vlm_styles
 from lightning_vlmq.study.report.page import build_report, main, write_report
-from lightning_vlmq.study.report.tables import stars
 
 KEYS = grid(methods=["minmax", "lsq_contrastive"], bits=[(8, 8), (4, 8)], scopes=["vision_text"])
 
@@ -164,7 +167,7 @@ def test_spectra_are_of_the_fewest_bits_and_the_widest_scope(tmp_path):
     analysis = analyse(StudyResults.load(tmp_path))
     (setting, layers), *others = read_spectra(analysis, "vit_clean").items()
     assert setting == Setting("minmax", 4, 8, "vision_text") and not others
-    heatmap = figures.singular_value_heatmaps({setting: layers})
+    heatmap = singular_value_heatmaps({setting: layers})
     image = np.asarray(heatmap.axes[0].images[0].get_array())
     curves = ResultsStore(tmp_path).curves("vit_clean-minmax-W4A8-vision_text-s0")
     layer = curves[curves["layer"] == "model.transformer.resblocks.1.mlp.c_fc"].sort_values("x")
@@ -259,7 +262,7 @@ def test_ten_vlms_fit_the_page(tmp_path):
     vlms = [f"{tower}_{captions}" for tower in ("a", "b", "c", "d", "e") for captions in ("clean", "noisy")]
     write_study(tmp_path, grid(vlms, ["minmax"], [(4, 8)], ["vision"]), size=0.01)
     analysis = analyse(StudyResults.load(tmp_path))
-    for draw in (figures.reliability_diagrams, figures.corruption_curves, figures.spurious_gap_slopes):
+    for draw in (reliability_diagrams, corruption_curves, spurious_gap_slopes):
         figure = draw(analysis)
         assert figure.get_figwidth() <= 11.8  # what the page shows without scrolling
         assert {axis.get_title("left") for axis in figure.axes} >= set(vlms)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from lightning_vlmq.evaluation.measures import dimensions
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.tradeoffs import damage
-from lightning_vlmq.study.report.figures.style import GREY, in_percent, new_figure, styled, vlm_styles
+from lightning_vlmq.study.report.figures.style import (
+    GREY,
+    in_percent,
+    new_figure,
+    significance_keys,
+    styled,
+    vlm_keys,
+    vlm_styles,
+)
 
 
 def effects_over_damage(analysis: StudyAnalysis) -> Figure | None:
@@ -34,7 +41,7 @@ def effects_over_damage(analysis: StudyAnalysis) -> Figure | None:
                 ]
                 if found:
                     x, y = (np.array(part) for part in zip(*((db, c.effect.estimate) for db, c in found if c.effect)))
-                    sure = np.array([c.q_value < 0.05 for _, c in found])
+                    sure = np.array([c.is_significant for _, c in found])
                     face = {
                         "markersize": 3.4,
                         "markeredgewidth": 0.7,
@@ -54,13 +61,6 @@ def effects_over_damage(analysis: StudyAnalysis) -> Figure | None:
             axis.axis("off")
         for axis in grid[-1]:
             axis.set_xlabel("output SQNR, dB   (more damage →)")
-        handles = [
-            Line2D([], [], color=colour, marker=marker, linestyle="", markersize=5, label=vlm)
-            for vlm, (colour, marker) in styles.items()
-        ]
-        handles += [
-            Line2D([], [], color=GREY, marker="o", linestyle="", label="significant"),
-            Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="not significant"),
-        ]
+        handles = vlm_keys(analysis.vlms, linestyle="") + significance_keys()
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
     return figure

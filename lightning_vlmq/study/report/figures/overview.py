@@ -12,8 +12,8 @@ from matplotlib.lines import Line2D
 
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import Interval
-from lightning_vlmq.study.analysis.change import FULL, Comparison
-from lightning_vlmq.study.analysis.comparison import StudyAnalysis, average_effect
+from lightning_vlmq.study.analysis.change import FULL, Comparison, average_effect
+from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import Setting
 from lightning_vlmq.study.report.figures.style import (
     BLACK,
@@ -24,7 +24,9 @@ from lightning_vlmq.study.report.figures.style import (
     method_colours,
     new_figure,
     scope_dashes,
+    significance_keys,
     styled,
+    vlm_keys,
     vlm_styles,
 )
 
@@ -124,10 +126,7 @@ def _label_rows(axis: Axes, rows: dict[Setting, float], is_first: bool) -> None:
 
 
 def _legend(axis: Axes, analysis: StudyAnalysis) -> None:
-    handles = [
-        Line2D([], [], color=colour, marker=marker, markersize=5, linewidth=1, label=vlm)
-        for vlm, (colour, marker) in vlm_styles(analysis.vlms).items()
-    ]
+    handles = vlm_keys(analysis.vlms, linewidth=1)
     if len(handles) > 1:
         mean = Line2D([], [], color=BLACK, linewidth=2, marker="D", markersize=5, label="mean over VLMs")
         mean.set_markerfacecolor("white")
@@ -165,7 +164,7 @@ def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
             axis.add_collection(LineCollection(lines_to, colors=colour, linestyles=dash, linewidths=1.2, alpha=0.7))
             low, high = ([full.value + getattr(c.change, end) for c in known.values()] for end in ("low", "high"))
             axis.vlines(x, low, high, colors=colour, linewidth=1, alpha=0.5)
-            face = [tone if c.q_value < 0.05 else "white" for tone, c in zip(colour, known.values())]
+            face = [tone if c.is_significant else "white" for tone, c in zip(colour, known.values())]
             axis.scatter(x, ends, s=25, facecolors=face, edgecolors=colour, linewidths=1, zorder=2)
             axis.plot(0, full.value, "o", color=BLACK, markersize=6)
             axis.set_title(vlm)
@@ -180,9 +179,6 @@ def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
         label_last_line(grid)
         handles = [Line2D([], [], color=colour, label=method) for method, colour in colours.items()]
         handles += [Line2D([], [], color=GREY, linestyle=dash, label=scope) for scope, dash in dashes.items()]
-        handles += [
-            Line2D([], [], color=GREY, marker="o", linestyle="", label="significant"),
-            Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="white", label="not significant"),
-        ]
+        handles += significance_keys()
         figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8))
     return figure

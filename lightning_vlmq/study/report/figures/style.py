@@ -21,6 +21,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 
 from lightning_vlmq.core.atomic import replacing
@@ -157,6 +158,23 @@ def as_png(figure: Figure, path: Path, dpi: int = 110) -> None:
 def vlm_styles(vlms: Sequence[str]) -> dict[str, tuple[str, str]]:
     """Colour and marker of each VLM."""
     return {vlm: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, vlm in enumerate(vlms)}
+
+
+def vlm_keys(vlms: Sequence[str], **look: Any) -> list[Line2D]:
+    """A legend's entries for VLMs; ``look`` are further properties of the lines."""
+    return [
+        Line2D([], [], color=colour, marker=marker, markersize=5, label=vlm, **look)
+        for vlm, (colour, marker) in vlm_styles(vlms).items()
+    ]
+
+
+def significance_keys() -> list[Line2D]:
+    """A legend's entries for filled and hollow marks."""
+    look: dict[str, Any] = {"color": GREY, "marker": "o", "linestyle": ""}
+    return [
+        Line2D([], [], **look, label="significant"),
+        Line2D([], [], **look, markerfacecolor="white", label="not significant"),
+    ]
 
 
 def method_colours(settings: Sequence[Setting]) -> dict[str, str]:
