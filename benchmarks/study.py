@@ -27,7 +27,7 @@ from sklearn.metrics import roc_auc_score
 from lightning_vlmq import cli, load_vlm
 from lightning_vlmq.core.configs import config_folder
 from lightning_vlmq.core.roles import ROLES
-from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.data.sets import EvalSet, in_distribution
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs
 from lightning_vlmq.quant import QuantScheme, quantize
 from lightning_vlmq.results.counting import evaluations_in
@@ -120,7 +120,7 @@ def main() -> None:
         print(f"engine: {n:,} evaluation runs in {seconds:.1f} CPU seconds", flush=True)
         data = data_of(runs[0].arguments)
         data.setup("validate")
-        sets, inside = data.eval_sets, next(s for s in data.eval_sets if s.role == "id")
+        sets, inside = data.eval_sets, in_distribution(data.eval_sets)
         cells = [(s, score) for s in sets for score in (SCORES if ROLES[s.role].is_ood else ("",))]
         chosen = np.random.default_rng(0).permutation(len(cells))[: options.alone]
         start = time.process_time()

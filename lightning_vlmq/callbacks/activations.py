@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
+from lightning_vlmq.data.sets import in_distribution
 from lightning_vlmq.evaluation.digests import SPECTRA
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.plotting.activations import rank_curves, rank_maps
@@ -88,7 +89,7 @@ class ActivationSpectrum(Callback):
             return
         if reference is not self._reference:
             self._full, self._reference = {}, reference
-        self._inside = next(k for k, s in enumerate(pl_module.eval_sets) if s.role == "id")
+        self._inside = in_distribution(pl_module.eval_sets)
         self._watchers = {
             tower: BlockWatcher(reference, pl_module.vlm, tower, full=self._full.setdefault(tower, KeptActivations()))
             for tower in pl_module.scheme.towers
@@ -99,7 +100,7 @@ class ActivationSpectrum(Callback):
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -107,7 +108,7 @@ class ActivationSpectrum(Callback):
     ) -> None:
         """Look at the batch's images while there are not enough."""
         share = -(-self.n_images // trainer.world_size)
-        if "vision" in self._watchers and dataloader_idx == self._inside and self._images < share:
+        if "vision" in self._watchers and pl_module.eval_sets[dataloader_idx] is self._inside and self._images < share:
             images = batch["image"][: share - self._images]
             self._watchers["vision"].update(images)
             self._images += len(images)
@@ -141,16 +142,13 @@ class ActivationSpectrum(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _prompts(self, trainer: Trainer, pl_module: Any) -> torch.Tensor:
-        inside = pl_module.eval_sets[self._inside]
-        names, templates = (
-            inside.class_names or pl_module.data.class_names,
-            inside.templates or pl_module.data.templates,
-        )
+        names = self._inside.class_names or pl_module.data.class_names
+        templates = self._inside.templates or pl_module.data.templates
         prompts = [template.format(name) for template in templates for name in names][: self.n_images]
         own = prompts[trainer.global_rank :: trainer.world_size] or prompts[:1]
         return pl_module.vlm.tokenize(own)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Let full precision's activations go: no further validation sees them."""
         self._full = {}
 

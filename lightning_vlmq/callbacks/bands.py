@@ -9,13 +9,14 @@ from typing import Any
 
 import pandas as pd
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import Callback, Trainer
 from torch import Tensor
 
 from lightning_vlmq.callbacks.activations import as_bands
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
 from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.data.sets import EvalSet, in_distribution
 from lightning_vlmq.evaluation.band_accuracy import BandAccuracy, measure_bands, measure_block_bands
 from lightning_vlmq.plotting.bands import band_bars
 from lightning_vlmq.quant.blocks import run_tower
@@ -79,20 +80,20 @@ class BandAccuracies(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: Any) -> None:
         """Begin anew."""
         self.found, self._batches = [], []
-        self._inside = -1
+        self._inside: EvalSet | None = None
         if trainer.sanity_checking or getattr(pl_module, "reference", None) is None:
             return
         if trainer.world_size > 1:
             log.warning("no band accuracies: the images are spread over several processes; use one")
             return
-        self._inside = next(k for k, s in enumerate(pl_module.eval_sets) if s.role == "id")
+        self._inside = in_distribution(pl_module.eval_sets)
 
     on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
-        pl_module: LightningModule,
+        pl_module: Any,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -100,7 +101,7 @@ class BandAccuracies(Callback):
     ) -> None:
         """Keep the batch's images while there are not enough."""
         left = self.n_images - sum(len(target) for _, target, _ in self._batches)
-        if dataloader_idx == self._inside and left > 0:
+        if self._inside is not None and pl_module.eval_sets[dataloader_idx] is self._inside and left > 0:
             self._batches.append((batch["image"][:left], batch["target"][:left], batch["index"][:left]))
 
     on_test_batch_end = on_validation_batch_end
@@ -112,7 +113,7 @@ class BandAccuracies(Callback):
         if not kept:
             return
         judged, reference = pl_module.judged
-        inside = pl_module.eval_sets[self._inside]
+        inside = in_distribution(pl_module.eval_sets)
         images, target = [part[0] for part in kept], torch.cat([part[1] for part in kept])
         index = torch.cat([part[2] for part in kept]).cpu()
         classifiers = reference.classifier(inside), judged.classifier(inside)

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from rich import box
+from rich import box, get_console
 from rich import print as rich_print
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -20,6 +21,8 @@ from lightning_vlmq.models import RANDOM
 
 NAME_WIDTH = 18
 """Characters of a column after which a run's name is folded: the path of another store would else push all other columns out."""
+NARROW = 80
+"""On a terminal of fewer columns the headline is set close, its names folded at half the width; down to 60 columns nothing is cut."""
 
 
 class CoveragePrinter(Callback):
@@ -77,7 +80,7 @@ class HeadlinePrinter(Callback):
             rich_print(
                 f"not filed: a partial run ({writer.partial})"
                 if writer.partial
-                else f"everything that was measured: {writer.root}, run {writer.run_id}"
+                else f"everything that was measured: {escape(str(writer.root))}, run {writer.run_id}"
             )
 
     on_test_end = on_validation_end
@@ -99,20 +102,25 @@ def clear_bars(trainer: Trainer) -> None:
             callback.__class__ = PassingBar
 
 
-def headline_table(lines: Sequence[HeadlineLine], titles: Sequence[str], has_change: bool) -> Table:
+def headline_table(
+    lines: Sequence[HeadlineLine], titles: Sequence[str], has_change: bool, columns: int | None = None
+) -> Table:
     """A headline as a table for ``rich.print``: a line a dimension, a column a run, and the change from the first to the second.
 
     Args:
         lines: the lines.
         titles: what the runs are called.
         has_change: whether the second run is compared with the first.
+        columns: characters that a line of the terminal holds; asked of it if not given.
     """
-    table = Table(title="Reliability", box=box.SIMPLE_HEAD, pad_edge=False)
+    is_narrow = (get_console().width if columns is None else columns) < NARROW
+    most = NAME_WIDTH // 2 if is_narrow else NAME_WIDTH
+    table = Table(title="Reliability", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0) if is_narrow else (0, 1))
     table.add_column("dimension", min_width=11)  # wraps where there is little room; numbers are never cut
     table.add_column("in %", no_wrap=True)
     for title in titles:
-        width = min(max(5, *map(len, title.split())), NAME_WIDTH)
-        table.add_column(title, justify="right", width=width, overflow="fold")
+        width = min(max(5, *map(len, title.split())), most)
+        table.add_column(escape(title), justify="right", width=width, overflow="fold")
     if has_change:
         table.add_column("change, points", justify="right", no_wrap=True)
         table.caption = "± half a 95 % interval, * significant at 5 % FDR"

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
-from torch import Tensor
-
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.judged import Records
 from lightning_vlmq.evaluation.rows import Row
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
 from lightning_vlmq.quant.scheme import QuantScheme
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.statistics import Statistics
-
-Records = dict[str, dict[str, Tensor]]
 
 
 class Evaluating(Protocol):

@@ -19,7 +19,7 @@ from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS, SingularValueSpectr
 from lightning_vlmq.callbacks.whole import partial_reason, require_place
 from lightning_vlmq.core.atomic import remove_leftovers
 from lightning_vlmq.core.identity import describe, digest
-from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.data.sets import EvalSet, in_distribution
 from lightning_vlmq.quant import save_quantized
 from lightning_vlmq.results.identity import run_identity
 from lightning_vlmq.results.store import ResultsStore
@@ -121,7 +121,7 @@ class ResultsWriter(Callback):
         fixed = {**module.run_key.columns(), "code_version": code_version(), "run_id": self.run_id}
         rows = [{**asdict(row), **fixed} for row in module.rows]
         curves = [pd.DataFrame(columns=list(CURVE_COLUMNS))]
-        inside = next(s for s in module.eval_sets if s.role == "id")
+        inside = in_distribution(module.eval_sets)
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, SingularValueSpectrum | ActivationSpectrum | BandAccuracies):
                 curves.append(callback.curves())

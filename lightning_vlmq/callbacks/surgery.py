@@ -11,6 +11,7 @@ from lightning import Callback, Trainer
 from torch.nn import functional as F
 
 from lightning_vlmq.callbacks.activations import as_bands
+from lightning_vlmq.data.sets import in_distribution
 from lightning_vlmq.evaluation.judged import Records
 from lightning_vlmq.evaluation.results import rows_by_variant
 from lightning_vlmq.evaluation.rows import Row
@@ -58,7 +59,7 @@ class ErrorSurgery(Callback):
                 "no error surgery: the features of all sets are not in this process (several processes, or part of the data)"
             )
             return
-        inside = next(s for s in sets if s.role == "id")
+        inside = in_distribution(sets)
         full, quantized = features[inside.name]
         moments = SecondMoments(full.shape[1])
         moments.update(full, quantized)

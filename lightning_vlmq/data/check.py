@@ -92,7 +92,7 @@ def table(findings: Sequence[Finding]) -> Table:
     result = Table("data set", "role", "images", "decoded", "", title="data sets")
     for f in findings:
         counts = (f"{f.n:,}", f"{f.tried:,}") if f.n else ("", "")
-        result.add_row(f.name, f.role, *counts, escape(f.problem) if f.problem else "[green]ok[/]")
+        result.add_row(escape(f.name), f.role, *counts, escape(f.problem) if f.problem else "[green]ok[/]")
     return result
 
 

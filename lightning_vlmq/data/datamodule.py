@@ -15,7 +15,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.preprocessing import Framing
 from lightning_vlmq.data.loaders import SetLoader, Share, TrainLoader, TrainOrder, set_loaders, with_rows
 from lightning_vlmq.data.overlap import require_disjoint
-from lightning_vlmq.data.sets import Batch, EvalSet, TensorImages, as_is, spurious_pairs
+from lightning_vlmq.data.sets import Batch, EvalSet, TensorImages, as_is, in_distribution, spurious_pairs
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +87,7 @@ class ReliabilityDataModule(LightningDataModule):
         return self._eval_loaders(self.num_workers > 0)
 
     def _eval_loaders(self, share_workers: bool) -> list[EvalLoader]:
-        if not any(s.role == "id" for s in self.eval_sets):
-            raise VLMQError(
-                "no in-distribution data: add a data set with the role id, every other role is measured against it"
-            )
+        in_distribution(self.eval_sets)
         spurious_pairs(s.name for s in self.eval_sets if s.role == "spurious")  # before hours are spent on the others
         world, rank = self._processes
         if max(len(s.images) for s in self.eval_sets) < world:

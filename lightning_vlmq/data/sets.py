@@ -118,6 +118,18 @@ class EvalSet:
         return {**own, "digest": self.digest}
 
 
+def in_distribution(sets: Iterable[EvalSet]) -> EvalSet:
+    """The set that every other one is measured against, the first of the role ``id``.
+
+    Raises:
+        VLMQError: there is none.
+    """
+    for s in sets:
+        if s.role == "id":
+            return s
+    raise VLMQError("no in-distribution data: add a data set with the role id, every other role is measured against it")
+
+
 def as_is(batch: Any) -> Any:
     """A loader's collation where ``__getitems__`` has collated already."""
     return batch

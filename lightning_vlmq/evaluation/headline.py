@@ -13,7 +13,7 @@ from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.evaluation.quantities import AlignedRuns
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatrix
 from lightning_vlmq.evaluation.rows import change as change_of
-from lightning_vlmq.statistics import Interval, Statistics, benjamini_hochberg
+from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval, Statistics, benjamini_hochberg
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class HeadlineLine:
     @property
     def is_significant(self) -> bool:
         """Whether the change is significant at a false discovery rate of 5 %."""
-        return self.q_value < 0.05
+        return self.q_value < FALSE_DISCOVERY_RATE
 
     @property
     def is_better(self) -> bool:

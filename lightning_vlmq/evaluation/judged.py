@@ -16,7 +16,8 @@ from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.classifiers import zero_shot_classifiers
 from lightning_vlmq.evaluation.classwise import Gaps
-from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures
+from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.set_features import SetFeatures
 from lightning_vlmq.evaluation.tuning import encode_pairs, own_logit_scale, tune_logit_scale
 from lightning_vlmq.metrics import (
     OOD_SCORES,
@@ -175,7 +176,7 @@ class Judged:
         return self._columns(s, self._inputs(s, batch), batch["target"])
 
     def features(self, s: EvalSet) -> Tensor | None:
-        """Image features ``[n, dim]`` of a whole set, where this process has them; see :meth:`~.features.SetFeatures.whole`."""
+        """Image features ``[n, dim]`` of a whole set, where this process has them; see :meth:`~.set_features.SetFeatures.whole`."""
         return self._features[s.name].whole()
 
     def classifier(self, s: EvalSet) -> Tensor:

@@ -8,24 +8,25 @@ from typing import Any, Literal
 
 from lightning import LightningModule
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.evaluation.about import OutputNoise, coverage_rows
 from lightning_vlmq.evaluation.classifiers import warn_of_twin_classes
 from lightning_vlmq.evaluation.digests import tower_digests
 from lightning_vlmq.evaluation.evaluators import Evaluator, default_evaluators
 from lightning_vlmq.evaluation.features import FeatureCache, Kept
+from lightning_vlmq.evaluation.gathering import gather
 from lightning_vlmq.evaluation.judged import Judged, Records
-from lightning_vlmq.evaluation.results import coverage_rows, damage_rows, outcome, require_complete, warn_of_collapse
+from lightning_vlmq.evaluation.results import outcome
 from lightning_vlmq.evaluation.rows import Row, headline
 from lightning_vlmq.evaluation.subject import quantized, restored, run_key, with_outliers
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
-from lightning_vlmq.models.openclip import Activation
+from lightning_vlmq.models.recipes import Activation
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
-from lightning_vlmq.results.identity import file_digest, why_partial
+from lightning_vlmq.results.identity import file_digest
 from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.statistics import Statistics
 
@@ -158,7 +159,7 @@ class EvaluationModule(LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Take the models under judgement: the model itself, and its full-precision reference where there is one."""
         tunes = self.lst and not (self.trainer.sanity_checking or self.trainer.predicting)
-        self._damage = MeanMetric().to(self.vlm.mean.device)
+        self._noise = OutputNoise().to(self.vlm.mean.device)
         self._judged = self._judge(self.vlm, self.scheme, self.quant.text, tunes)
         self._reference = None if self.reference is None else self._judge(self.reference, None, FULL_PRECISION, False)
 
@@ -178,32 +179,21 @@ class EvaluationModule(LightningModule):
         s = self.eval_sets[dataloader_idx]
         full = None if self._reference is None else self._reference.record(s, batch)
         own = self._judged.record(s, batch, None if full is None else full.logits)
-        if full is not None and s.role == "id" and len(batch["index"]):
-            assert full.features is not None and own.features is not None
-            noise = (own.features - full.features).square().sum(-1)
-            self._damage.update(noise / full.features.square().sum(-1))
+        if full is not None:
+            self._noise.look(s, own, full)
 
     def on_validation_epoch_end(self) -> None:
         """Gather the records of all processes, evaluate them, log the rows."""
         if self.trainer.sanity_checking:
             return
-        trainer, models = self.trainer, [judged for judged in self.judged if judged is not None]
-        for judged in models:
-            judged.gather()
-        if not why_partial(trainer):
-            require_complete(self.eval_sets, self._judged.own.records)
-        for judged, name in zip(models, (f"'{self.vlm.name}'", "full precision")):
-            if trainer.is_global_zero:
-                warn_of_collapse(judged, name, self.eval_sets)
-            if trainer.world_size == 1:
-                judged.keep_features()
-            elif not why_partial(trainer):
-                judged.share_features(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
-        found = outcome(*self.judged, self.eval_sets, self.evaluators, self.statistics)
+        judged, reference = self.judged
+        models = {f"'{self.vlm.name}'": judged} | ({} if reference is None else {"full precision": reference})
+        gather(self.trainer, models, self.eval_sets)
+        found = outcome(judged, reference, self.eval_sets, self.evaluators, self.statistics)
         self.rows, self.tuned_rows, self.records, self.reference_records, self.tuned_records = found
         self.rows = self.rows + coverage_rows(self.eval_sets, self.coverage, self.scheme)
-        if self.judged[1] is not None:
-            self.rows = self.rows + damage_rows(self.eval_sets, float(self._damage.compute()))
+        if reference is not None:
+            self.rows = self.rows + self._noise.rows(self.eval_sets)
         self.log_dict(headline(self.rows), sync_dist=True)
         self.log_dict({f"lst/{name}": value for name, value in headline(self.tuned_rows).items()}, sync_dist=True)
 

@@ -59,14 +59,15 @@ def test_every_dimension_is_one_line_with_its_change(tmp_path, capsys, monkeypat
     assert re.search(r"Quantized: vision \d+\.\d% of weights, \d+\.\d% of MACs; text 0\.0%", said)
 
 
-@pytest.mark.parametrize("width", [72, 80, 120])
+@pytest.mark.parametrize("width", [60, 72, 80, 120])
 def test_a_narrow_terminal_cuts_no_number(width):
     values = (0.8123, 0.5123, 0.5122)
-    lines = [HeadlineLine(d, values, -0.3, 0.01, 0.001, 300) for d in dimensions("mcm")]
+    lines = [HeadlineLine(d, values, -0.3, 0.12, 0.001, 300) for d in dimensions("mcm")]
     console = Console(width=width, file=io.StringIO())
-    console.print(headline_table(lines, ["full precision", "quantized", "tuned"], has_change=True))
+    console.print(headline_table(lines, ["full precision", "quantized", "tuned"], has_change=True, columns=width))
     said = console.file.getvalue()
-    assert said.count("81.2") == said.count("−30.0 ± 1.0*") == len(lines) and "…" not in said
+    assert said.count("81.2") == said.count("−30.0 ± 12.0*") == len(lines) and "…" not in said
+    assert max(map(len, said.splitlines())) <= width and all(d.title.split()[0] in said for d in dimensions("mcm"))
 
 
 def test_full_precision_covers_nothing_and_changes_nothing(tmp_path, capsys, monkeypatch):

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vlmq.core.atomic import remove_leftovers, replacing
 from lightning_vlmq.data.sets import EvalSet, TensorImages
-from lightning_vlmq.evaluation.features import FeatureCache, SetFeatures
+from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.set_features import SetFeatures
 
 FEATURES = torch.arange(12.0).reshape(4, 3)
 

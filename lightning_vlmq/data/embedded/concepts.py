@@ -30,7 +30,7 @@ class Concept:
     Attributes:
         name: its Unicode (CLDR) short name.
         keywords: CLDR's keywords; may be empty.
-        group: one of Unicode's groups, see :data:`GROUPS`.
+        group: one of Unicode's groups, in lower case.
         trained: whether any drawing of it is trained on.
     """
 

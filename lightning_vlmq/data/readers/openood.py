@@ -37,7 +37,7 @@ class OpenOOD(Reader):
 
     Attributes:
         path: OpenOOD's data folder.
-        sets: names of :data:`SETS`; ``imagenet`` is the id set of the benchmark and takes the place of :class:`ImageNet`.
+        sets: names of :data:`SETS`; ``imagenet`` is the id set of the benchmark and takes the place of :class:`~.imagenet.ImageNet`.
         expected: each list has to have its published length, ``None`` takes what is there.
     """
 
