@@ -133,7 +133,10 @@ class VLMQCLI(LightningCLI):
             ) from error
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse, with Lightning's table of results off by default: it repeats what :class:`HeadlinePrinter` prints for every set."""
+        """Parse, with Lightning's table of results off by default.
+
+        It repeats for every set what :class:`~lightning_vlmq.callbacks.HeadlinePrinter` prints.
+        """
         if self._has_commands:
             parser.set_defaults({f"{name}.verbose": False for name in ("validate", "test")})
         super().parse_arguments(parser, args)

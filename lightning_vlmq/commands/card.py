@@ -90,10 +90,11 @@ def card(checkpoint: Path, full: str, run_id: str, root: str, licence: str = "ot
     from lightning_vlmq.results.store import ResultsStore
 
     saved = Saved.read(checkpoint)
-    stored = ResultsStore(root).rows()
+    store = ResultsStore(root)
     for name in (full, run_id):
-        if name not in set(stored["run_id"]):
-            raise unknown(f"run of '{root}'", name, set(stored["run_id"]))
+        if name not in store.run_ids():
+            raise unknown(f"run of '{root}'", name, store.run_ids())
+    stored = store.rows(dict.fromkeys([full, run_id]))
     rows = stored[stored["run_id"] == run_id]
     about, before = (stored[stored["run_id"] == name].iloc[0] for name in (run_id, full))
     said = (about["model"], about["method"], about["weight_bits"], about["act_bits"], about["scope"])

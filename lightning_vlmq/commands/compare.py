@@ -28,12 +28,13 @@ def run(args: list[str]) -> None:
     parser.add_argument("--root", default="logs/runs", help="the store's folder (default: %(default)s)")
     given = parser.parse_args(args)
     from rich import print as rich_print
+    from rich.markup import escape
 
     from lightning_vlmq.callbacks.printing import headline_table
 
     lines, left_out = compared(given.runs, given.root)
     for where in left_out:
-        rich_print(f"only one of them has '{where}': left out")
+        rich_print(escape(f"only one of them has '{where}': left out"))
     rich_print(headline_table(lines, given.runs, has_change=True))
 
 
@@ -65,7 +66,7 @@ def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:
         root: the store's folder, where the name does not say.
 
     Raises:
-        VLMQError: there is no such run, or it has no samples.
+        VLMQError: there is no such run, it is damaged, or it has no samples.
     """
     from lightning_vlmq.results.schema import RunKey
     from lightning_vlmq.results.store import ResultsStore
@@ -75,7 +76,7 @@ def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:
     store = ResultsStore(folder if colon else root)
     if run_id not in store.run_ids():
         raise unknown(f"run of '{store.root}'", run_id, store.run_ids())
-    first = store.rows().query("run_id == @run_id").iloc[0]
+    first = store.rows([run_id]).iloc[0]
     found = StoredRun(RunKey(**{field.name: first[field.name] for field in fields(RunKey)}), run_id, store).samples()
     if not found:
         raise VLMQError(f"run '{run_id}' of '{store.root}' has no samples to compare; run it again")

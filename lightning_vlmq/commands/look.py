@@ -89,15 +89,17 @@ def _models() -> dict[str, Entry]:
 
 
 def _methods() -> dict[str, Entry]:
-    from lightning_vlmq.quant import METHODS
+    from lightning_vlmq.quant import METHODS, QATMethod
 
     entries = {}
     for name in METHODS:
-        trained = METHODS[name].needs_training
-        entry = _described(
-            METHODS[name], f"vlmq {'fit --config qat' if trained else 'validate --config eval'} --config quant/{name}"
-        )
-        entries[name] = Entry(f"{'trained' if trained else 'post-training'}: {entry.summary}", entry.text)
+        method = METHODS[name]
+        use = "fit --config qat" if method.needs_training else "validate --config eval"
+        kind = "control" if method.is_control else "post-training"
+        if isinstance(method, QATMethod):
+            kind = f"trained, {method.distillation} distillation"
+        entry = _described(method, f"vlmq {use} --config quant/{name}")
+        entries[name] = Entry(f"{kind}: {entry.summary}", entry.text)
     return entries
 
 

@@ -1,6 +1,7 @@
 """``vlmq compare`` and ``vlmq card`` on runs of the real command line."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,17 @@ def test_how_many_images_a_change_takes(folder, capsys, monkeypatch):
 def test_what_cannot_be_compared(folder, runs, message):
     with pytest.raises(VLMQError, match=message):
         main(["compare", *runs, "--root", str(folder)])
+
+
+def test_a_damaged_run_is_named_by_its_file(folder, tmp_path):
+    for kind in ("results", "samples", "curves"):
+        shutil.copytree(folder / kind, tmp_path / kind)
+    path = tmp_path / "results" / "w3.parquet"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(VLMQError, match=f"{re.escape(str(path))} cannot be read"):
+        main(["compare", "full", "w3", "--root", str(tmp_path)])
+    with pytest.raises(VLMQError, match=f"{re.escape(str(path))} cannot be read"):
+        main(["card", str(folder / "saved"), "full", "w3", "--root", str(tmp_path)])
 
 
 def test_a_card_says_what_was_done_and_what_it_did(folder, capsys):

@@ -51,7 +51,7 @@ def test_show_says_what_it_is_and_how_it_is_used(name, capsys):
         and len(shown.splitlines()) > 2
     )
     assert not re.search(r":\w+:`|``", shown.split("seed_everything")[0])
-    summary = re.sub(r"^\S+: (?:trained: |post-training: )?", "", shown.splitlines()[0])
+    summary = re.sub(r"^\S+: (?:trained, \w+ distillation: |post-training: |control: )?", "", shown.splitlines()[0])
     assert shown.count(summary) == 1 or shown.startswith(
         ("data/", "studies/")
     )  # said once; a config's head says it too

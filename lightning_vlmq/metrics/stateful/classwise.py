@@ -15,12 +15,13 @@ from lightning_vlmq.metrics.functional import equal_width_bins
 class ClasswiseGaps(Metric):
     """Gaps between probability and "is it this class" by class and bin, of each of ``n_groups`` groups of samples.
 
-    A bootstrap of class-wise ECE (see :func:`~.functional.classwise_ece`) needs all probabilities of all samples. Here each is in the
+    A bootstrap of class-wise ECE (see :func:`~lightning_vlmq.metrics.functional.classwise_ece`) needs all probabilities of all
+    samples. Here each is in the
     group of its index modulo ``n_groups``, and what is resampled are groups.
 
     ``compute`` returns ``gap`` float64 ``[groups, C, bins + 1]``, sums over a group's samples; ``count`` float64 ``[groups]``, its samples;
     ``square`` float64 ``[C, bins + 1]``, sums of squares over all samples; ``variance`` likewise, with one more sample at the cell's mean
-    p (1 - p), as :func:`~.functional.gap_variances`. The error is ``gap.sum(0).abs().sum(-1).mean() / count.sum()``.
+    p (1 - p), as :func:`~lightning_vlmq.metrics.functional.gap_variances`. The error is ``gap.sum(0).abs().sum(-1).mean() / count.sum()``.
 
     Args:
         num_classes: C, the width of the logits.
