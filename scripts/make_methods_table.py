@@ -14,7 +14,9 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from scipy.stats import norm
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant.methods import METHODS, PTQMethod
@@ -62,14 +64,13 @@ FAR = """
 ## How far apart they are
 
 The best and the worst of the methods, by top-1 accuracy and by KL, and the difference in standard errors of the paired difference, as
-both see the same images. The two are picked for being far apart: the extremes of sixteen methods that do not differ at all would be
-about {chance:.1f} of these standard errors apart on average (the mean range of sixteen normal variables is 3.53 deviations, Tippett
-1925, and a difference of two has a standard deviation of √2 of them; a correlation common to all pairs changes both alike).
+both see the same images. The two are picked for being far apart: the extremes of {methods} methods that do not differ at all would be
+about {chance:.1f} of these standard errors apart on average (the mean range of {methods} normal variables is {range:.2f} deviations,
+Tippett 1925, and a difference of two has a standard deviation of √2 of them; a correlation common to all pairs changes both alike).
 
 | model | bits | best by top-1 | worst | points | standard errors | least KL | most | thousandths | standard errors |
 |---|---|---|---|---:|---:|---|---|---:|---:|
 """
-CHANCE = 3.53 / 2**0.5
 TOWERS = {"vision": "the image tower", "vision_text": "both towers"}
 PAYS = """
 ## What training is worth
@@ -130,12 +131,17 @@ def page(table: pd.DataFrame, store: ResultsStore) -> str:
     scopes = sorted({TOWERS[scope] for scope in table["scope"] if scope in TOWERS})
     if len(scopes) > 1:
         raise VLMQError("the store holds runs of both scopes, which one table does not tell apart; take one of them")
+    told = [name for name in ORDER if name in set(table["method"])]
     lines = [HEAD.format(n=int(table["n"].max()), cores=int(table["cores"].max()), towers=scopes[0])]
-    for name in (name for name in ORDER if name in set(table["method"])):
+    for name in told:
         lines.append(
             f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {in_cell(summary(METHODS[name]))} |\n"
         )
-    lines += [STAYS, FAR.format(chance=CHANCE)]
+    left_out = [f"`{name}`" for name in ORDER if METHODS[name].needs_training and name not in told]
+    if left_out:
+        lines.append(f"\nAlso there, and not among these runs: {', '.join(left_out)}.\n")
+    apart = mean_range(len(told))
+    lines += [STAYS, FAR.format(methods=len(told), range=apart, chance=apart / 2**0.5)]
     cells = [(model, bits) for model in table["model"].unique() for bits in bits_of(table[table["model"] == model])]
     for model, (weight_bits, act_bits) in cells:
         own = table[(table["model"] == model) & (table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
@@ -148,6 +154,13 @@ def page(table: pd.DataFrame, store: ResultsStore) -> str:
     for model in table["model"].unique():
         lines.append(model_section(model, table[table["model"] == model]))
     return "".join(lines)
+
+
+def mean_range(n: int) -> float:
+    """Mean of the largest less the smallest of ``n`` independent normal variables, in standard deviations (Tippett 1925)."""
+    x = np.linspace(-9, 9, 4001)
+    below = norm.cdf(x)
+    return float(np.trapezoid(1 - below**n - (1 - below) ** n, x))
 
 
 def summary(method: PTQMethod) -> str:

@@ -73,6 +73,10 @@ def test_page_shows_the_stored_numbers(tmp_path):
         "| vit_clean | W4A8 | 1 | 1 | 0.729 | 0.729 | 0.729 | – | 1 |" in text
     )  # no minmax there; KL 2.00 against 3.12
     assert "| vit_clean | W8A8 | 0 | – | – | – | – | – | – |" in text
+    assert "Also there, and not among these runs: `lsq_contrastive`, `lsqplus_contrastive`," in text
+    assert (
+        "the extremes of 2 methods that do not differ at all would be\nabout 0.8 of" in text
+    )  # 2 / sqrt(pi) / sqrt(2)
     assert "and the feature loss of CLIP-KD. |" in text and "`awq`" not in text
     assert "`lsq_feature` | yes |" in text and "| 10.0 |" not in text
 
@@ -122,6 +126,11 @@ def test_duration_is_kept_with_the_run_but_not_in_its_rows(tmp_path):
     store.write("c", make_rows("c"), make_samples(), make_curves())
     with pytest.raises(VLMQError, match=r"run 'c' .* without its duration"):
         store.seconds("c")
+
+
+@pytest.mark.parametrize(("n", "published"), [(2, 1.12838), (10, 3.07751), (16, 3.53198), (100, 5.01519)])
+def test_the_mean_range_of_normal_variables_is_tippetts(n, published):
+    assert script.mean_range(n) == pytest.approx(published, abs=2e-5)
 
 
 def test_scopes_are_not_mixed(tmp_path):
