@@ -15,7 +15,8 @@ from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs
 from lightning_vlmq.modules import EvaluationModule, Quantization
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.page import build_report
 
 

@@ -11,7 +11,7 @@ from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.evaluation.rows import change as change_of
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 FULL = Setting(FULL_PRECISION, 32, 32, "none")
 """The setting every VLM is compared with."""

@@ -15,7 +15,7 @@ from lightning_vlmq.evaluation.estimates import Array
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.statistics import Z95, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import Comparison
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 Key = tuple[str, Setting, Measure]
 """A VLM, a setting and a measure."""

@@ -15,7 +15,8 @@ from lightning_vlmq.statistics import Statistics
 from lightning_vlmq.study.analysis.change import FULL, Comparison, Pair, compare
 from lightning_vlmq.study.analysis.columns import Comparisons, Key
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics, diagnose, merge, merge_trajectories, trajectory
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults, align, reference_of
+from lightning_vlmq.study.analysis.runs import StudyResults, align, reference_of
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.analysis.shown import shown_estimates
 from lightning_vlmq.study.analysis.stored import comparisons_from_rows
 

@@ -13,7 +13,7 @@ from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import ClusteredMean, clustered_mean
 from lightning_vlmq.study.analysis.change import Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 Kind = Literal["growth", "change", "better", "effect"]
 """Which number of a comparison: (A_q - A_f) / A_f; the change in the measure's unit; 1 where it got better and else 0; or the effect as

@@ -18,7 +18,7 @@ from lightning_vlmq.statistics import benjamini_hochberg
 from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction, stratified_association
 from lightning_vlmq.study.analysis.change import Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 LEAST_SEEDS = 5
 """Seeds below which a control that draws noise is not judged."""

@@ -19,7 +19,7 @@ from lightning_vlmq.statistics import ClusteredMean, clustered_mean
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.groups import Cell, Kind, architecture_of, by_vlm, source_of
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 ECE = Measure("ece", "id")
 SIGN = Measure("signed_calibration_error", "id")

@@ -18,7 +18,8 @@ from lightning_vlmq.evaluation.measures import METRICS, Measure
 from lightning_vlmq.statistics import p_values
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.columns import NUMBERS, Comparisons
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults, reference_of
+from lightning_vlmq.study.analysis.runs import StudyResults, reference_of
+from lightning_vlmq.study.analysis.setting import Setting
 
 DELTA = "delta_"
 """What the name of a row begins with that holds a change."""

@@ -12,7 +12,7 @@ from lightning_vlmq.evaluation.about import BITS_PER_WEIGHT, OUTPUT_SQNR
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 Cell = tuple[str, Setting]
 """A VLM in a setting."""

@@ -11,7 +11,7 @@ from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.statistics import share_improved
 from lightning_vlmq.study.analysis.change import FULL, Comparison, tested_gain
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.cells import comparison_cell, html_table
 
 ECE = Measure("ece", "id")

@@ -14,7 +14,7 @@ from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval, benjamini_
 from lightning_vlmq.study.analysis.change import FULL, Comparison, average_effect
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.published import Claim
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.cells import comparison_cell, heading, html_table, interval_cell, stars
 from lightning_vlmq.study.report.notation import percent_interval
 

@@ -10,7 +10,7 @@ from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.statistics import Interval, p_values
 from lightning_vlmq.study.analysis.change import FULL, Comparison
 from lightning_vlmq.study.analysis.columns import Comparisons
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 W4, W8 = (Setting("minmax", bits, 8, "vision") for bits in (4, 8))
 TOP1, ECE, DEBIASED = Measure("top1", "id"), Measure("ece", "id"), Measure("ece_debiased", "id")

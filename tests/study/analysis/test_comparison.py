@@ -24,7 +24,8 @@ from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics, bootstrap_replicates, delong, paired_bootstrap
 from lightning_vlmq.study.analysis.change import FULL, average_effect
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.setting import Setting
 
 W4 = Setting("minmax", 4, 8, "vision")
 KEYS = grid(methods=["minmax"], bits=[(4, 8)], scopes=["vision"])

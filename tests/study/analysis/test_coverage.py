@@ -23,7 +23,7 @@ from lightning_vlmq.metrics import ClasswiseGaps
 from lightning_vlmq.metrics.functional import bin_gaps, per_sample
 from lightning_vlmq.statistics import Statistics
 from lightning_vlmq.study.analysis.change import Pair, compare
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 C, REPETITIONS, RANKED_EVERY, LARGE = 8, 120, 3, 100
 SETTINGS = Statistics(n_resamples=100, n_resamples_ranking=100)

@@ -18,7 +18,8 @@ from lightning_vlmq.study.analysis.mechanism import (
     verdict_frame,
     verdicts,
 )
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, tally, verdict_table
 

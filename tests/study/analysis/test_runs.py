@@ -12,7 +12,8 @@ from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
 from lightning_vlmq.study.analysis.comparison import analyse
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults, align
+from lightning_vlmq.study.analysis.runs import StudyResults, align
+from lightning_vlmq.study.analysis.setting import Setting
 
 W4 = Setting("minmax", 4, 8, "vision")
 KEYS = grid(methods=["minmax"], bits=[(4, 8)], scopes=["vision"])

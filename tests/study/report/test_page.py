@@ -20,7 +20,8 @@ from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.published import ECE, held_against
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report import improvement
 from lightning_vlmq.study.report.cells import stars
 from lightning_vlmq.study.report.figures.overview import spurious_gap_slopes

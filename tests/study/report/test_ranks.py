@@ -13,7 +13,8 @@ from lightning_vlmq.results.schema import RunKey
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.spectral import SecondMoments, rank_table
 from lightning_vlmq.study.analysis.comparison import analyse
-from lightning_vlmq.study.analysis.runs import Setting, StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.ranks import rank_curves, rank_maps, read_ranks
 from lightning_vlmq.study.report.spectral import spectra_section
 

@@ -14,7 +14,7 @@ from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import Interval
 from lightning_vlmq.study.analysis.change import FULL, Comparison, average_effect
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.style import (
     BLACK,
     GREY,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lightning_vlmq.plotting.activations import rank_windows
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.spectra import harshest_runs, title_of
 from lightning_vlmq.study.report.figures.style import BLACK, LIGHT, new_figure_with_margins, styled
 

@@ -14,7 +14,7 @@ from lightning_vlmq.quant.scheme import SCOPES
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.diagnostics import Diagnostics
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.style import (
     BLACK,
     BLUE,

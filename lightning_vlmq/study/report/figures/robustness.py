@@ -11,7 +11,7 @@ from lightning_vlmq.statistics import Z95
 from lightning_vlmq.study.analysis.change import FULL
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.diagnostics import Accuracy, Diagnostics
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.style import (
     BLACK,
     BLUE,

@@ -17,7 +17,8 @@ from lightning_vlmq.plotting.spectra import short_layer_name
 from lightning_vlmq.spectral import log_ratio
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.mechanism import control_name, pattern_of
-from lightning_vlmq.study.analysis.runs import Setting, StoredRun
+from lightning_vlmq.study.analysis.runs import StoredRun
+from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.style import (
     BLACK,
     DASHES,

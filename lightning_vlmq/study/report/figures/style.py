@@ -27,7 +27,7 @@ from matplotlib.ticker import FuncFormatter
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.plotting.base import BLACK, BLUE, GREEN, GREY, LIGHT, PURPLE, VERMILION
 from lightning_vlmq.quant.methods import METHODS
-from lightning_vlmq.study.analysis.runs import Setting
+from lightning_vlmq.study.analysis.setting import Setting
 
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, "#E69F00", "#56B4E9", "#8C6D31", "#332288", "#999933", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
