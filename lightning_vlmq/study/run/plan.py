@@ -35,10 +35,11 @@ FAKE_QUANTIZED = 1.13
 """A forward pass with fake quantization in passes without, by ``benchmarks/fake_quant.py`` (1.0 to 1.3)."""
 STEP = 2.9
 """A training step in forward passes of its batch (forward and backward), by the same."""
-SAMPLE_BYTES, ROW_BYTES = 40.0, 14.0
-"""On disk for each image of each model, and for each row of results; estimates of the compressed columns, not measured."""
-ROWS_A_SET = 60
-"""Rows for each set of a model: metrics and their changes."""
+SAMPLE_BYTES, ROW_BYTES = 27.2, 74.4
+"""On disk for each image of each model, and for each row of results with what its run says of itself, in files as runs write them, by
+``benchmarks/study.py``; packed (``compact=true``), a row takes a fifth."""
+ROWS_A_SET = 35
+"""Rows for each set of a model, metrics and their changes, by the same."""
 TIMED_IMAGES = 8
 
 
