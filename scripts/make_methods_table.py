@@ -46,7 +46,7 @@ divergence of full precision's class probabilities from the quantized model's, i
 nearly all predictions as they are. Loss, of the trained methods, is what they minimise, in thousandths, on caption pairs that they
 are not trained on: before training and of the state that is kept. These pairs choose that state, the images behind KL choose nothing.
 Seconds are those to quantize (for the trained methods: and to train) by the clock, one thread of a machine of {cores} CPU cores; they count
-what else the machine did meanwhile.
+what else the machine did meanwhile, so that only large ratios say something.
 
 ```console
 OMP_NUM_THREADS=1 .venv/bin/vlmq-study study=methods_table
