@@ -205,19 +205,11 @@ class ResultsStore:
         return self._said(run_id).written
 
     def statistics(self, run_id: str) -> Statistics:
-        """The settings that a run's rows were computed with.
-
-        Raises:
-            VLMQError: like :meth:`rows`, or the run was stored without them or with unknown ones.
-        """
+        """The settings that a run's rows were computed with. Raises :class:`VLMQError` like :meth:`rows`, or where they are not said."""
         return self._said(run_id).statistics
 
     def seconds(self, run_id: str) -> tuple[float, int]:
-        """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores.
-
-        Raises:
-            VLMQError: like :meth:`rows`, or nothing was measured.
-        """
+        """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores. Raises like :meth:`statistics`."""
         return self._said(run_id).seconds
 
     def facts(self, run_id: str) -> dict[str, float]:
