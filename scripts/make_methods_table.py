@@ -49,7 +49,7 @@ Seconds are those to quantize (for the trained methods: and to train) by the clo
 what else the machine did meanwhile, so that only large ratios say something.
 
 ```console
-OMP_NUM_THREADS=1 .venv/bin/vlmq-study study=methods_table
+{commands}
 .venv/bin/python scripts/make_methods_table.py logs/methods_table docs/methods.md
 ```
 
@@ -132,7 +132,14 @@ def page(table: pd.DataFrame, store: ResultsStore) -> str:
     if len(scopes) > 1:
         raise VLMQError("the store holds runs of both scopes, which one table does not tell apart; take one of them")
     told = [name for name in ORDER if name in set(table["method"])]
-    lines = [HEAD.format(n=int(table["n"].max()), cores=int(table["cores"].max()), towers=scopes[0])]
+    lines = [
+        HEAD.format(
+            commands="\n".join(commands(table)),
+            n=int(table["n"].max()),
+            cores=int(table["cores"].max()),
+            towers=scopes[0],
+        )
+    ]
     for name in told:
         lines.append(
             f"| `{name}` | {'yes' if METHODS[name].needs_training else 'no'} | {in_cell(summary(METHODS[name]))} |\n"
@@ -154,6 +161,21 @@ def page(table: pd.DataFrame, store: ResultsStore) -> str:
     for model in table["model"].unique():
         lines.append(model_section(model, table[table["model"] == model]))
     return "".join(lines)
+
+
+def commands(table: pd.DataFrame) -> list[str]:
+    """The studies behind the runs: the committed one, and those with fewer methods at further bits."""
+    made = "OMP_NUM_THREADS=1 .venv/bin/vlmq-study study=methods_table"
+    by_bits = {}
+    for weight_bits, act_bits in bits_of(table):
+        own = table[(table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
+        by_bits[f"W{weight_bits}A{act_bits}"] = [name for name in ORDER if name in set(own["method"])]
+    most = max(map(len, by_bits.values()))
+    fewer = {bits: names for bits, names in by_bits.items() if len(names) < most}
+    told = [
+        f"{made} 'study.axes.bits=[{bits}]' 'study.axes.method=[{','.join(names)}]'" for bits, names in fewer.items()
+    ]
+    return [made, *told]
 
 
 def mean_range(n: int) -> float:

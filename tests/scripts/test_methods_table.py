@@ -73,6 +73,8 @@ def test_page_shows_the_stored_numbers(tmp_path):
         "| vit_clean | W4A8 | 1 | 1 | 0.729 | 0.729 | 0.729 | – | 1 |" in text
     )  # no minmax there; KL 2.00 against 3.12
     assert "| vit_clean | W8A8 | 0 | – | – | – | – | – | – |" in text
+    fewer = "vlmq-study study=methods_table 'study.axes.bits=[W8A8]' 'study.axes.method=[gptq]'"
+    assert f"study=methods_table\nOMP_NUM_THREADS=1 .venv/bin/{fewer}\n.venv/bin/python" in text
     assert "Also there, and not among these runs: `lsq_contrastive`, `lsqplus_contrastive`," in text
     assert (
         "the extremes of 2 methods that do not differ at all would be\nabout 0.8 of" in text
