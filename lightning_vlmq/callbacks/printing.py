@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_vlmq.callbacks.results import ResultsWriter
 from lightning_vlmq.data.sets import EvalSet
-from lightning_vlmq.evaluation.headline import HeadlineLine, headline, side_by_side
+from lightning_vlmq.evaluation.headline import DEBIASED, HeadlineLine, headline, side_by_side
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet
 from lightning_vlmq.models import RANDOM
 
@@ -125,7 +125,7 @@ def headline_table(
         table.add_column("change, points", justify="right", no_wrap=True)
         table.caption = "± half a 95 % interval, * significant at 5 % FDR"
         if any(line.dimension.measure.tested_by != line.dimension.measure for line in lines):
-            table.caption += "; a calibration error's change is debiased, not the difference of the two values"
+            table.caption += f"; {DEBIASED}"
     for line in lines:
         cells = [f"{100 * value:.1f}" for value in line.values]
         if has_change:

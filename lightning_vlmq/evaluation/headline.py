@@ -15,6 +15,9 @@ from lightning_vlmq.evaluation.records import Columns, EvaluationSet, SampleMatr
 from lightning_vlmq.evaluation.rows import change as change_of
 from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval, Statistics, benjamini_hochberg
 
+DEBIASED = "a calibration error's change is debiased, not the difference of the two values"
+"""What a table says that shows the values of :attr:`~.measures.Measure.tested_by` measures beside their changes."""
+
 
 @dataclass(frozen=True)
 class HeadlineLine:

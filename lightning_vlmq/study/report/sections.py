@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from lightning_vlmq.evaluation.headline import DEBIASED
 from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.groups import group_effects
@@ -225,6 +226,7 @@ def _provenance(analysis: StudyAnalysis) -> Section:
         f"ECE, class-wise ECE, MCE: {settings.n_bins} equal-width bins; adaptive ECE: {settings.n_bins} bins of equal mass; coverage at "
         f"{100 * settings.risk:g} % risk; Brier: sum over classes, in [0, 2], shown in percent like the other fractions. Every "
         "convention: docs/metrics.md.",
+        f"{DEBIASED[0].upper()}{DEBIASED[1:]}, since the plug-in error's bias does not cancel between two models.",
         "Conventions in which peers differ: "
         + "; ".join(
             f"<code>{name}</code> {escape(METRICS[name].convention)}"

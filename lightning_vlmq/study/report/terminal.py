@@ -9,6 +9,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from lightning_vlmq.evaluation.headline import DEBIASED
 from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.study.analysis.change import FULL, Comparison, tested_gain
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
@@ -26,6 +27,8 @@ def summary_table(analysis: StudyAnalysis) -> Table | str:
     shown = [dimension for dimension in dimensions(analysis.score) if dimension.measure in measured]
     title = "percent (change in points; * significant at 5 % FDR)"
     table = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    if any(dimension.measure.tested_by != dimension.measure for dimension in shown):
+        table.caption = DEBIASED
     table.add_column("", no_wrap=True)
     for dimension in shown:
         table.add_column(dimension.heading, justify="right")
