@@ -14,6 +14,7 @@ import argparse
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -28,11 +29,12 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.mechanism import (
     Verdict,
-    prediction_table,
-    predictor_frame,
+    control_order,
+    first_rank,
     verdict_frame,
     verdicts,
 )
+from lightning_vlmq.study.analysis.prediction import prediction_table, predictor_frame
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.figures.mechanism import verdict_summary
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, PALETTE, as_png, new_figure, styled
@@ -45,49 +47,53 @@ MOST = 4
 
 
 def gain_frame(analysis: StudyAnalysis, site: str = SITE) -> pd.DataFrame:
-    """One row per quantization, bits and band: means over VLMs of gain, filter share and SQNR, and the gains' least and greatest.
+    """One row per quantization or control, bits and band: means over VLMs of gain, filter share and SQNR, the gains' range.
 
-    ``damped`` counts the VLMs whose gain is below 1 by more than two of its standard errors.
+    Of a control the mean over its seeds counts. ``damped`` counts the VLMs whose gain is below 1 by more than two of its standard errors.
 
     Raises:
         VLMQError: the study recorded no activations.
     """
-    table = predictor_frame(analysis, site)
-    if table.empty:
+    parts = [predictor_frame(analysis, site), predictor_frame(analysis, site, controls=True)]
+    table = pd.concat(parts, ignore_index=True)
+    if parts[0].empty:
         raise VLMQError(f"no run recorded activations at '{site}'; run the study with ActivationSpectrum, as eval does")
     bands = [c.removeprefix("gain_") for c in table if c.startswith("gain_") and "stderr" not in c]
+    bands.sort(key=first_rank)
     rows = []
-    for (setting, bits), own in table.groupby(["setting", "bits_name"], sort=False):
+    for (name, bits, scope), every in table.groupby(["name", "bits_name", "scope"], sort=False):
+        own = every.groupby("vlm").mean(numeric_only=True)
         for band in bands:
             gain, stderr = own[f"gain_{band}"], own[f"gain_stderr_{band}"]
             if gain.notna().any():
                 numbers = {"gain": gain.mean(), "gain_low": gain.min(), "gain_high": gain.max()}
                 numbers |= {"damped": int((gain < 1 - 2 * stderr).sum()), "n_vlms": int(gain.notna().sum())}
                 numbers |= {f: own[f"{f}_{band}"].mean() for f in ("filter_share", "sqnr_db")}
-                rows.append({"setting": setting, "bits": bits, "band": band, **numbers})
+                rows.append({"setting": f"{name} {bits} {scope}", "name": name, "bits": bits, "band": band, **numbers})
     return pd.DataFrame(rows)
 
 
 def gain_figure(gains: pd.DataFrame) -> Figure:
-    """A panel per bits: gain of each band by quantization; lines span the VLMs. 1: no damping."""
+    """A panel per bits: gain of each band by quantization (dots) and control (diamonds); lines span the VLMs. 1: no damping."""
     widths = sorted(gains["bits"].unique(), reverse=True)
-    bands = list(gains["band"].unique())
+    bands = sorted(gains["band"].unique(), key=first_rank)
     with styled():
         figure = new_figure(3.4 * len(widths) + 1, 3.2)
         for axis, bits in zip(figure.subplots(1, len(widths), squeeze=False, sharey=True)[0], widths):
             own = gains[gains["bits"] == bits]
-            names = list(dict.fromkeys(own["setting"].str.split(" ").str[0]))
+            names = list(dict.fromkeys(own["name"]))
             for k, name in enumerate(names):
-                part = own[own["setting"].str.split(" ").str[0] == name].set_index("band").reindex(bands)
+                part = own[own["name"] == name].drop_duplicates("band").set_index("band").reindex(bands)
                 x = np.arange(len(bands)) + 0.7 * ((k + 0.5) / len(names) - 0.5)
                 axis.vlines(x, part["gain_low"], part["gain_high"], color=PALETTE[k % len(PALETTE)], linewidth=1.2)
-                axis.plot(x, part["gain"], "o", color=PALETTE[k % len(PALETTE)], markersize=5, label=name)
+                marker = "D" if " for " in name else "o"
+                axis.plot(x, part["gain"], marker, color=PALETTE[k % len(PALETTE)], markersize=5, label=name)
             axis.axhline(1, color=BLACK, linewidth=0.8)
             axis.set_xticks(range(len(bands)), bands)
             axis.set_title(bits)
             axis.set_xlabel("ranks")
         figure.axes[0].set_ylabel("gain (1: not damped)")
-        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -134,6 +140,22 @@ def duration(root: Path) -> str:
     return str(timedelta(seconds=round(max(times) - min(times)))) if times else "0:00:00"
 
 
+def composition(analysis: StudyAnalysis) -> str:
+    """What was run: how many models of each kind, and at which bits; a study that was stopped says so by its counts."""
+    runs = [run for run in analysis.results.runs if not run.setting.is_tuned]
+    full = [run for run in runs if run.key.is_full_precision]
+    settings = [run.setting for run in runs if not run.key.is_full_precision]
+    kinds = {"quantized models": sum(s.is_quantization for s in settings)}
+    kinds |= {
+        "controls": sum(s.is_control and not s.surgery for s in settings),
+        "surgeries": sum(bool(s.surgery) for s in settings),
+    }
+    bits = Counter(s.bits for s in settings if s.is_quantization)
+    told = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    widths = ", ".join(f"{n} at {width}" for width, n in bits.most_common())
+    return f"{len(full)} VLMs ({', '.join(analysis.vlms)}): {told}; of the quantized models {widths}"
+
+
 def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFrame, about: dict[str, str]) -> str:
     """The page's section: what was run, then a table under each question."""
     lines = [
@@ -141,7 +163,7 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
         "",
         f"`{about['command']}` on {about['hardware']}: {about['duration']} (h:m:s) from the first run filed to the last; ",
     ]
-    lines += [f"{about['vlms']} VLMs, {about['runs']} runs. All numbers: `data/mechanism.parquet`.", ""]
+    lines += [f"{about['runs']}. All numbers: `data/mechanism.parquet`.", ""]
     lines += [
         "### Does quantization filter?",
         "",
@@ -149,10 +171,11 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
         "",
     ]
     lines += [
-        "Means over VLMs at the image features, gains with the range over VLMs; damped: VLMs whose gain is below 1 by more than two "
+        "Means over VLMs (and seeds of noise) at the image features, gains with the range over VLMs; damped: VLMs whose gain is below 1 by "
     ]
     lines += [
-        "standard errors.",
+        "more than two standard errors. What `matched_noise` shows too is no filter of quantization's: noise lengthens activations, and "
+        "normalising them shortens the signal.",
         "",
         "| setting | ranks | gain | range | damped | filter share | SQNR, dB |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -169,7 +192,7 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
     ]
     if found:
         counts = tally(found)
-        columns = sorted({v.control: v.is_surgery for v in found}.items(), key=lambda item: item[1])
+        columns = sorted({v.control for v in found}, key=control_order)
         lines += [
             "Quantized settings by verdict, over all VLMs together: "
             + ", ".join(f"{m} {v}" for v, m in MARKS.items())
@@ -177,11 +200,11 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
             "",
         ]
         lines += [
-            "| dimension | " + " | ".join(f"`{name}`" for name, _ in columns) + " |",
+            "| dimension | " + " | ".join(f"`{name}`" for name in columns) + " |",
             "|---|" + "---|" * len(columns),
         ]
         for title in dict.fromkeys(v.dimension.title for v in found):
-            cells = [counts.get((title, name), {}) for name, _ in columns]
+            cells = [counts.get((title, name), {}) for name in columns]
             told = [" ".join(f"{MARKS[verdict]} {n}" for verdict, n in own.items() if n) for own in cells]
             lines.append(f"| {title} | " + " | ".join(told) + " |")
     lines += ["", "### What foretells a change?", ""]
@@ -209,7 +232,7 @@ def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
     gains, found, predictions = gain_frame(analysis), verdicts(analysis), prediction_table(analysis)
     shown = strongest(predictions[predictions["n"] > 0]) if len(predictions) else predictions
     about = {"command": "vlmq-study study=mechanism", "hardware": hardware(), "duration": duration(root)}
-    about |= {"vlms": str(len(analysis.vlms)), "runs": f"{len(analysis.results.rows['run_id'].unique()):,}"}
+    about |= {"vlms": ", ".join(analysis.vlms), "runs": composition(analysis)}
     images, data = page.parent / "images", page.parent / "data" / "mechanism.parquet"
     drawn = {"gain": gain_figure(gains), "verdicts": verdict_summary(found)}
     drawn["prediction"] = prediction_figure(shown) if len(shown) else None

@@ -66,15 +66,20 @@ class ErrorSurgery(Callback):
         surgery = Surgery.learn(moments, self.bands)
         reference.own.gather()
         judged.own.gather()
-        for name in surgery.names:
-            variant = judged.variant(sets, pl_module.statistics)
+        variants = {name: judged.variant(sets, pl_module.statistics) for name in surgery.names}
+        with torch.no_grad():
             for s in sets:
                 target = judged.own.records[s.name]["target"]
-                operated = F.normalize(surgery.operate(name, *features[s.name]), dim=-1)
-                with torch.no_grad():
-                    judged.record_features(variant, s, operated, target, reference.logits(s, features[s.name][0]))
+                logits = reference.logits(s, features[s.name][0])
+                for name, variant in variants.items():
+                    operated = F.normalize(surgery.operate(name, *features[s.name]), dim=-1)
+                    judged.record_features(variant, s, operated, target, logits)
+        for variant in variants.values():
             variant.gather()
-            _, rows = rows_by_variant([reference.own, variant], sets, pl_module.evaluators, pl_module.statistics)
-            self.surgeries[name] = rows, variant.records
+        # all together: what resampling costs is mostly the resamples, and full precision's are the same
+        _, *rows = rows_by_variant(
+            [reference.own, *variants.values()], sets, pl_module.evaluators, pl_module.statistics
+        )
+        self.surgeries = {name: (own, variants[name].records) for name, own in zip(variants, rows)}
 
     on_test_epoch_end = on_validation_epoch_end

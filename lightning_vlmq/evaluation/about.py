@@ -10,7 +10,8 @@ from torchmetrics import MeanMetric
 from lightning_vlmq.data.sets import EvalSet, in_distribution
 from lightning_vlmq.evaluation.rows import Row
 from lightning_vlmq.metrics import ScoreInputs
-from lightning_vlmq.quant import CoverageReport
+from lightning_vlmq.models import VLM
+from lightning_vlmq.quant import CoverageReport, quantized_layers
 from lightning_vlmq.quant.scheme import QuantScheme
 
 OUTPUT_SQNR = "output_sqnr_db"
@@ -18,7 +19,7 @@ OUTPUT_SQNR = "output_sqnr_db"
 precision's, -10 log10 of the mean over images of ``|z_q - z|^2``, in dB; not there where they are equal."""
 
 BITS_PER_WEIGHT = "bits_per_weight"
-"""Of a quantized model: mean bits of a matrix weight of both towers, by the scheme's own width; scales and zero points not counted."""
+"""Of a quantized model: mean bits of a matrix weight of both towers, with what a method keeps beside its integers; steps not counted."""
 
 
 def model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> list[Row]:
@@ -27,13 +28,21 @@ def model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> l
     return [Row(inside.name, "id", name, value, 0.0, 0) for name, value in values.items() if value is not None]
 
 
-def coverage_rows(sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None) -> list[Row]:
-    """Shares of the scope's matrix weights and multiply-accumulates that are quantized; none of a model in full precision."""
+def coverage_rows(
+    sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None, vlm: VLM
+) -> list[Row]:
+    """Shares of the scope's matrix weights and multiply-accumulates that are quantized, and the model's mean bits; none in full precision.
+
+    Bits per matrix weight of both towers are those that each layer has, by rules and mixed precision too, with what a method keeps beside
+    its integers; weights that are not quantized have 32. Steps and offsets are not counted.
+    """
     if coverage is None or scheme is None:
         return []
     weights, macs = coverage.weight_share(scheme.towers), coverage.mac_share(scheme.towers)
-    all_weights = coverage.weight_share()
-    bits = all_weights * scheme.weight_bits + (1 - all_weights) * 32
+    total = sum(row.weights for row in coverage.rows)
+    quantizers = [(layer.weight.numel(), layer.weight_fake_quant) for layer in quantized_layers(vlm).values()]
+    kept = [(n, n * q.bits + q.extra_bits) for n, q in quantizers if q.quantizes]
+    bits = (sum(own for _, own in kept) + 32 * (total - sum(n for n, _ in kept))) / max(total, 1)
     return model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs, BITS_PER_WEIGHT: bits})
 
 

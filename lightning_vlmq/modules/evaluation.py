@@ -191,7 +191,7 @@ class EvaluationModule(LightningModule):
         gather(self.trainer, models, self.eval_sets)
         found = outcome(judged, reference, self.eval_sets, self.evaluators, self.statistics)
         self.rows, self.tuned_rows, self.records, self.reference_records, self.tuned_records = found
-        self.rows = self.rows + coverage_rows(self.eval_sets, self.coverage, self.scheme)
+        self.rows = self.rows + coverage_rows(self.eval_sets, self.coverage, self.scheme, self.vlm)
         if reference is not None:
             self.rows = self.rows + self._noise.rows(self.eval_sets)
         self.log_dict(headline(self.rows), sync_dist=True)

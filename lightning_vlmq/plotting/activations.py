@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, NullFormatter
 from numpy.typing import NDArray
 
 from lightning_vlmq.plotting.base import BLACK, DPI, GREY, draw_legend, plain_text
@@ -53,7 +53,7 @@ def rank_curves(tables: Mapping[str, RankTable], title: str) -> Figure:
     for axes, label in zip(panels, ("SQNR, dB", "gain (1: not damped)")):
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(LogFormatter())
-        axes.xaxis.set_minor_formatter(LogFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_ylabel(label, fontsize=8.5)
         axes.set_xlabel("rank on full precision's basis", fontsize=8.5)
         axes.tick_params(labelsize=7.5)

@@ -147,23 +147,37 @@ class BlockWatcher:
         self._full = KeptActivations(limit=0) if full is None else full
 
     @torch.no_grad()
-    def update(self, inputs: Tensor) -> None:
-        """Run both models over one batch, see :func:`run_tower`; both should be in evaluation mode.
+    def activations(self, inputs: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Full precision's and the quantized model's activations of one batch by site, each ``[samples, ..., channels]``.
+
+        See :func:`run_tower` for the inputs; both models should be in evaluation mode.
 
         Raises:
-            VLMQError: the models' blocks differ, or activations are not finite.
+            VLMQError: the models' blocks differ.
         """
-        if not len(inputs):
-            return
         full = self._full.of(self._seen, inputs, lambda: self._outputs(self.reference, inputs))
         quantized = self._outputs(self.vlm, inputs)
         self._seen += 1
         if full.keys() != quantized.keys():
             raise VLMQError("the two models have other blocks; compare a model with its own full precision")
+        lacks_mean = is_rotated(self.vlm, self.tower)
+        found = {}
         for site, z in full.items():
             q = quantized[site]
-            if site != OUTPUTS[self.tower] and is_rotated(self.vlm, self.tower):
+            if lacks_mean and site != OUTPUTS[self.tower]:
                 z, q = (x - x.mean(-1, keepdim=True) for x in (z, q))
+            found[site] = z, q
+        return found
+
+    def update(self, inputs: Tensor) -> None:
+        """Run both models over one batch and add up its moments; an empty one changes nothing.
+
+        Raises:
+            VLMQError: as :meth:`activations`, or activations are not finite.
+        """
+        if not len(inputs):
+            return
+        for site, (z, q) in self.activations(inputs).items():
             if site not in self.moments:
                 self.moments[site] = SecondMoments(z.shape[-1], z.device)
             self.moments[site].update(z, q)
@@ -201,6 +215,7 @@ class BlockWatcher:
             seen[OUTPUTS[self.tower]] = run_tower(model, self.tower, inputs)
         return {site: seen[site] for site in (*self.sites[model], OUTPUTS[self.tower]) if site in seen}
 
+    @torch.no_grad()
     def _add_power(self, site: str, z: Tensor, q: Tensor) -> None:
         maps = [on_grid(x) for x in (z, q)]
         if maps[0] is None or maps[1] is None:

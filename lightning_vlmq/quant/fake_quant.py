@@ -80,6 +80,11 @@ class FakeQuantizer(nn.Module):
         """Whether this side is quantized at all."""
         return self.bits != UNQUANTIZED_BITS
 
+    @property
+    def extra_bits(self) -> int:
+        """Bits that a weight's quantizer keeps beside its integers and their steps: of what is added to them in full precision."""
+        return 0
+
     def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Fix the grid.
 

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.quant.blocks import BlockWatcher
+from lightning_vlmq.quant.blocks import BlockWatcher, KeptActivations
 from lightning_vlmq.quant.calibrating import Batch, calibrate
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, quantized_layers
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.quant.scheme import QuantScheme
-from lightning_vlmq.spectral import draw_noise, rank_table
+from lightning_vlmq.spectral import TotalMoments, draw_noise
 from lightning_vlmq.statistics.resamples import seeded_generator
 
 Pattern = Literal["minmax", "percentile", "mse", "gptq", "hqq"]
@@ -88,7 +88,8 @@ class Imitation(FakeQuantizer):
             noise = noise * draw_noise(torch.ones_like(noise), "sign_flip", generator)
         else:
             draw = torch.randn if self.distribution == "gaussian" else _unit_uniform
-            noise = draw(x.shape, generator=generator, dtype=torch.float64).to(x.device) * self.power.sqrt()
+            # in single precision: in double, drawing takes five times as long as the layer's product
+            noise = draw(x.shape, generator=generator, dtype=torch.float32).to(x.device) * self.power.sqrt()
         return x + (self.factor * noise).to(x.dtype)
 
 
@@ -181,6 +182,8 @@ def observe_errors(
 class SiteErrors:
     """SQNR of a model against full precision after every block and at the outputs of the scope's towers, in decibels.
 
+    Full precision is run once, however many models are asked about, where its activations fit into memory.
+
     Args:
         reference: full precision.
         scheme: its towers are looked at.
@@ -189,16 +192,18 @@ class SiteErrors:
 
     def __init__(self, reference: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> None:
         self.reference, self.scheme, self.calibration = reference, scheme, calibration
+        self._full = {tower: KeptActivations() for tower in scheme.towers}
 
     def of(self, vlm: VLM) -> dict[str, float]:
         """By site; infinite where a model has no error."""
-        found: dict[str, float] = {}
+        found: dict[str, TotalMoments] = {}
         for tower in self.scheme.towers:
-            watcher = BlockWatcher(self.reference, vlm, tower, fourier=False)
+            watcher = BlockWatcher(self.reference, vlm, tower, fourier=False, full=self._full[tower])
             for batch in self.calibration:
-                watcher.update(batch["image" if tower == "vision" else "tokens"])
-            found |= {site: rank_table(moments).mean_sqnr_db for site, moments in watcher.moments.items()}
-        return found
+                inputs = batch["image" if tower == "vision" else "tokens"]
+                for site, (z, q) in watcher.activations(inputs).items() if len(inputs) else ():
+                    found.setdefault(site, TotalMoments(z.shape[-1], z.device)).update(z, q)
+        return {site: moments.mean_sqnr_db for site, moments in found.items()}
 
 
 def require_matched(pattern: Mapping[str, float], control: Mapping[str, float], tolerance: float) -> None:

@@ -33,7 +33,7 @@ from lightning_vlmq.spectral.dimension import (
 )
 from lightning_vlmq.spectral.fourier import RadialSpectrum, fourier_spectrum_2d
 from lightning_vlmq.spectral.layers import LayerSpectrum, layer_group, matrix_weights, weight_spectra
-from lightning_vlmq.spectral.moments import EIGENVALUE_FLOOR, SecondMoments, eigenbasis
+from lightning_vlmq.spectral.moments import EIGENVALUE_FLOOR, SecondMoments, TotalMoments, eigenbasis
 from lightning_vlmq.spectral.ranks import RankTable, rank_table
 from lightning_vlmq.spectral.surgery import Surgery
 from lightning_vlmq.spectral.weights import Spectrum, as_matrix, log_ratio, singular_values, stacked_singular_values
@@ -53,6 +53,7 @@ __all__ = [
     "SecondMoments",
     "Spectrum",
     "Surgery",
+    "TotalMoments",
     "alpha_req",
     "as_matrix",
     "band_accuracy",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -53,20 +55,11 @@ class SecondMoments:
         Raises:
             VLMQError: shapes differ or do not fit, or values are not finite floats.
         """
-        if full.shape != quantized.shape or full.ndim < 2 or full.shape[-1] != self.dim:
-            raise VLMQError(
-                f"activations {list(full.shape)} and quantized activations {list(quantized.shape)} must be "
-                f"[samples, ..., {self.dim}] of the same samples"
-            )
-        if not (full.is_floating_point() and quantized.is_floating_point()):
-            raise VLMQError(f"activations must be floating point, not {full.dtype} and {quantized.dtype}")
-        z = full.detach().to(self.mean_z).reshape(-1, self.dim)
+        z, d = rows_of(full, quantized, self.dim, self.mean_z)
         if not len(z):
             return
-        d = quantized.detach().to(self.mean_z).reshape(-1, self.dim) - z
         mean_z, mean_d = z.mean(0), d.mean(0)
-        if not torch.isfinite(torch.stack([mean_z, mean_d])).all():
-            raise VLMQError("activations hold NaN or infinity; check the model that made them")
+        _require_finite(torch.stack([mean_z, mean_d]))
         z, d = z - mean_z, d - mean_d
         self._add(len(full), len(z), mean_z, mean_d, torch.stack([z.mT @ z, z.mT @ d, d.mT @ d]))
 
@@ -118,6 +111,68 @@ class SecondMoments:
         """``Q^T Q``, float64 ``[d, d]``, of the quantized activations Q = Z + D; see :meth:`matrices`."""
         zz, zd, dd = self.matrices(centred)
         return zz + zd + zd.mT + dd
+
+
+class TotalMoments:
+    """Total signal and total error around their means: what :class:`SecondMoments` knows of all directions together, at a row's cost.
+
+    Args:
+        dim: width d of the activations.
+        device: where the sums live.
+
+    Attributes:
+        rows: vectors taken in.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.dim, self.rows = dim, 0
+        self._means = torch.zeros(2, dim, dtype=torch.float64, device=device)
+        self._totals = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def update(self, full: Tensor, quantized: Tensor) -> None:
+        """Take in one batch, as :meth:`SecondMoments.update` does; raises what that raises."""
+        z, d = rows_of(full, quantized, self.dim, self._means)
+        if not len(z):
+            return
+        parts = torch.stack([z, d])
+        means = parts.mean(1)
+        _require_finite(means)
+        total = self.rows + len(z)
+        step = means - self._means
+        spread = (parts - means[:, None]).square().sum((1, 2))
+        self._totals += spread + self.rows * len(z) / total * step.square().sum(-1)
+        self._means += step * (len(z) / total)
+        self.rows = total
+
+    @property
+    def mean_sqnr_db(self) -> float:
+        """SQNR of all directions together in decibels, see :attr:`~lightning_vlmq.spectral.RankTable.mean_sqnr_db`."""
+        energy, noise = self._totals.tolist()
+        if energy == 0:
+            return math.nan
+        return 10 * math.log10(energy / noise) if noise > 0 else math.inf
+
+
+def rows_of(full: Tensor, quantized: Tensor, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``[rows, d]`` of full-precision activations and of the error that quantization adds, in the type and place of ``like``.
+
+    Raises:
+        VLMQError: shapes differ or do not fit, or values are not floats.
+    """
+    if full.shape != quantized.shape or full.ndim < 2 or full.shape[-1] != dim:
+        raise VLMQError(
+            f"activations {list(full.shape)} and quantized activations {list(quantized.shape)} must be "
+            f"[samples, ..., {dim}] of the same samples"
+        )
+    if not (full.is_floating_point() and quantized.is_floating_point()):
+        raise VLMQError(f"activations must be floating point, not {full.dtype} and {quantized.dtype}")
+    z = full.detach().to(like).reshape(-1, dim)
+    return z, quantized.detach().to(like).reshape(-1, dim) - z
+
+
+def _require_finite(means: Tensor) -> None:
+    if not torch.isfinite(means).all():
+        raise VLMQError("activations hold NaN or infinity; check the model that made them")
 
 
 def _products(z: Tensor, d: Tensor) -> Tensor:

@@ -38,8 +38,10 @@ def test_healing_all_is_full_precision_and_hurting_all_is_the_model(run):
     _, module, (_, _, whole) = run
     healed, hurt = whole.surgeries["heal 0+"][1], whole.surgeries["hurt 0+"][1]
     assert set(healed) == {s.name for s in module.eval_sets}
+    assert any("mcm" in columns for columns in healed.values())
     for name in healed:
-        for column in ("confidence", "nll", *({"mcm"} & healed[name].keys())):
+        assert set(healed[name]) == set(module.records[name])  # scores are recorded where they are used
+        for column in {"confidence", "mcm", "nll"} & set(healed[name]):
             np.testing.assert_allclose(
                 healed[name][column], module.reference_records[name][column], rtol=1e-3, atol=1e-4
             )

@@ -39,7 +39,9 @@ def test_the_numbers_are_the_store_s(made):
     whole = pd.read_parquet(page.parent / "data" / "mechanism.parquet")
     assert set(whole["table"]) == {"gains", "verdicts", "predictions"}
     gains = whole[whole["table"] == "gains"].set_index("setting")
-    assert list(gains["band"].unique()) == ["0-8"] and len(gains) == 3
+    assert list(gains["band"].unique()) == ["0-8"] and len(gains) == 4
+    noise = gains.loc["matched_noise for minmax W4A8 vision"]  # its two seeds count as one
+    assert noise["gain"] == pytest.approx(0.985) and noise["n_vlms"] == 1
     rows = pd.concat(pd.read_parquet(p) for p in (root / "results").glob("*.parquet"))
     own = rows[(rows["metric"] == "gain_0-8") & (rows["method"] == "gptq")]["value"]
     found = gains.loc["gptq W4A8 vision"]
@@ -50,6 +52,8 @@ def test_the_numbers_are_the_store_s(made):
     assert set(verdicts["control"]) == {"matched_noise", "spectral_shrink", "heal 64+", "hurt 64+"}
     reproduced = verdicts[(verdicts["vlm"] == "all VLMs") & (verdicts["verdict"] == "reproduces")]
     assert set(reproduced["control"]) == {"matched_noise", "heal 64+"}
+    assert "3 VLMs (convnext_noisy, siglip_clean, vit_clean): 9 quantized models, 18 controls, 6 surgeries" in text
+    assert "`heal 64+` | `hurt 64+`" in text and text.index("`matched_noise`") < text.index("`heal 64+`")
 
 
 def test_page_and_files_are_whole_and_small(made):

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -5,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.spectral import SecondMoments, eigenbasis
+from lightning_vlmq.spectral import SecondMoments, TotalMoments, eigenbasis, rank_table
 
 
 def activations(n=200, d=12, mean=0.0, error=0.01, seed=0, decay=2.0):
@@ -139,3 +141,23 @@ def test_an_empty_batch_changes_nothing():
     moments = SecondMoments(3)
     moments.update(torch.ones(0, 3), torch.ones(0, 3))
     assert (moments.n, moments.rows) == (0, 0)
+
+
+def test_totals_are_those_of_the_matrices():
+    """Batch by batch, with a mean a thousand times the spread; and what has no error or no signal."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(50, 3, 7, generator=generator, dtype=torch.float64) + 1000
+    q = z + 0.01 * torch.randn(z.shape, generator=generator, dtype=torch.float64) + 5
+    moments, totals = SecondMoments(7), TotalMoments(7)
+    for part in (slice(0, 1), slice(1, 30), slice(30, 30), slice(30, None)):
+        moments.update(z[part], q[part])
+        totals.update(z[part], q[part])
+    assert totals.rows == moments.rows == 150
+    assert totals.mean_sqnr_db == pytest.approx(rank_table(moments).mean_sqnr_db, rel=1e-10)
+    same, nothing = TotalMoments(7), TotalMoments(7)
+    same.update(z, z)
+    nothing.update(torch.ones(4, 7), torch.zeros(4, 7))
+    assert same.mean_sqnr_db == math.inf and math.isnan(nothing.mean_sqnr_db)
+    for bad in (z[..., :6], z.long(), z * math.nan):
+        with pytest.raises(VLMQError):
+            totals.update(bad, bad)

@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import spearmanr
+from scipy.stats import permutation_test, spearmanr, ttest_1samp
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.statistics.equivalence import over_seeds, reproduction, stratified_association
+from lightning_vlmq.statistics.equivalence import over_seeds, reproduction, sign_flip_p, stratified_association
 
 RNG = np.random.default_rng(0)
 
@@ -82,6 +82,18 @@ def test_what_differs_between_strata_is_no_relation():
     assert abs(stratified_association(x, y, clusters, strata).rho) < 0.4
     related = stratified_association(x, x + 0.3 * RNG.normal(size=96), clusters, strata)
     assert related.rho > 0.6 and related.low > 0 and related.p_value < 0.01
+
+
+def test_p_values_are_scipys_and_few_clusters_prove_little():
+    for n in (2, 5, 10):
+        values = RNG.normal(0.4, 0.5, n)
+        expected = permutation_test((values,), np.mean, permutation_type="samples", n_resamples=np.inf).pvalue
+        assert sign_flip_p(values) == pytest.approx(expected)
+    clusters = np.repeat(["a", "b"], 5)
+    agreed = stratified_association(np.tile(np.arange(5.0), 2), np.tile(np.arange(5.0), 2), clusters, clusters)
+    assert agreed.rho == 1 and agreed.p_value == 0.5
+    many = RNG.normal(0, 1, 40)
+    assert sign_flip_p(many) == pytest.approx(ttest_1samp(many, 0).pvalue, abs=0.03)
 
 
 def test_too_few_rows_have_no_association():

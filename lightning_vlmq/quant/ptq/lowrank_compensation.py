@@ -18,7 +18,10 @@ from lightning_vlmq.quant.methods import PTQMethod, register
 from lightning_vlmq.quant.observers import second_moments
 from lightning_vlmq.quant.rounding import block_range, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
-from lightning_vlmq.spectral import RankCut
+from lightning_vlmq.spectral import RankCut, as_matrix
+
+UNQUANTIZED = 32
+"""Bits of a number in full precision."""
 
 
 class Compensated(FakeQuantizer):
@@ -27,20 +30,29 @@ class Compensated(FakeQuantizer):
     Attributes:
         before: taken from the weight before it is rounded (SVDQuant's leading part), in its shape; zero otherwise.
         term: added to the rounded weight, in its shape, of low rank.
+        rank: of the term at most.
     """
 
     before: Tensor
     term: Tensor
+    rank: int
     has_integers = False
 
     @classmethod
-    def of(cls, quantizer: FakeQuantizer, before: Tensor, term: Tensor) -> Compensated:
+    def of(cls, quantizer: FakeQuantizer, before: Tensor, term: Tensor, rank: int) -> Compensated:
         """From a quantizer whose grid is that of ``W - before``."""
         made = cls.__new__(cls)
         made.__dict__.update(copy.deepcopy(quantizer).__dict__)
         made.register_buffer("before", before)
         made.register_buffer("term", term)
+        made.rank = rank
         return made
+
+    @property
+    def extra_bits(self) -> int:
+        """The two factors of the term, 32 bits a number; no more than the term itself has."""
+        matrix = as_matrix(self.term)
+        return UNQUANTIZED * min(min(self.rank, *matrix.shape) * sum(matrix.shape), matrix.numel())
 
     def forward(self, x: Tensor) -> Tensor:
         """The effective weight, in the shape of ``x``."""
@@ -52,8 +64,8 @@ class Compensated(FakeQuantizer):
 class LowRankCompensation(PTQMethod):
     """Round-to-nearest with a low-rank term in full precision beside every weight: ``W ~ round(.) + A B``.
 
-    ``A B`` multiplies the same rounded input as the rounded weight does. Its size is not counted as quantized: at rank r it
-    adds ``r (in + out)`` values to a layer. Depth-wise and grouped convolutions are rounded alone. Ranges are min-max.
+    ``A B`` multiplies the same rounded input as the rounded weight does. At rank r it adds ``r (in + out)`` values in full precision to a
+    layer, which count in the bits per weight. Depth-wise and grouped convolutions are rounded alone. Ranges are min-max.
 
     Attributes:
         kind: ``lqer``: the best approximation of the rounding error (Zhang et al. 2024, arXiv 2402.02446, Eq. 6);
@@ -94,9 +106,11 @@ class LowRankCompensation(PTQMethod):
         if moment is None:
             return quantizer
         if self.kind == "svdquant":
-            return Compensated.of(quantizer, before, before)
+            return Compensated.of(quantizer, before, before, self.rank)
         error = weight - quantizer(weight)
-        return Compensated.of(quantizer, zero, self._low_rank(error, moment if self.kind == "qera" else None))
+        return Compensated.of(
+            quantizer, zero, self._low_rank(error, moment if self.kind == "qera" else None), self.rank
+        )
 
     def _low_rank(self, matrix: Tensor, moment: Tensor | None = None) -> Tensor:
         cut = RankCut(matrix, moment, is_weighted=moment is not None)

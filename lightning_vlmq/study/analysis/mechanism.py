@@ -1,21 +1,18 @@
-"""Is the spectral filter the cause? Controls beside the quantization they imitate, and what foretells a change."""
+"""Is the spectral filter the cause? Controls beside the quantization they imitate."""
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-import torch
-from numpy.typing import NDArray
 
-from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
+from lightning_vlmq.evaluation.measures import Dimension, dimensions
 from lightning_vlmq.quant.methods import METHODS
-from lightning_vlmq.statistics import benjamini_hochberg
-from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction, stratified_association
+from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction
 from lightning_vlmq.study.analysis.change import Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.setting import Setting
@@ -24,18 +21,6 @@ LEAST_SEEDS = 5
 """Seeds below which a control that draws noise is not judged."""
 CONTROLS = tuple(name for name in METHODS if METHODS[name].is_control)
 ALL_VLMS = "all VLMs"
-PREDICTORS: tuple[str, ...] = (
-    "mean_sqnr_db",
-    "noise_colour",
-    "gain",
-    "filter_share",
-    "sqnr_db",
-    "leading_angle",
-    "participation_ratio",
-)
-PREDICTORS += ("effective_rank_singular", "effective_rank_eigen", "rankme", "alpha_req", "low_frequency_share")
-BASELINES = ("bits", "mean_sqnr_db", "agreement")
-"""What a spectral quantity has to do better than."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +84,26 @@ def control_name(setting: Setting) -> str:
         return setting.surgery
     own = {name: value for name, value in options_of(setting).items() if name not in ("pattern", "seed")}
     return setting.method + (f"({', '.join(f'{n}={v}' for n, v in own.items())})" if own else "")
+
+
+def setting_name(setting: Setting) -> str:
+    """The method; of a control with its options, and what it imitates."""
+    pattern = pattern_of(setting) if setting.is_control else None
+    return setting.method if pattern is None else f"{control_name(setting)} for {pattern.method}"
+
+
+def first_rank(band: str) -> int:
+    """The first rank of a band's name, ``"8-64"`` or ``"64+"``, by which bands are put in order."""
+    return int(re.split(r"[-+]", band)[0])
+
+
+def control_order(name: str) -> tuple[int, int, str]:
+    """Key that puts controls first, then surgeries: those that heal, those that hurt, by rank, then the two parts of the error."""
+    kinds = ("heal", "hurt", "coherent", "incoherent")
+    kind, _, band = name.partition(" ")
+    if kind not in kinds:
+        return 0, CONTROLS.index(name.partition("(")[0]) if name.partition("(")[0] in CONTROLS else len(CONTROLS), name
+    return 1 + kinds.index(kind), first_rank(band) if band else 0, name
 
 
 def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
@@ -189,98 +194,3 @@ def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
         for v in found
     ]
     return pd.DataFrame(rows)
-
-
-OUTCOMES = {
-    "ΔECE": ("ece", "id"),
-    "ΔAUROC near": ("auroc", "near_ood"),
-    "ΔAUROC far": ("auroc", "far_ood"),
-    "Δcorruption": ("top1", "corruption"),
-    "ΔRSG": ("rsg", "spurious"),
-}
-"""What is to be foretold: the change of a metric on a role's sets."""
-
-
-def prediction_table(
-    analysis: StudyAnalysis, site: str = "vision/output", n_resamples: int = 2000, seed: int = 0
-) -> pd.DataFrame:
-    """Which spectral quantity of a quantized model foretells its changes.
-
-    Spearman's correlation inside a VLM at one bit-width (bits themselves: inside a VLM), a bootstrap over VLMs, one VLM left
-    out at a time, p-values adjusted over the table (Benjamini & Hochberg). Controls do not count: they are no quantization.
-
-    Args:
-        analysis: a study whose runs recorded activations, see :class:`~lightning_vlmq.callbacks.ActivationSpectrum`.
-        site: whose quantities are taken.
-        n_resamples: of VLMs.
-        seed: of the resamples.
-
-    Returns:
-        One row per outcome and predictor, the strongest first within an outcome; empty without such records.
-    """
-    table = predictor_frame(analysis, site)
-    if table.empty:
-        return table
-    predictors = [
-        c for c in table.columns if c.startswith(PREDICTORS) and not c.endswith("_full") and "stderr" not in c
-    ]
-    rows = []
-    for outcome in (name for name in OUTCOMES if name in table):
-        for predictor in dict.fromkeys([*BASELINES, *predictors]):
-            if predictor not in table:
-                continue
-            strata = table["vlm"] if predictor == "bits" else table["vlm"] + table["bits_name"]
-            columns = (_floats(table[predictor]), _floats(table[outcome]))
-            groups = (table["vlm"].to_numpy(str), strata.to_numpy(str))
-            found = stratified_association(*columns, *groups, n_resamples=n_resamples, seed=seed)
-            is_baseline = predictor in BASELINES
-            rows.append({"outcome": outcome, "predictor": predictor, "is_baseline": is_baseline, **vars(found)})
-    made = pd.DataFrame(rows)
-    made["q_value"] = benjamini_hochberg(torch.tensor(made["p_value"].to_numpy())).numpy()
-    strength = made["rho"].abs().fillna(-1)
-    return (
-        made.assign(strength=strength)
-        .sort_values(["outcome", "strength"], ascending=[True, False], kind="stable")
-        .drop(columns="strength")
-        .reset_index(drop=True)
-    )
-
-
-def predictor_frame(analysis: StudyAnalysis, site: str) -> pd.DataFrame:
-    """One row per VLM and quantized setting: its changes, its spectral quantities at a site, bits and agreement."""
-    recorded = analysis.results.rows
-    recorded = recorded[recorded["score"] == site]
-    recorded = recorded.astype({"metric": object})  # not every metric has a group
-    rows = []
-    for vlm in analysis.vlms:
-        _, runs = analysis.results.runs_of(vlm)
-        by_setting: dict[Setting, list[str]] = {}
-        for run in runs:
-            if not run.setting.is_tuned and run.setting.is_quantization:
-                by_setting.setdefault(run.setting, []).append(run.run_id)
-        for setting, run_ids in by_setting.items():
-            own = recorded[recorded["run_id"].isin(run_ids)].groupby("metric")["value"].mean()
-            if own.empty:
-                continue
-            row: dict[str, Any] = {"vlm": vlm, "setting": setting.label, "bits_name": setting.bits}
-            row |= {"bits": setting.weight_bits, **own.to_dict()}
-            row["agreement"] = _value(analysis, vlm, setting, Measure("agreement", "id"))
-            for name, (metric, role) in OUTCOMES.items():
-                score = analysis.score if metric == "auroc" else ""
-                row[name] = _change(analysis, vlm, setting, Measure(metric, role, "", score))
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def _value(analysis: StudyAnalysis, vlm: str, setting: Setting, measure: Measure) -> float:
-    comparison = analysis.comparisons.get((vlm, setting, measure))
-    return math.nan if comparison is None else comparison.value
-
-
-def _change(analysis: StudyAnalysis, vlm: str, setting: Setting, measure: Measure) -> float:
-    comparison = analysis.comparisons.get((vlm, setting, measure))
-    return math.nan if comparison is None or comparison.change is None else comparison.change.estimate
-
-
-def _floats(column: pd.Series) -> NDArray[np.float64]:
-    return column.to_numpy(np.float64)

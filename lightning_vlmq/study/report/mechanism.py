@@ -8,7 +8,7 @@ from html import escape
 
 import pandas as pd
 
-from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict
+from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict, control_order
 from lightning_vlmq.study.report.cells import html_table
 
 MARKS = {"reproduces": "●", "does not": "○", "undecided": "?", "nothing to reproduce": "–"}
@@ -35,9 +35,7 @@ def summary_table(found: Sequence[Verdict]) -> str:
     counts = tally(found)
     if not counts:
         return ""
-    columns = sorted(
-        dict.fromkeys(v.control for v in found), key=lambda c: next(v for v in found if v.control == c).is_surgery
-    )
+    columns = sorted({v.control for v in found}, key=control_order)
     dimensions = list(dict.fromkeys(v.dimension.title for v in found))
     body = []
     for dimension in dimensions:
@@ -63,7 +61,7 @@ def verdict_table(found: Sequence[Verdict]) -> str:
     shown = pooled_verdicts(found)
     if not shown:
         return ""
-    controls = list(dict.fromkeys(v.control for v in shown))
+    controls = sorted({v.control for v in shown}, key=control_order)
     rows = list(dict.fromkeys((v.quantized, v.dimension) for v in shown))
     by_cell = {(v.quantized, v.dimension, v.control): v for v in shown}
     body = []
@@ -115,7 +113,7 @@ def prediction_html(table: pd.DataFrame, most: int = 6) -> str:
             ]
             body.append(cells)
     note = (
-        "<p class='note'>Correlation inside a VLM at one bit-width (bits: inside a VLM), averaged over VLMs; intervals and "
-        "p-values from a bootstrap over VLMs, q corrected over the table. In italics: plain baselines.</p>"
+        "<p class='note'>Correlation inside a VLM at one bit-width (bits: inside a VLM), averaged over VLMs; intervals from "
+        "a bootstrap over VLMs, q from an exact sign-flip test over them, corrected over the table. In italics: plain baselines.</p>"
     )
     return note + html_table([head], body)

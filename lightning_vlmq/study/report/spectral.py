@@ -5,7 +5,8 @@ from __future__ import annotations
 from html import escape
 
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.mechanism import prediction_table, verdicts
+from lightning_vlmq.study.analysis.mechanism import verdicts
+from lightning_vlmq.study.analysis.prediction import prediction_table
 from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.figures.ranks import Ranks, rank_curves, rank_maps, read_ranks
 from lightning_vlmq.study.report.figures.spectra import (

@@ -14,10 +14,10 @@ from lightning_vlmq.study.analysis.mechanism import (
     ALL_VLMS,
     control_name,
     pattern_of,
-    prediction_table,
     verdict_frame,
     verdicts,
 )
+from lightning_vlmq.study.analysis.prediction import prediction_table
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict
+from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict, control_order
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, LIGHT, MARKERS, PALETTE, new_figure, styled
 
 SHADES = {"reproduces": PALETTE[0], "undecided": LIGHT, "does not": PALETTE[1]}
@@ -27,7 +27,7 @@ def verdict_summary(found: Sequence[Verdict]) -> Figure | None:
     if not told:
         return None
     titles = list(dict.fromkeys(v.dimension.title for v in shown))
-    columns = [list(dict.fromkeys(v.control for v in shown if v.is_surgery == kind)) for kind in (False, True)]
+    columns = [sorted({v.control for v in shown if v.is_surgery == kind}, key=control_order) for kind in (False, True)]
     names = [name for part in columns for name in part]
     with styled():
         figure = new_figure(1.7 + 1.25 * len(names), 0.42 * len(titles) + 1.5)

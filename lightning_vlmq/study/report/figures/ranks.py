@@ -97,9 +97,11 @@ def rank_curves(found: Ranks, tower: str) -> Figure | None:
         for place, (setting, sites) in enumerate(panels.items()):
             upper, lower = grid[2 * (place // PANELS) : 2 * (place // PANELS) + 2, place % PANELS]
             lower.axhline(1, color=BLACK, linewidth=0.8)
-            for (name, curve), colour in zip(sites.items(), colormaps["viridis"](np.linspace(0, 0.85, len(sites)))):
+            blocks = [name for name in sites if not name.endswith("output")]
+            colours = dict(zip(blocks, colormaps["viridis"](np.linspace(0, 0.85, max(len(blocks), 2)))))
+            for name, curve in sites.items():
                 rank, sqnr, gain = curve.pooled()
-                style = {"color": BLACK if name.endswith("output") else colour, "linewidth": 1.3}
+                style = {"color": colours.get(name, BLACK), "linewidth": 1.3}
                 upper.plot(rank, sqnr, **style)
                 lower.plot(rank, gain, **style)
                 gains.append(gain)
@@ -161,9 +163,9 @@ def rank_maps(found: Ranks) -> Figure | None:
     columns, lines = min(len(found), PANELS), -(-len(found) // PANELS)
     with styled():
         left, panel = 0.075 * max(map(len, sites)) + 0.15, 0.15 * len(sites)
-        width, height = left + 2.2 * columns + 1.1, 2 * lines * (panel + 0.42) + 0.5
-        figure = new_figure_with_margins(width, height, left, right=1.1, top=0.4, bottom=0.5)
-        spacing = {"wspace": 0.06, "hspace": 0.42 / panel}
+        width, height = left + 2.2 * columns + 1.1, 2 * lines * (panel + 0.56) + 0.5
+        figure = new_figure_with_margins(width, height, left, right=1.1, top=0.46, bottom=0.5)
+        spacing = {"wspace": 0.06, "hspace": 0.56 / panel}
         grid = figure.subplots(2 * lines, columns, squeeze=False, sharex=True, sharey=True, gridspec_kw=spacing)
         for axis in grid.flat:
             axis.axis("off")
@@ -179,7 +181,7 @@ def rank_maps(found: Ranks) -> Figure | None:
                 axis.grid(visible=False)
                 axis.spines[:].set_visible(False)
             top = grid[lines * kind, 0].get_position().y1
-            tall = min(lines * (panel + 0.42) - 0.4, 2.2) / height
+            tall = min(lines * (panel + 0.56) - 0.4, 2.2) / height
             bar = figure.colorbar(
                 mesh, cax=figure.add_axes(((width - 0.95) / width, top - tall, 0.13 / width, tall)), extend="both"
             )

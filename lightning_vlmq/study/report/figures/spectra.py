@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from lightning_vlmq.plotting.spectra import short_layer_name
 from lightning_vlmq.spectral import log_ratio
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.mechanism import control_name, pattern_of
+from lightning_vlmq.study.analysis.mechanism import setting_name
 from lightning_vlmq.study.analysis.runs import StoredRun
 from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.style import (
@@ -91,11 +91,9 @@ def harshest_runs(analysis: StudyAnalysis, vlm: str) -> list[StoredRun]:
 
 
 def title_of(setting: Setting) -> str:
-    """A setting above a panel: method and bits, of a control its options and what it imitates, too."""
-    if not setting.is_control:
-        return f"{setting.method} {setting.bits}"
-    pattern = pattern_of(setting)
-    return f"{control_name(setting)} {setting.bits}" + ("" if pattern is None else f"\nfor {pattern.method}")
+    """A setting above a panel: method and bits, of a control its options and, on a second line, what it imitates, too."""
+    name, _, pattern = setting_name(setting).partition(" for ")
+    return f"{name} {setting.bits}" + (f"\nfor {pattern}" if pattern else "")
 
 
 def _by_layer(curves: pd.DataFrame) -> dict[str, LayerCurve]:
