@@ -17,7 +17,7 @@ from typing import Any
 import open_clip
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
@@ -73,8 +73,20 @@ def _align(name: str) -> VLM:
     config = AlignConfig()
     config.vision_config.image_size = ALIGN_SIZE
     model = TransformersModel(AlignModel(config))
+    _normalise(model)
     seen = Preprocessing(Framing(ALIGN_SIZE, "squash", resize_to=346), (0.5,) * 3, (0.5,) * 3)
     return VLM(model, random_tokens(ALIGN_LENGTH, config.text_config.vocab_size), name, RANDOM, seen).eval()
+
+
+@torch.no_grad()
+def _normalise(model: nn.Module) -> None:
+    """Batch norms get the statistics of a few random images; at their start, random weights let fifty layers vanish."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.train().reset_running_stats()
+        norm.momentum = None  # the plain mean
+    model.encode_image(torch.randn(4, 3, ALIGN_SIZE, ALIGN_SIZE, generator=torch.Generator().manual_seed(2)))
+    model.eval()
 
 
 def row(name: str, vlm: VLM, method: str, bits: int, images: int = 4) -> str:

@@ -65,6 +65,23 @@ def test_constant_channels_of_a_convolutional_tower(method: str):
         assert all(torch.isfinite(layer.effective_weight()).all() for layer in quantized_layers(vlm).values())
 
 
+@pytest.mark.parametrize("size", [1e-22, 1e-23])
+def test_inputs_that_vanish_round_or_are_named(size: float):
+    """Their squares lie where float32 has few digits left, so that the Hessian is not positive definite, or none."""
+    vlm = build("vit_clean")
+    block = vlm.model.visual.transformer.resblocks[0]
+    with torch.no_grad():
+        block.ln_2.weight *= size
+        block.ln_2.bias.zero_()
+    if size == 1e-23:
+        quantize(vlm, "gptq", QuantScheme(4, 16), make_batches(vlm))
+        assert torch.isfinite(block.mlp.c_fc.weight).all()
+        return
+    with pytest.raises(VLMQError, match=r"GPTQ cannot round '.*c_fc': .* its inputs, .*e-4\d on average") as error:
+        quantize(vlm, "gptq", QuantScheme(4, 16), make_batches(vlm))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("method", EVERY)
 def test_a_channel_that_is_not_finite_is_named(method: str, value: float):

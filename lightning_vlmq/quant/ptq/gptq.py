@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchao.quantization.granularity import PerGroup
 
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
@@ -62,14 +63,24 @@ class GPTQ(PTQMethod):
         """Rounded weights of every layer on each of several grids, by the grid's name, from one pass over the inputs.
 
         The model keeps its weights; its weight grids are left as the last fit has them.
+
+        Raises:
+            VLMQError: a layer's inputs are such that their second moment cannot be factorised, in one line that names it.
         """
         found = {grid: Fit() for grid in grids}
-        for _, layer, moment in second_moments(vlm, scheme, calibration):
+        for name, layer, moment in second_moments(vlm, scheme, calibration):
             for grid, fit in found.items():
                 METHODS[grid].fit_weight(layer)
-                fit.keep(
-                    layer, replace(self, grid=grid).round_columns(layer, moment)
-                )  # its groups' grids are set on the way
+                try:
+                    rounded = replace(self, grid=grid).round_columns(layer, moment)  # sets its groups' grids on the way
+                except torch.linalg.LinAlgError as error:
+                    size = moment.diagonal(dim1=1, dim2=2).mean().item()
+                    raise VLMQError(
+                        f"GPTQ cannot round '{name}': the second moment of its inputs, {size:.1e} on average, is not positive "
+                        f"definite with a damping of {self.damping:g}; inputs that nearly vanish come from weights that do not fit the "
+                        "model: check these, or raise the damping"
+                    ) from error
+                fit.keep(layer, rounded)
         return found
 
     def round_columns(self, layer: QuantizedLayer, moment: Tensor) -> Tensor:
