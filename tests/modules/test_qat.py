@@ -111,7 +111,7 @@ class Fits:
 @pytest.mark.parametrize(
     ("method", "workers", "checkpoints"),
     [
-        ("ste_feature", 0, ["epoch0"]),
+        ("ste_feature(weights='rtn')", 0, ["epoch0"]),
         ("lsqplus_contrastive", 0, ["epoch1", "step1", "step3", "step5", "step8"]),  # steps 3 and 6 end epochs
         ("rot_lsq_contrastive", 2, ["epoch0", "step3", "step4"]),
     ],
