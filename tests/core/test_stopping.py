@@ -27,8 +27,9 @@ BODIES = {
 
 
 def as_in_front() -> None:
-    """Listen to Ctrl-C as a program in a terminal does: tests that a shell started with ``&`` would hand down that it is ignored."""
+    """Listen as a program in a terminal does: tests started with a shell's ``&`` or ``nohup`` hand down that signals are ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def start(body: str) -> subprocess.Popen:
