@@ -13,6 +13,7 @@ from sklearn.metrics import roc_auc_score
 
 from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data import EmbeddedData, TensorImages
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.evaluation.tuning import PairFeatures, tune_logit_scale
@@ -100,11 +101,14 @@ def test_predictions_stay_and_confidences_follow_the_scale(tuned):
         for s in data.eval_sets:
             classes = vlm.class_features(s.class_names or data.class_names, data.templates)
             before, after = tuned.records[s.name], tuned.tuned_records[s.name]
-            for column in ("index", "target", "prediction", "correct", "mcm"):
+            scores = {"mcm", "energy"} if ROLES[s.role].is_scored else set()
+            assert {"mcm", "energy"} & before.keys() == {"mcm", "energy"} & after.keys() == scores
+            for column in ("index", "target", "prediction", "correct", *(scores - {"energy"})):
                 assert torch.equal(before[column], after[column])
             logits = scale * vlm.encode_image(s.images.images) @ classes.T
             torch.testing.assert_close(after["confidence"], logits.softmax(-1).amax(-1))
-            torch.testing.assert_close(after["energy"], logits.logsumexp(-1))
+            if scores:
+                torch.testing.assert_close(after["energy"], logits.logsumexp(-1))
 
 
 def test_rows_are_those_of_the_tuned_records(tuned):
