@@ -194,6 +194,7 @@ def test_every_argument_of_the_embedded_data(tmp_path):
             "on_bad_image": ("skip", "the same images are read or the run stops"),
             "batch_size": (7, "each sample is evaluated by itself"),
             "num_workers": (1, "who loads the images does not change them"),
+            "decoded": (str(tmp_path), "the same images, from files that were made of them"),
         },
     )
 
