@@ -72,7 +72,7 @@ def test_the_wheel_holds_what_the_program_reads_and_no_second_copy(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {"lightning_vlmq", *(top for top in tops if top.endswith(".dist-info"))}
     assert not [name for name in names if "test" in name.lower() and name.endswith(".py")]
-    assert wheel.stat().st_size < 60e6
+    assert wheel.stat().st_size < 70e6
 
 
 def test_what_readme_shows_is_accepted_anywhere(environment, tmp_path):

@@ -32,6 +32,7 @@ from lightning_vlmq.metrics import (
 )
 from lightning_vlmq.models import VLM, require_finite
 from lightning_vlmq.models.local import encode_patches
+from lightning_vlmq.quant.fake_quant import unused_steps
 from lightning_vlmq.statistics import Statistics
 
 log = logging.getLogger(__name__)
@@ -124,7 +125,7 @@ class Judged:
         settings: Statistics,
         tunes: bool = False,
     ) -> None:
-        require_finite(vlm)
+        require_finite(vlm, unused_steps(vlm))
         self._cache = cache
         self.vlm, self._scores = vlm.eval(), dict(scores)
         needs = frozenset().union(*(score.needs for score in scores.values()))

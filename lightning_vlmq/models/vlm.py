@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import open_clip
@@ -199,9 +199,16 @@ LARGEST_WEIGHT = 1e10
 """Beyond this a weight is damage: sums of squares of activations overflow float32, and normalisation turns them into constants."""
 
 
-def require_finite(vlm: nn.Module) -> None:
-    """Raise :class:`VLMQError` naming the first parameter that holds a NaN, an infinity, or a number beyond :data:`LARGEST_WEIGHT`."""
+def require_finite(vlm: nn.Module, unused: Collection[str] = ()) -> None:
+    """Raise :class:`VLMQError` naming the first parameter that holds a NaN, an infinity, or a number beyond :data:`LARGEST_WEIGHT`.
+
+    Args:
+        vlm: the model.
+        unused: names of parameters that nothing is computed with, whatever they hold.
+    """
     for name, parameter in vlm.named_parameters():
+        if name in unused:
+            continue
         if not torch.isfinite(parameter).all():
             raise VLMQError(
                 f"weight '{name}' holds non-finite values; the checkpoint is damaged or training diverged, use another"

@@ -224,3 +224,9 @@ class FakeQuantizer(nn.Module):
         """Bits, grid and granularity for ``print(model)``."""
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"bits={self.bits}, {kind}, {self.granularity}, dynamic={self.dynamic}"
+
+
+def unused_steps(model: nn.Module) -> set[str]:
+    """Names of the steps that no forward pass reads and no calibration sets: of sides in full precision, and of dynamic ranges."""
+    quantizers = ((name, m) for name, m in model.named_modules() if isinstance(m, FakeQuantizer))
+    return {f"{name}.scale" for name, m in quantizers if m.dynamic or not m.quantizes}

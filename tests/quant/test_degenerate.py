@@ -9,8 +9,9 @@ from cases.quant import INTEGER_METHODS, build, make_batches, shallow, twin
 from torch import Tensor
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import VLM
+from lightning_vlmq.models import VLM, require_finite
 from lightning_vlmq.quant import METHODS, QuantLinear, QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.fake_quant import unused_steps
 from lightning_vlmq.quant.observers import SecondMomentObserver, output_error
 from lightning_vlmq.quant.ptq.gptq import GPTQ
 
@@ -220,3 +221,21 @@ def test_a_group_size_that_does_not_divide_names_the_layer(method: str):
     ) as error:
         quantize(vlm, method, QuantScheme(4, 8, "per_group", group_size=36), make_batches(vlm))
     assert "\n" not in str(error.value) and not quantized_layers(vlm)
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [QuantScheme(4, 16), QuantScheme(16, 8), QuantScheme(8, 8, act_dynamic=True)],
+    ids=["inputs in full precision", "weights in full precision", "dynamic ranges"],
+)
+def test_a_model_is_whole_where_a_side_has_no_step(scheme: QuantScheme):
+    """Steps that nothing reads stay undefined; those that are read are judged like weights."""
+    vlm = build("vit_clean")
+    quantize(vlm, "minmax", scheme, make_batches(vlm))
+    require_finite(vlm, unused_steps(vlm))
+    layer = vlm.get_submodule("model.visual.conv1")
+    used = layer.weight_fake_quant if scheme.weight_bits < 16 else layer.act_fake_quant
+    with torch.no_grad():
+        used.scale[0] = math.nan
+    with pytest.raises(VLMQError, match=r"conv1.*scale' holds non-finite values"):
+        require_finite(vlm, unused_steps(vlm))

@@ -27,7 +27,8 @@ ACTIONS = """
 const failures = [];
 addEventListener("error", event => failures.push(event.message));
 addEventListener("load", async () => {
-  const table = [...document.querySelectorAll("#tables table, table")].find(t => t.tBodies[0].rows.length > 5 && t.tHead.rows.length === 1);
+  const tables = [...document.querySelectorAll("#tables table, table")].filter(t => t.tBodies[0].textContent.includes("lsq"));
+  const table = tables.find(t => t.tBodies[0].rows.length > 5 && t.tHead.rows.length === 1);
   const heads = [...table.tHead.rows[0].cells], words = c => c.textContent.trim();
   const column = k => [...table.tBodies[0].rows].map(row => words(row.cells[k]));
   const found = { heads: heads.map(words), before: column(0) };
