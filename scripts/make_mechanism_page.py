@@ -11,8 +11,6 @@ table (gains, verdicts, predictions); its metadata hold command, hardware and du
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -38,9 +36,9 @@ from lightning_vlmq.study.analysis.prediction import prediction_table, predictor
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.figures.mechanism import verdict_summary
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, PALETTE, as_png, new_figure, styled
+from lightning_vlmq.study.report.markdown import END, START, around_results, hardware
 from lightning_vlmq.study.report.mechanism import MARKS, tally
 
-START, END = "<!-- results -->", "<!-- end of results -->"
 SITE = "vision/output"
 MOST = 4
 """Predictors shown of each outcome, beside the baselines."""
@@ -124,14 +122,6 @@ def strongest(predictions: pd.DataFrame) -> pd.DataFrame:
         for _, part in predictions.groupby("outcome", sort=False)
     ]
     return pd.concat(parts) if parts else predictions
-
-
-def hardware() -> str:
-    """This machine's processor and number of cores."""
-    model = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as lines:
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def duration(root: Path) -> str:
@@ -226,9 +216,7 @@ def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
     Raises:
         VLMQError: the page has no markers, or the study lacks what it needs.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise VLMQError(f"'{page}' has no place for results; put {START} and {END} on lines of their own")
+    before, after = around_results(page)
     gains, found, predictions = gain_frame(analysis), verdicts(analysis), prediction_table(analysis)
     shown = strongest(predictions[predictions["n"] > 0]) if len(predictions) else predictions
     about = {"command": "vlmq-study study=mechanism", "hardware": hardware(), "duration": duration(root)}
@@ -247,7 +235,6 @@ def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
     made = pa.Table.from_pandas(whole, preserve_index=False)
     data.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(made.replace_schema_metadata({**(made.schema.metadata or {}), **about}), data, compression="zstd")
-    before, after = text.split(START)[0], text.split(END)[1]
     missing = [name for name, figure in drawn.items() if figure is None]
     section = results_text(gains, found, shown, about)
     for name in missing:

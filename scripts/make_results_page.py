@@ -11,8 +11,6 @@ count as done runs: the same command, code and libraries run what they lack.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import shutil
 import sys
 from collections.abc import Sequence
@@ -30,19 +28,11 @@ from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.robustness import corruption_changes
 from lightning_vlmq.study.report.figures.style import as_png
+from lightning_vlmq.study.report.markdown import END, START, around_results, hardware
 from lightning_vlmq.study.report.notation import percent_interval
 
-START, END = "<!-- results -->", "<!-- end of results -->"
 MOST_BYTES = 15e6
 """The compact store may be as large as this."""
-
-
-def hardware() -> str:
-    """This machine's processor and number of cores."""
-    model = platform.processor() or platform.machine()
-    with open("/proc/cpuinfo", encoding="utf-8") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as lines:
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores"
 
 
 def worked(results: StudyResults) -> timedelta:
@@ -129,9 +119,7 @@ def write(root: Path, page: Path) -> list[Path]:
     Raises:
         VLMQError: the page has no markers, the store has no results, or its rows are too many.
     """
-    text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise VLMQError(f"'{page}' has no place for results; put {START} and {END} on lines of their own")
+    before, after = around_results(page)
     analysis = analyse(StudyResults.load(root))
     if not any(ROLES[m.role].is_scored for m in analysis.measures):
         raise VLMQError(f"'{root}' compares nothing with full precision yet; run more of the study")
@@ -146,7 +134,7 @@ def write(root: Path, page: Path) -> list[Path]:
     for path, figure in zip(written, images.values()):
         as_png(figure, path, dpi=80)
     section = results_text(analysis, f"vlmq-study study={root.name}", list(images), f"data/{root.name}")
-    page.write_text(text.split(START)[0] + section + text.split(END)[1], encoding="utf-8")
+    page.write_text(before + section + after, encoding="utf-8")
     return [*written, data, page]
 
 
