@@ -110,8 +110,7 @@ def _replace_input_grids(layers: Mapping[str, QuantizedLayer], activations: str)
     for name, layer in layers.items():
         old = layer.act_fake_quant
         in_full_precision = not (old.quantizes or layer.weight_fake_quant.quantizes)
-        is_static = old.quantizes and not old.dynamic
-        if activations == "keep" or in_full_precision or (activations == "static" and is_static):
+        if activations == "keep" or in_full_precision or (activations == "static" and old.is_static):
             continue
         bits = UNQUANTIZED_BITS if activations == "none" else old.bits if old.quantizes else 8
         dynamic = activations == "dynamic"

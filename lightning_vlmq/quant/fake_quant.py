@@ -81,6 +81,11 @@ class FakeQuantizer(nn.Module):
         return self.bits != UNQUANTIZED_BITS
 
     @property
+    def is_static(self) -> bool:
+        """Whether this side is quantized by a step that calibration sets, rather than not at all or by each input's own range."""
+        return self.quantizes and not self.dynamic
+
+    @property
     def extra_bits(self) -> int:
         """Bits that a weight's quantizer keeps beside its integers and their steps: of what is added to them in full precision."""
         return 0
@@ -229,4 +234,4 @@ class FakeQuantizer(nn.Module):
 def unused_steps(model: nn.Module) -> set[str]:
     """Names of the steps that no forward pass reads and no calibration sets: of sides in full precision, and of dynamic ranges."""
     quantizers = ((name, m) for name, m in model.named_modules() if isinstance(m, FakeQuantizer))
-    return {f"{name}.scale" for name, m in quantizers if m.dynamic or not m.quantizes}
+    return {f"{name}.scale" for name, m in quantizers if not m.is_static}

@@ -203,7 +203,7 @@ def act_quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 
 def static_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """Those of :func:`act_quantized_layers` whose input has a range from calibration."""
-    return {name: layer for name, layer in act_quantized_layers(model).items() if not layer.act_fake_quant.dynamic}
+    return {name: layer for name, layer in quantized_layers(model).items() if layer.act_fake_quant.is_static}
 
 
 def swap_layers(vlm: VLM, scheme: QuantScheme) -> list[str]:

@@ -107,5 +107,5 @@ def install_channel_scale(layer: QuantizedLayer, factor: Tensor, inputs: Channel
     """
     layer.set_weight(scale_input_channels(layer, layer.weight, factor))
     layer.input_transform = ChannelScale(factor.view(-1, 1, 1) if isinstance(layer, nn.Conv2d) else factor)
-    if inputs is not None and layer.act_fake_quant.quantizes and not layer.act_fake_quant.dynamic:
+    if inputs is not None and layer.act_fake_quant.is_static:
         layer.act_fake_quant.set_range(*inputs.scaled_range(factor))
