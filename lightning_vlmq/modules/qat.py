@@ -30,8 +30,8 @@ class QATModule(EvaluationModule):
     """Trains the quantized model of an :class:`EvaluationModule`, whose validation then judges the result.
 
     The teacher never changes and sees the same pairs every epoch, so its features are computed once, and kept for other fits of the
-    same model. Under DDP the contrastive loss
-    sees the features of all processes. The student runs in evaluation mode: no dropout, normalised by full precision's statistics.
+    same model; the contrastive loss tells the pairs of a batch from them, or (``quant.method.contrast: batch``) from one another, under
+    DDP from those of all processes. The student runs in evaluation mode: no dropout, normalised by full precision's statistics.
 
     A share of the pairs is not trained on. The loss on these is measured before training and after every epoch, and the state
     with the least of them is what remains at the end, the start included: training cannot make a model worse in what it is
@@ -129,7 +129,10 @@ class QATModule(EvaluationModule):
         self.teacher_image = teacher.images.to(self.device)
         self.teacher_text = teacher.texts[teacher.caption].to(self.device)
         rows = sorted(self.data.held_out)
-        self._held_out_rows = torch.tensor(rows, device=self.device)
+        trained = torch.ones(len(self.teacher_image), dtype=torch.bool, device=self.device)
+        trained[rows] = False
+        self._trained_pairs = self.teacher_image[trained], self.teacher_text[trained]
+        self._held_out_rows = torch.tensor(rows, dtype=torch.int64, device=self.device)
         if rows:
             images = torch.cat([b["image"] for b in batches])
             self._held_out_images = images[rows].to(self.device)
@@ -182,7 +185,9 @@ class QATModule(EvaluationModule):
         text = self.teacher_text[rows]
         own = self.vlm.encode_text(self.tokens[rows]) if "text" in self.scheme.towers else text
         image = self.vlm.encode_image(self._held_out_images)
-        loss = float(self.method.loss(image, own, self.teacher_image[rows], text, self.reference.logit_scale()))
+        everything = self.teacher_image, self.teacher_text
+        scale = self.reference.logit_scale()
+        loss = float(self.method.loss(image, own, self.teacher_image[rows], text, scale, everything))
         if not math.isfinite(loss):
             if not self.held_out_losses:
                 raise VLMQError(
@@ -227,7 +232,8 @@ class QATModule(EvaluationModule):
             text = self.vlm.encode_text(self.tokens[index]) if "text" in self.scheme.towers else teacher_text
         if self.trainer.world_size > 1:
             image, text, teacher_image, teacher_text = map(self._gather, (image, text, teacher_image, teacher_text))
-        parts = self.method.loss_parts(image, text, teacher_image, teacher_text, self.reference.logit_scale())
+        scale = self.reference.logit_scale()
+        parts = self.method.loss_parts(image, text, teacher_image, teacher_text, scale, self._trained_pairs)
         loss = torch.stack(list(parts.values())).sum()
         if not torch.isfinite(loss):
             raise VLMQError(

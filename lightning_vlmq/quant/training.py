@@ -44,6 +44,8 @@ class QATMethod(PTQMethod):
 
     Attributes:
         distillation: ``contrastive``, or ``feature`` for that and the feature loss of CLIP-KD.
+        contrast: what an image is told from, and a text: ``pairs``, the teacher's texts (images) of all pairs that are trained on, or
+            ``batch``, those of its own batch, as in CLIP-KD. A batch here is small; with all pairs a fit generalises better.
         feature_weight: weight of the feature loss, a mean over features of unit-norm vectors (Yang et al. 2024: 2000, the
             authors' scripts); of no effect in ``contrastive``.
     """
@@ -51,6 +53,7 @@ class QATMethod(PTQMethod):
     needs_training: ClassVar[bool] = True
 
     distillation: Literal["contrastive", "feature"] = "contrastive"
+    contrast: Literal["pairs", "batch"] = "pairs"
     feature_weight: float = within(2000.0, 0)
 
     @abstractmethod
@@ -77,6 +80,7 @@ class QATMethod(PTQMethod):
         teacher_image: Tensor,
         teacher_text: Tensor,
         logit_scale: Tensor | float,
+        pairs: tuple[Tensor, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """The parts whose sum is trained on: ``contrastive`` and, with feature distillation, ``feature``.
 
@@ -86,13 +90,15 @@ class QATMethod(PTQMethod):
             teacher_image: the full-precision model's, ``[B, D]``.
             teacher_text: the full-precision model's, ``[B, D]``.
             logit_scale: the teacher's factor on cosine similarities.
+            pairs: the teacher's image and text features, ``[P, D]`` each, for ``contrast="pairs"``; without them the batch is all there is.
 
         Returns:
             Scalars, means over the batch, already weighted.
         """
+        others = pairs if self.contrast == "pairs" else None
         parts = {
             "contrastive": contrastive_distillation(
-                student_image, student_text, teacher_image, teacher_text, logit_scale
+                student_image, student_text, teacher_image, teacher_text, logit_scale, others
             )
         }
         if self.distillation == "feature":
@@ -107,9 +113,10 @@ class QATMethod(PTQMethod):
         teacher_image: Tensor,
         teacher_text: Tensor,
         logit_scale: Tensor | float,
+        pairs: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """The sum of :meth:`loss_parts`, scalar."""
-        parts = self.loss_parts(student_image, student_text, teacher_image, teacher_text, logit_scale)
+        parts = self.loss_parts(student_image, student_text, teacher_image, teacher_text, logit_scale, pairs)
         return torch.stack(list(parts.values())).sum()
 
     def parameter_groups(
@@ -212,12 +219,17 @@ def contrastive_distillation(
     teacher_image: Tensor,
     teacher_text: Tensor,
     logit_scale: Tensor | float,
+    others: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Match in-batch image-text similarities: CLIP-KD's contrastive relational distillation.
+    """Match image-text similarities: CLIP-KD's contrastive relational distillation.
 
     ``KL(softmax(t I_t T_t^T) || softmax(t I_s T_s^T))`` over rows (image to text) and over columns (text to image),
     averaged over the batch and over the two directions (Yang et al. 2024, arXiv 2307.12732), as in the authors' code. A
     bias on the logits (SigLIP) cancels in the softmax.
+
+    With ``others`` the candidates are these, the teacher's, in place of the student's own of the batch:
+    ``KL(softmax(t I_t T^T) || softmax(t I_s T^T))`` and likewise texts with images, as in CLIP-KD's interactive contrast. The
+    direction of a tower that is the teacher's own is then zero.
 
     Args:
         student_image: unit-norm features ``[B, D]``.
@@ -225,15 +237,24 @@ def contrastive_distillation(
         teacher_image: unit-norm features ``[B, D]``; no gradient flows to them.
         teacher_text: unit-norm features ``[B, D]``; likewise.
         logit_scale: the factor ``t`` on cosine similarities.
+        others: unit-norm image and text features of the teacher, ``[P, D]`` each; no gradient flows to them.
 
     Returns:
-        Scalar, at least 0, and 0 where student and teacher agree (or the batch holds one pair).
+        Scalar, at least 0, and 0 where student and teacher agree (or the batch holds one pair and there are no others).
     """
     scale = logit_scale.detach() if isinstance(logit_scale, Tensor) else logit_scale
-    student = scale * student_image @ student_text.T
-    teacher = (scale * teacher_image @ teacher_text.T).detach()
+    if others is None:
+        student = scale * student_image @ student_text.T
+        teacher = (scale * teacher_image @ teacher_text.T).detach()
+        sides = ((student, teacher), (student.T, teacher.T))
+    else:
+        images, texts = (part.detach() for part in others)
+        sides = (
+            (scale * student_image @ texts.T, (scale * teacher_image @ texts.T).detach()),
+            (scale * student_text @ images.T, (scale * teacher_text @ images.T).detach()),
+        )
 
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         return F.kl_div(F.log_softmax(s, dim=-1), F.log_softmax(t, dim=-1), reduction="batchmean", log_target=True)
 
-    return (divergence(student, teacher) + divergence(student.T, teacher.T)) / 2
+    return (divergence(*sides[0]) + divergence(*sides[1])) / 2

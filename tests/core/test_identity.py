@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.core.identity import describe, digest
+from lightning_vlmq.core.identity import describe, digest, statements_digest
 
 
 @dataclass(frozen=True)
@@ -77,3 +77,23 @@ def test_same_in_another_process_whatever_the_hash_seed():
         [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONHASHSEED": "7", "PYTHONPATH": "."}
     )
     assert ran.stdout.strip() == digest({"a": 0.1, "b": {"z", "y", "x"}}), ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        (
+            '"""Another text."""\nRATE = 2  # why\n\n\ndef f(x: int = 1) -> int:\n    """Other words."""\n    return (x * RATE)\n',
+            True,
+        ),
+        ('"""Text."""\nRATE = 2\ndef f(x: int = 1) -> int:\n    return x * RATE\n', True),
+        ('"""Text."""\nRATE = 2.0\ndef f(x: int = 1) -> int:\n    """Words."""\n    return x * RATE\n', False),
+        ('"""Text."""\nRATE = 2\ndef f(x: int = 2) -> int:\n    """Words."""\n    return x * RATE\n', False),
+        ('"""Text."""\nRATE = 2\ndef f(x: int = 1) -> int:\n    """Words."""\n    return RATE * x\n', False),
+    ],
+)
+def test_code_that_differs_in_comments_alone_is_the_same(tmp_path: Path, other: str, same: bool):
+    first, second = tmp_path / "first.py", tmp_path / "second.py"
+    first.write_text('"""Text."""\nRATE = 2\ndef f(x: int = 1) -> int:\n    """Words."""\n    return x * RATE\n')
+    second.write_text(other)
+    assert (statements_digest(first) == statements_digest(second)) is same

@@ -1,6 +1,6 @@
 import copy
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -202,6 +202,33 @@ def test_contrastive_distillation_against_probabilities():
     torch.testing.assert_close(contrastive_distillation(si, st, ti, tt, 10.0), expected)
     assert contrastive_distillation(ti, tt, ti, tt, torch.tensor(10.0)).abs() < 1e-12
     assert contrastive_distillation(si[:1], st[:1], ti[:1], tt[:1], 10.0) == 0
+
+
+def test_contrastive_distillation_with_all_pairs_as_candidates():
+    si, st, ti, tt = (F.normalize(torch.randn(7, 12, dtype=torch.float64), dim=-1) for _ in range(4))
+    images, texts = (F.normalize(torch.randn(30, 12, dtype=torch.float64), dim=-1) for _ in range(2))
+    expected = torch.zeros((), dtype=torch.float64)
+    for own, full, candidates in ((si, ti, texts), (st, tt, images)):
+        p, q = (10 * full @ candidates.T).softmax(-1), (10 * own @ candidates.T).softmax(-1)
+        expected += (p * (p.log() - q.log())).sum(-1).mean() / 2
+    torch.testing.assert_close(contrastive_distillation(si, st, ti, tt, 10.0, (images, texts)), expected)
+    alone = contrastive_distillation(si[:1], tt[:1], ti[:1], tt[:1], 10.0, (images, texts))
+    assert alone > 0, "one pair is told from the others"
+    # the texts are the teacher's own: only images count
+    torch.testing.assert_close(
+        contrastive_distillation(si, tt, ti, tt, 10.0, (images, texts)),
+        contrastive_distillation(si, st, ti, st, 10.0, (images, texts)),
+    )
+
+
+def test_the_contrast_is_an_option_of_the_method():
+    si, st, ti, tt = (F.normalize(torch.randn(6, 8), dim=-1) for _ in range(4))
+    pairs = tuple(F.normalize(torch.randn(20, 8), dim=-1) for _ in range(2))
+    method = METHODS["lsq_contrastive"]
+    assert isinstance(method, QATMethod)
+    assert method.loss(si, st, ti, tt, 10.0, pairs) == contrastive_distillation(si, st, ti, tt, 10.0, pairs)
+    paper = replace(method, contrast="batch")
+    assert paper.loss(si, st, ti, tt, 10.0, pairs) == contrastive_distillation(si, st, ti, tt, 10.0)
 
 
 def test_feature_loss_is_added_with_clip_kd_weight():
