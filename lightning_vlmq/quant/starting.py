@@ -21,9 +21,12 @@ log = logging.getLogger(__name__)
 
 JUDGED = 512
 """Calibration pairs, at least, that fits are judged by, where there are as many."""
+MARGIN = 0.1
+"""By how much less, as a share, a loss has to be than that of the first fits for others to be chosen: a smaller gain on the pairs that all
+fits were made with is as often as not a loss on others."""
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Of student's image and text features, the teacher's, and the logit scale; see ``QATMethod.loss``."""
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]], Tensor]
+"""Of student's image and text features, the teacher's, the logit scale, and the teacher's of all pairs; see ``QATMethod.loss``."""
 
 
 def keep_best(
@@ -36,13 +39,15 @@ def keep_best(
 ) -> tuple[str, str]:
     """Fit static input grids and weights in each of several ways, and leave the pair of fits with the least loss.
 
+    That is the first of each, unless another's loss is less by :data:`MARGIN`.
+
     Args:
         vlm: a model with quantized layers and full precision's weights.
         scheme: bits, granularities and scope.
         calibration: batches; the loss is a mean over the first of them, :data:`JUDGED` pairs or a little more.
         loss: the distillation loss; of images alone where the batches hold no tokens.
-        inputs: by name, what fits all static input grids while the weights are full precision's.
-        weights: gives fits of all weights and their grids, by name.
+        inputs: by name, what fits all static input grids while the weights are full precision's; the plainest first.
+        weights: gives fits of all weights and their grids, by name; the plainest first.
 
     Returns:
         The names of the fits that were left.
@@ -57,6 +62,7 @@ def keep_best(
     with torch.no_grad(), full_precision(vlm):
         images = [vlm.encode_image(batch["image"]) for batch in judged]
         texts = [vlm.encode_text(b["tokens"]) if "tokens" in b else image for b, image in zip(judged, images)]
+    pairs = torch.cat(images), torch.cat(texts)
     fitted_inputs: dict[str, list[Grid]] = {}
     for name, fit in inputs.items():
         fit()
@@ -73,8 +79,9 @@ def keep_best(
         total = 0.0
         for batch, image, text in zip(judged, images, texts):
             own = vlm.encode_text(column(batch, "tokens")) if "text" in scheme.towers else text
-            total += float(loss(vlm.encode_image(batch["image"]), own, image, text, vlm.logit_scale())) * len(image)
-        return total / sum(map(len, images))
+            found = loss(vlm.encode_image(batch["image"]), own, image, text, vlm.logit_scale(), pairs)
+            total += float(found) * len(image)
+        return total / len(pairs[0])
 
     losses: dict[tuple[str, str], float] = {}
     for chosen in product(fitted_inputs, fitted_weights):
@@ -86,6 +93,9 @@ def keep_best(
         raise VLMQError(
             "the loss is not a number from any start; check the weights and the calibration data for NaN or inf"
         )
+    first = next(iter(losses))
+    if not losses[best] < (1 - MARGIN) * losses[first] and math.isfinite(losses[first]):
+        best = first
     put(best)
     told = ", ".join(f"{'/'.join(chosen)} {found:.3g}" for chosen, found in losses.items())
     log.info("training starts from %s grids of inputs and %s grids of weights (inputs/weights: %s)", *best, told)

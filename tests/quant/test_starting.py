@@ -7,7 +7,9 @@ from cases.quant import build, make_batches, shallow, twin
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import QuantScheme, quantize, quantized_layers
+from lightning_vlmq.quant.fits import Fit
 from lightning_vlmq.quant.methods import find_method
+from lightning_vlmq.quant.starting import keep_best
 from lightning_vlmq.quant.training import QATMethod
 
 GRIDS = ("minmax", "mse")
@@ -16,6 +18,10 @@ GRIDS = ("minmax", "mse")
 def mean_loss(student: VLM, full: VLM, method: QATMethod, batches: list[dict]) -> float:
     student.eval()
     with torch.no_grad():
+        pairs = tuple(
+            torch.cat([encode(b[column]) for b in batches])
+            for encode, column in ((full.encode_image, "image"), (full.encode_text, "tokens"))
+        )
         losses = [
             method.loss(
                 student.encode_image(b["image"]),
@@ -23,6 +29,7 @@ def mean_loss(student: VLM, full: VLM, method: QATMethod, batches: list[dict]) -
                 full.encode_image(b["image"]),
                 full.encode_text(b["tokens"]),
                 full.logit_scale(),
+                pairs,
             )
             for b in batches
         ]
@@ -31,6 +38,26 @@ def mean_loss(student: VLM, full: VLM, method: QATMethod, batches: list[dict]) -
 
 def grids(vlm: VLM, side: str) -> list[torch.Tensor]:
     return [getattr(layer, f"{side}_fake_quant").scale.detach().clone() for layer in quantized_layers(vlm).values()]
+
+
+@pytest.mark.parametrize(("gain", "chosen"), [(0.05, "first"), (0.2, "second")])
+def test_a_gain_within_the_margin_on_the_pairs_of_the_fits_changes_nothing(gain: float, chosen: str):
+    """The loss is given: the second fit of weights has less of it, by so much."""
+    vlm = twin(shallow(build("vit_clean")))
+    batches = make_batches(vlm, (6,), seed=3)
+    quantize(vlm, "minmax", QuantScheme(4, 8, scope="vision"), batches)
+    layer = next(iter(quantized_layers(vlm).values()))
+    fits = {"first": Fit(), "second": Fit()}
+    for factor, fit in zip((1.0, 0.5), fits.values()):
+        fit.keep(layer, factor * layer.weight)
+
+    def loss(*_: object) -> torch.Tensor:
+        return torch.tensor(1 - gain if layer.weight.abs().max() < half else 1.0)
+
+    half = 0.75 * layer.weight.abs().max()
+    scheme = QuantScheme(4, 8, scope="vision")
+    assert keep_best(vlm, scheme, batches, loss, {"minmax": lambda: None}, lambda: fits) == ("minmax", chosen)
+    assert (layer.weight.abs().max() < half) == (chosen == "second")
 
 
 def test_the_best_start_has_the_least_loss_of_all_four_fits():
@@ -49,6 +76,9 @@ def test_the_best_start_has_the_least_loss_of_all_four_fits():
                 own.act_fake_quant.set_qparams(other.act_fake_quant.scale.detach(), other.act_fake_quant.zero_point)
             losses[inputs, weights] = mean_loss(mixed, full, method, batches)
     inputs, weights = min(losses, key=losses.__getitem__)
+    assert losses[inputs, weights] < 0.9 * losses["minmax", "minmax"], (
+        "no other fit is better by a margin; take another seed"
+    )
     assert len(set(losses.values())) == 4 and mean_loss(made["best"], full, method, batches) == min(losses.values())
     for side, name in (("act", inputs), ("weight", weights)):
         assert all(map(torch.equal, grids(made["best"], side), grids(made[name], side)))

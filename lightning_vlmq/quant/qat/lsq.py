@@ -36,8 +36,8 @@ class LearnedSteps(QATMethod):
     """What methods with learned steps share: where the steps start from, and that all of them learn.
 
     Attributes:
-        start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name; ``best``, whichever of these
-            two the distillation loss on the calibration pairs prefers, for inputs and for weights; or ``paper``, what the method's
+        start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name; ``best``, min-max for
+            inputs and for weights unless the other has a tenth less distillation loss on the calibration pairs; or ``paper``, what the method's
             paper says.
         weights: ``gptq`` starts from weights rounded by GPTQ on these grids, ``rtn`` from full precision's, which round to nearest.
             With few updates training does not find what GPTQ solves for; ``paper`` starts with ``rtn`` alone.

@@ -124,6 +124,7 @@ class Plan:
     def seconds(self, costs: Costs, cache: str) -> dict[str, float]:
         """Seconds of one process, by what they are for; statistics are not in it."""
         n, kept = sum(self.images.values()), self._decoded(costs)
+        towers = {(run.vlm, run.method, run.bits, run.seed) for run in self.runs if run.scope == "vision"}
         passes_of_images = n + self.n_scored * self.has_patches
         found: defaultdict[str, float] = defaultdict(float)
         for run in self.runs:
@@ -133,7 +134,13 @@ class Plan:
             if run.kind == "fp32":
                 found["full precision"] += forward * passes_of_images
                 continue
-            shares_tower = run.kind == "ptq" and run.scope == "vision_text" and cache != "none"
+            is_known = (
+                run.vlm,
+                run.method,
+                run.bits,
+                run.seed,
+            ) in towers  # the image tower of a run of the other scope
+            shares_tower = run.kind == "ptq" and run.scope == "vision_text" and is_known and cache != "none"
             found["quantized models"] += 0.0 if shares_tower else forward * FAKE_QUANTIZED * passes_of_images
             found["full precision"] += forward * passes_of_images if cache == "none" else 0.0
             method = find_method(run.method)  # an axis may name one with options

@@ -106,6 +106,9 @@ def test_what_is_shared_costs_once():
     seconds = {cache: found.seconds(costs, cache) for cache in ("all", "reference", "none")}
     assert seconds["reference"]["full precision"] == 10 and seconds["none"]["full precision"] == 30
     assert seconds["none"]["quantized models"] == pytest.approx(2 * seconds["reference"]["quantized models"])
+    # nobody has been through the image tower of a scope that is alone
+    alone = Plan([run for run in runs if run.scope != "vision"], {"id": 10}, 1, 4, 1, 1, 0, 10, False)
+    assert alone.seconds(costs, "reference")["quantized models"] == seconds["reference"]["quantized models"]
     assert {cache: found.bytes_on_disk(costs, cache)["features"] for cache in seconds} == {
         "all": 2 * 14 * 64 * 4.0,
         "reference": 14 * 64 * 4.0,
