@@ -19,7 +19,7 @@ from lightning_vlmq.quant.methods import PTQMethod, within
 from lightning_vlmq.quant.rounding import STEP_FLOOR, choose_qparams, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
 
-RATES = {2: (3e-2, 1e-3), 3: (1e-2, 1e-3), 4: (3e-3, 1e-3), 8: (1e-3, 1e-3)}
+RATES = {2: (3e-2, 1e-3), 4: (1e-2, 1e-3), 8: (1e-3, 1e-3)}
 """Peak rates of weights and of steps by the most weight bits that they are for; see :func:`default_rates`."""
 
 
@@ -30,8 +30,8 @@ LEVELS = 8
 def default_rates(weight_bits: int) -> tuple[float, float]:
     """Peak learning rates of weights (in steps an update) and of steps (relative, an update), by bits of the weights.
 
-    Those of 3, 4 and 8 bits were chosen by ``scripts/search_rates.py`` on one small embedded vision transformer, by pairs that no fit
-    sees, those of 2 bits before training started from the best of several fits. At 8 bits no rate gains more than noise there.
+    Those of 3, 4 and 8 bits were chosen by ``scripts/search_rates.py`` on the clean embedded models, by pairs that no fit sees; those of
+    2 bits on one of them, before training started from the best of several fits.
     """
     return RATES[next((bits for bits in RATES if weight_bits <= bits), 8)]
 
