@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
 from torch import Tensor
@@ -12,7 +13,7 @@ from lightning_vlmq.modules import QATModule, Quantization
 from lightning_vlmq.quant import quantize
 from lightning_vlmq.quant.training import contrastive_distillation
 
-PAIRS, UNSEEN = 320, 128
+PAIRS, UNSEEN = 800, 200
 FAMILIES = [name.removesuffix("_clean") for name in zoo.names() if name.endswith("_clean")]
 
 
@@ -59,10 +60,9 @@ def losses(family: str, bits: int) -> dict[str, float]:
     return found
 
 
-def test_training_pays_at_three_bits_on_every_family():
-    found = {family: losses(family, 3) for family in FAMILIES}
+@pytest.mark.parametrize("bits", [4, 3])
+def test_training_pays_on_every_family(bits: int):
+    found = {family: losses(family, bits) for family in FAMILIES}
     for family, own in found.items():
-        assert own["end"] < own["minmax"], (family, own)
-    # the others keep their start: rates and steps were searched on other models than these
-    assert sum(own["end"] < own["start"] for own in found.values()) > len(FAMILIES) / 2, found
+        assert own["end"] < own["start"] and own["end"] < own["minmax"], (family, own)
     assert sum(own["end"] < own["gptq"] for own in found.values()) > len(FAMILIES) / 2, found

@@ -8,19 +8,26 @@ from pathlib import Path
 
 from lightning_vlmq.core.errors import VLMQError
 
-START, END = "<!-- results -->", "<!-- end of results -->"
+
+def markers(part: str = "results") -> tuple[str, str]:
+    """The lines that a part of a page stands between."""
+    return f"<!-- {part} -->", f"<!-- end of {part} -->"
 
 
-def around_results(page: Path) -> tuple[str, str]:
-    """A page's text before and after its results.
+START, END = markers()
+
+
+def around_results(page: Path, part: str = "results") -> tuple[str, str]:
+    """A page's text before and after its results, or another part that :func:`markers` stand around.
 
     Raises:
         VLMQError: the page has not one of each marker.
     """
     text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise VLMQError(f"'{page}' has no place for results; put {START} and {END} on lines of their own")
-    return text.split(START)[0], text.split(END)[1]
+    start, end = markers(part)
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise VLMQError(f"'{page}' has no place for {part}; put {start} and {end} on lines of their own")
+    return text.split(start)[0], text.split(end)[1]
 
 
 def hardware() -> str:
