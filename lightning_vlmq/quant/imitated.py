@@ -68,6 +68,11 @@ class Imitation(FakeQuantizer):
         made.enabled = made.quantizes
         return made
 
+    def set_factor(self, factor: Tensor) -> None:
+        """Take another factor, a scalar; a layer's weight is then made anew."""
+        self.factor.copy_(factor)
+        self.zero_point.add_(0)  # a new version: a layer keeps its weight only as long as versions stay
+
     def forward(self, x: Tensor) -> Tensor:
         """``x`` with the noise or the change added, in its shape and dtype."""
         if not self.enabled:

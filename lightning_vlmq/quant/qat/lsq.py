@@ -37,8 +37,8 @@ class LearnedSteps(QATMethod):
 
     Attributes:
         start: the ranges that the grids start from: ``mse`` or ``minmax``, those of the methods of that name; ``best``, min-max for
-            inputs and for weights unless the other has a tenth less distillation loss on the calibration pairs; or ``paper``, what the method's
-            paper says.
+            inputs and for weights unless the other has a tenth less distillation loss on the calibration pairs; or ``paper``,
+            what the method's paper says.
         weights: ``gptq`` starts from weights rounded by GPTQ on these grids, ``rtn`` from full precision's, which round to nearest.
             With few updates training does not find what GPTQ solves for; ``paper`` starts with ``rtn`` alone.
         gradient_scale: ``paper`` multiplies the gradient of a step by ``1 / sqrt(N Qp)`` (LSQ, section 2.2), ``none`` leaves it.
