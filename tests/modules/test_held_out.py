@@ -52,13 +52,16 @@ def fit(
 
 def held_out_loss(module: QATModule, data: EmbeddedData, rows: list[int]) -> float:
     batches = data.calibration_batches()
-    images = torch.cat([b["image"] for b in batches])[rows]
+    images = torch.cat([b["image"] for b in batches])
     captions = [caption for b in batches for caption in b["caption"]]
     reference = module.reference
     with torch.no_grad():
-        text = reference.encode_text(reference.tokenize([captions[row] for row in rows]))
-        own, full = module.vlm.encode_image(images), reference.encode_image(images)
-        return float(contrastive_distillation(own, text, full, text, reference.logit_scale()))
+        texts, teacher = reference.encode_text(reference.tokenize(captions)), reference.encode_image(images)
+        own = module.vlm.encode_image(images[rows])
+        told_from = (teacher, texts)  # among all pairs, trained on or not
+        return float(
+            contrastive_distillation(own, texts[rows], teacher[rows], texts[rows], reference.logit_scale(), told_from)
+        )
 
 
 def test_held_out_pairs_are_never_trained_on_and_tell_the_best_state():
