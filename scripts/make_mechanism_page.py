@@ -76,7 +76,7 @@ def gain_figure(gains: pd.DataFrame) -> Figure:
     widths = sorted(gains["bits"].unique(), reverse=True)
     bands = sorted(gains["band"].unique(), key=first_rank)
     with styled():
-        figure = new_figure(3.4 * len(widths) + 1, 3.2)
+        figure = new_figure(max(3.4 * len(widths) + 1, 9.5), 4.8)  # no narrower than its legend
         for axis, bits in zip(figure.subplots(1, len(widths), squeeze=False, sharey=True)[0], widths):
             own = gains[gains["bits"] == bits]
             names = list(dict.fromkeys(own["name"]))
