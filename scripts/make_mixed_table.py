@@ -15,9 +15,8 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.evaluation.about import BITS_PER_WEIGHT
 from lightning_vlmq.evaluation.measures import dimensions
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
-from lightning_vlmq.study.analysis.groups import Cell, by_vlm
+from lightning_vlmq.study.analysis.groups import effects_by
 from lightning_vlmq.study.analysis.runs import StudyResults
-from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.analysis.tradeoffs import of_models
 from lightning_vlmq.study.report.markdown import around_results, hardware, markers
 from lightning_vlmq.study.report.notation import percent_interval
@@ -28,20 +27,18 @@ PART = "mixed"
 def table(analysis: StudyAnalysis) -> list[str]:
     """One line per setting: bits per weight, and the mean change over VLMs with its interval in each dimension, in percent."""
     shown = dimensions(analysis.score)
-    cells: dict[Setting, dict[str, dict[str, list[Cell]]]] = {}
-    for dimension in shown:
-        for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
-            if setting.is_quantization and not setting.is_tuned:
-                own = cells.setdefault(setting, {}).setdefault(dimension.title, {})
-                own.setdefault(vlm, []).append(Cell.of(dimension.measure, comparison, "effect"))
+    groups = effects_by(analysis, "settings", lambda vlm, setting: setting.label)
     bits = of_models(analysis, BITS_PER_WEIGHT)
     lines = ["| setting | bits per weight | " + " | ".join(f"{d.title}: {d.effect}" for d in shown) + " |"]
     lines.append("|---|---:|" + "---|" * len(shown))
-    for setting in sorted(cells, key=lambda s: (-s.weight_bits, s.sort_key)):
+    for setting in sorted(analysis.settings, key=lambda s: (-s.weight_bits, s.sort_key)):
+        means = {effect.dimension: effect.found for effect in groups.get(setting.label, [])}
+        if not means:
+            continue
         own = [size for (_, s), size in bits.items() if s == setting]
         size = f"{min(own):.2f} to {max(own):.2f}" if own else "–"
-        means = [by_vlm(cells[setting][d.title]) if d.title in cells[setting] else None for d in shown]
-        told = ["–" if m is None else " ".join(percent_interval(m.estimate, m.low, m.high)) for m in means]
+        found = [means.get(d) for d in shown]
+        told = ["–" if m is None else " ".join(percent_interval(m.estimate, m.low, m.high)) for m in found]
         name = f"`{setting.method}` {setting.bits}" + (f" {setting.variant}" if setting.variant else "")
         lines.append(f"| {name} | {size} | " + " | ".join(told) + " |")
     return lines

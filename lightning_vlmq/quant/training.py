@@ -30,8 +30,8 @@ LEVELS = 8
 def default_rates(weight_bits: int) -> tuple[float, float]:
     """Peak learning rates of weights (in steps an update) and of steps (relative, an update), by bits of the weights.
 
-    Those of 3, 4 and 8 bits were chosen by ``scripts/search_rates.py`` on the clean embedded models, by pairs that no fit sees; those of
-    2 bits on one of them, before training started from the best of several fits.
+    Those of 3 and 4 bits were chosen by ``scripts/search_rates.py`` on the clean embedded models, by pairs that no fit sees; those of
+    8 and 2 bits on one of them, of 2 bits before training started from the best of several fits.
     """
     return RATES[next((bits for bits in RATES if weight_bits <= bits), 8)]
 

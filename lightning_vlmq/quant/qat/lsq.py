@@ -124,7 +124,7 @@ class LSQ(LearnedSteps):
     """LSQ (Esser et al. 2020, arXiv 1902.08153): steps learned with the weights.
 
     Gradients are Eq. 3 and 5 with the gradient scale of section 2.2. An asymmetric grid keeps a fixed integer zero point.
-    By default steps start from the least squared error, as in LSQ+ (Bhalgat et al. 2020, section 3.2), or from min-max. The paper starts at
+    By default steps start from min-max, or from the least squared error, as in LSQ+ (Bhalgat et al. 2020, section 3.2). The paper starts at
     ``2 <|v|> / sqrt(Qp)`` (section 2.1): a weight's from each of its blocks, an activation's from the calibration batches,
     of the signed grid where there are negative values and of the unsigned one elsewhere (section 2). A zero point taken
     from the minimum beside a step taken from the mean would leave one large value on one side with all the levels.

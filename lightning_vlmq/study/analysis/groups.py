@@ -106,18 +106,35 @@ def group_effects(analysis: StudyAnalysis) -> list[GroupEffect]:
     }
     found = []
     for grouping, group_of in groupings.items():
-        groups: dict[str, dict[Dimension, dict[str, list[Cell]]]] = {}
-        for dimension in dimensions(analysis.score):
-            for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
-                if setting.is_quantization and not setting.is_tuned and (group := group_of(vlm, setting)):
-                    own = groups.setdefault(group, {}).setdefault(dimension, {}).setdefault(vlm, [])
-                    own.append(Cell.of(dimension.measure, comparison, "effect"))
+        groups = effects_by(analysis, grouping, group_of)
         if grouping and len(groups) < 2:
             continue
         order = sorted(groups) if grouping != "bits" else list(dict.fromkeys(s.bits for s in analysis.settings))
         for group in (name for name in order if name in groups):
-            found += [
-                GroupEffect(grouping, group, dimension, by_vlm(cells), sum(map(len, cells.values())))
-                for dimension, cells in groups[group].items()
-            ]
+            found += groups[group]
     return found
+
+
+def effects_by(
+    analysis: StudyAnalysis, grouping: str, group_of: Callable[[str, Setting], str]
+) -> dict[str, list[GroupEffect]]:
+    """Effects of all quantizations (no control, no surgery, the logit scale as it came) by group, one of each dimension.
+
+    Args:
+        analysis: the study.
+        grouping: what the groups are called together.
+        group_of: the group of a VLM's setting; empty for none.
+    """
+    groups: dict[str, dict[Dimension, dict[str, list[Cell]]]] = {}
+    for dimension in dimensions(analysis.score):
+        for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
+            if setting.is_quantization and not setting.is_tuned and (group := group_of(vlm, setting)):
+                own = groups.setdefault(group, {}).setdefault(dimension, {}).setdefault(vlm, [])
+                own.append(Cell.of(dimension.measure, comparison, "effect"))
+    return {
+        group: [
+            GroupEffect(grouping, group, dimension, by_vlm(cells), sum(map(len, cells.values())))
+            for dimension, cells in own.items()
+        ]
+        for group, own in groups.items()
+    }

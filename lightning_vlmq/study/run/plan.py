@@ -135,12 +135,9 @@ class Plan:
                 found["full precision"] += forward * passes_of_images
                 continue
             is_known = (
-                run.vlm,
-                run.method,
-                run.bits,
-                run.seed,
-            ) in towers  # the image tower of a run of the other scope
-            shares_tower = run.kind == "ptq" and run.scope == "vision_text" and is_known and cache != "none"
+                run.scope == "vision_text" and (run.vlm, run.method, run.bits, run.seed) in towers
+            )  # by the other scope
+            shares_tower = run.kind == "ptq" and is_known and cache != "none"
             found["quantized models"] += 0.0 if shares_tower else forward * FAKE_QUANTIZED * passes_of_images
             found["full precision"] += forward * passes_of_images if cache == "none" else 0.0
             method = find_method(run.method)  # an axis may name one with options
