@@ -36,7 +36,9 @@ class Imitation(FakeQuantizer):
 
     Attributes:
         change: added to a weight, in its shape; or ``None``.
-        error: the weight's quantization error, whose rows' norms (or entries' sizes) drawn noise has; or ``None``.
+        error: the weight's rounding error, whose rows' norms (or entries' sizes) drawn noise has; or ``None``.
+        feedback: what columns owe to those before them, ``[groups, K, K]``, where rounding made up for its errors as GPTQ does;
+            noise is drawn in the place of the rounding errors and made up for likewise. Or ``None``.
         power: mean square of an activation's noise, a scalar.
         factor: on all noise and on the change, a scalar.
         distribution: of drawn noise, see :data:`~lightning_vlmq.spectral.DISTRIBUTIONS`.
@@ -47,6 +49,7 @@ class Imitation(FakeQuantizer):
 
     change: Tensor | None
     error: Tensor | None
+    feedback: Tensor | None
     power: Tensor
     factor: Tensor
     distribution: str
@@ -62,8 +65,10 @@ class Imitation(FakeQuantizer):
         made = cls.__new__(cls)
         made.__dict__.update(copy.deepcopy(quantizer).__dict__)
         device = made.scale.device
-        for name, value in (("change", None), ("error", None), ("power", torch.zeros(())), ("factor", torch.ones(()))):
-            made.register_buffer(name, None if value is None else value.to(device))
+        for name in ("change", "error", "feedback"):
+            made.register_buffer(name, None)
+        for name, value in (("power", torch.zeros(())), ("factor", torch.ones(()))):
+            made.register_buffer(name, value.to(device))
         made.distribution, made.is_redrawn, made.seed, made.stream, made._drawn = "gaussian", False, 0, 0, 0
         made.enabled = made.quantizes
         return made
@@ -87,7 +92,10 @@ class Imitation(FakeQuantizer):
             with torch.no_grad():
                 self.zero_point.add_(0)  # a new version: a layer keeps its weight only as long as versions stay
         if self.error is not None:
-            noise = draw_noise(self.error.double(), self.distribution, generator).view(x.shape)
+            noise = draw_noise(self.error.double(), self.distribution, generator)
+            if self.feedback is not None:
+                noise = made_up_for(noise, self.feedback)
+            noise = noise.view(x.shape)
         elif self.distribution == "sign_flip":
             noise = (super().forward(x).double() - x.double()).abs()
             noise = noise * draw_noise(torch.ones_like(noise), "sign_flip", generator)
@@ -96,6 +104,17 @@ class Imitation(FakeQuantizer):
             # in single precision: in double, drawing takes five times as long as the layer's product
             noise = draw(x.shape, generator=generator, dtype=torch.float32).to(x.device) * self.power.sqrt()
         return x + (self.factor * noise).to(x.dtype)
+
+
+def made_up_for(rounding: Tensor, feedback: Tensor) -> Tensor:
+    """What GPTQ's rounding errors ``[outputs, K]`` leave of error on a weight, once later columns have made up for them.
+
+    With a column's error ``e_c`` it rounds ``w_c - sum over j < c of e_j U_jc``, U being the feedback, so that ``e U`` is what
+    rounding did.
+    """
+    by_group = rounding.to(feedback.dtype).view(len(feedback), -1, feedback.shape[-1])
+    solved = torch.linalg.solve_triangular(feedback, by_group, upper=True, left=False, unitriangular=True)
+    return solved.reshape(rounding.shape)
 
 
 def _unit_uniform(shape: Sequence[int], generator: torch.Generator, dtype: torch.dtype) -> Tensor:
@@ -211,12 +230,22 @@ class SiteErrors:
         return {site: moments.mean_sqnr_db for site, moments in found.items()}
 
 
-def require_matched(pattern: Mapping[str, float], control: Mapping[str, float], tolerance: float) -> None:
-    """Raise :class:`VLMQError`, naming the worst site, where a control's SQNR is further than the tolerance (dB) from its pattern's."""
+def require_matched(
+    pattern: Mapping[str, float], control: Mapping[str, float], tolerance: float, why: str = ""
+) -> None:
+    """Raise :class:`VLMQError`, naming the worst site, where a control's SQNR is further than the tolerance (dB) from its pattern's.
+
+    Args:
+        pattern: SQNR by site when quantized.
+        control: SQNR by site with the control.
+        tolerance: decibels.
+        why: what is known of the cause.
+    """
     gaps = {site: control[site] - level for site, level in pattern.items() if control[site] != level}
     worst = max(gaps, key=lambda site: abs(gaps[site]), default=None)
     if worst is not None and not abs(gaps[worst]) <= tolerance:
         raise VLMQError(
             f"the noise is no match: SQNR at {worst} is {control[worst]:.2f} dB, {pattern[worst]:.2f} dB when quantized, and "
-            f"{tolerance:g} dB is allowed; give more calibration data or another distribution, or raise tolerance_db"
+            f"{tolerance:g} dB is allowed{f' ({why})' if why else ''}; give more calibration data or another distribution, or raise "
+            "tolerance_db"
         )

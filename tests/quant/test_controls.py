@@ -6,6 +6,7 @@ import torch
 from cases.quant import build, make_batches, twin
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models import load_vlm
 from lightning_vlmq.quant import METHODS, QuantConv2d, QuantScheme, quantize, quantized_layers
 from lightning_vlmq.quant.imitated import ErrorObserver, Imitation, SiteErrors, observe_errors, require_matched
 from lightning_vlmq.quant.ptq.matched_noise import MatchedNoise
@@ -41,6 +42,63 @@ def test_noise_is_as_strong_as_quantization_after_every_block(start, distributio
     assert len(wanted) >= 3
     for site, level in wanted.items():
         assert found[site] == pytest.approx(level, abs=0.5), site
+
+
+@pytest.fixture(scope="module")
+def convolutions():
+    """The embedded EfficientNet-like model, with what it has learned, and its GPTQ, whose errors make up for one another."""
+    vlm = load_vlm("align_clean").eval()
+    batches = make_batches(vlm, (24, 24))
+    quantized = twin(vlm)
+    quantize(quantized, "gptq", SCHEME, batches)
+    return vlm, batches, quantized.eval()
+
+
+def test_noise_is_as_strong_as_gptq_on_convolutions(convolutions):
+    vlm, batches, quantized = convolutions
+    control = controlled(convolutions, MatchedNoise(pattern="gptq"))
+    errors = SiteErrors(vlm, SCHEME, batches)
+    wanted, found = errors.of(quantized), errors.of(control)
+    assert len(wanted) >= 3
+    for site, level in wanted.items():
+        assert found[site] == pytest.approx(level, abs=0.5), site
+
+
+def test_noise_for_gptq_has_its_errors_strength_at_every_layers_output_before_scaling(convolutions, monkeypatch):
+    vlm, batches, quantized = convolutions
+    monkeypatch.setattr(MatchedNoise, "match", lambda *args: None)
+    control = controlled(convolutions, MatchedNoise(pattern="gptq"))
+    weights = {name: dict(vlm.named_modules())[name].weight for name in quantized_layers(quantized)}
+    wanted = observe_errors(quantized, weights, SCHEME, batches)
+    found = observe_errors(control, weights, SCHEME, batches)
+    decibels = [10 * np.log10(found[name].output_error / wanted[name].output_error) for name in wanted]
+    assert np.median(np.abs(decibels)) < 0.5 and np.max(np.abs(decibels)) < 3, decibels
+    with torch.no_grad():
+        drawn, patterns = (
+            {
+                name: float((layer.effective_weight() - weights[name]).norm())
+                for name, layer in quantized_layers(m).items()
+            }
+            for m in (control, quantized)
+        )
+    norms = [drawn[name] / patterns[name] for name in drawn]
+    assert 0.6 < min(norms) < max(norms) < 1.6 and 0.9 < np.median(norms) < 1.1, (
+        norms
+    )  # and in weight space, where GPTQ's are large
+
+
+def test_noise_that_comes_in_too_strong_is_said_to_be_handed_on(start, monkeypatch):
+    """The pattern is changed to one whose errors vanish at the output alone."""
+    of = SiteErrors.of
+
+    def vanishing(self, vlm):
+        found = of(self, vlm)
+        is_control = any(isinstance(layer.act_fake_quant, Imitation) for layer in quantized_layers(vlm).values())
+        return found if is_control else found | {"vision/output": found["vision/output"] + 20}
+
+    monkeypatch.setattr(SiteErrors, "of", vanishing)
+    with pytest.raises(VLMQError, match=r"blocks before it alone is too strong"):
+        controlled(start, MatchedNoise())
 
 
 def test_noise_before_scaling_has_the_power_of_the_errors(start):
