@@ -4,8 +4,8 @@ Usage:
     vlmq-study study=embedded                       # as long as there is time for; the same command goes on
     python scripts/make_results_page.py logs/embedded docs/results.md
 
-Beside the page: data/<study>/packs/*.parquet, every run's rows without samples, and images/results_*.png. Copied to logs/<study>, the packs
-count as done runs: the same command, code and libraries run what they lack.
+Beside the page: data/<study>/packs/*.parquet, the rows that a large study is analysed from (numbers with float32's digits), and
+images/results_*.png. Copied to logs/<study>, the packs count as done runs: the same command, code and libraries run what they lack.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.groups import GroupEffect, group_effects
 from lightning_vlmq.study.analysis.published import Claim, held_against
-from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults, needed_rows
 from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.robustness import corruption_changes
@@ -92,14 +92,14 @@ def results_text(analysis: StudyAnalysis, command: str, images: Sequence[str], d
 
 
 def keep_rows(results: StudyResults, folder: Path) -> float:
-    """Make a store of the runs' rows alone in ``folder``, in place of what is there; returns its bytes.
+    """Make a store of the rows that runs are compared by in ``folder``, in place of what is there; returns its bytes.
 
     Raises:
         VLMQError: it would be larger than :data:`MOST_BYTES`; nothing is changed then.
     """
     fresh = folder.with_name(f".{folder.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
-    ResultsStore(results.root).export([run.run_id for run in results.runs], fresh)
+    ResultsStore(results.root).export([run.run_id for run in results.runs], fresh, needed_rows())
     size = sum(path.stat().st_size for path in fresh.rglob("*.parquet"))
     if size > MOST_BYTES:
         shutil.rmtree(fresh)

@@ -125,7 +125,15 @@ def _write(
     for line in lines.values():
         line[f"{kind}_start"] = line[f"{kind}_stop"] = -1
     start, waiting, n_waiting = 0, list[pa.Table](), 0
-    with pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True) as writer:
+    numbers = [field.name for field in schema if pa.types.is_floating(field.type)]
+    with pq.ParquetWriter(
+        path,
+        schema,
+        compression="zstd",
+        write_page_checksum=True,
+        use_dictionary=[name for name in schema.names if name not in numbers],
+        column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT"),  # a fifth smaller than as they stand
+    ) as writer:
         for run_id in run_ids:
             table = part(kind, run_id)
             if kind == "results":

@@ -187,14 +187,32 @@ class ResultsStore:
                         path.unlink(missing_ok=True)
         return len(loose)
 
-    def export(self, run_ids: Sequence[str], root: Path) -> None:
+    def export(self, run_ids: Sequence[str], root: Path, keep: pc.Expression | None = None) -> None:
         """Pack the rows of runs, without samples, into the store at another root, where they then count as done.
+
+        Numbers are rounded to float32's digits, which takes half the room.
+
+        Args:
+            run_ids: the runs.
+            root: the other store's folder.
+            keep: which rows, an expression over the columns; all if not given.
 
         Raises:
             VLMQError: like :meth:`rows`, or the disk does not take it.
         """
+
+        def read(kind: str, run_id: str) -> pa.Table:
+            table = self._read(kind, run_id)
+            if kind != "results":
+                return table
+            table = table if keep is None else table.filter(keep)
+            for name in ("value", "stderr"):
+                rounded = table[name].cast(pa.float32(), safe=False).cast(pa.float64())
+                table = table.set_column(table.column_names.index(name), name, rounded)
+            return table
+
         with packing(ResultsStore(root)._packs) as packer:
-            packer.pack(list(run_ids), self._read, keeps_samples=False)
+            packer.pack(list(run_ids), read, keeps_samples=False)
 
     def _is_packed(self, run_id: str) -> bool:
         packed = self._packs.runs().get(run_id)

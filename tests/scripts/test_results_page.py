@@ -12,9 +12,10 @@ from PIL import Image
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.study.analysis import runs as runs_module
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.published import held_against
-from lightning_vlmq.study.analysis.runs import StudyResults
+from lightning_vlmq.study.analysis.runs import StudyResults, needed_rows
 
 REPOSITORY = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("results_page", REPOSITORY / "scripts" / "make_results_page.py")
@@ -23,7 +24,7 @@ spec.loader.exec_module(script)
 KEYS = grid(["vit_clean", "convnext_noisy"], ["minmax"], [(8, 8), (4, 8)], ["vision_text"], tuned=True)
 
 
-def test_page_figures_and_rows(tmp_path):
+def test_page_figures_and_rows(tmp_path, monkeypatch):
     root, page = tmp_path / "logs" / "embedded", tmp_path / "docs" / "results.md"
     store = write_study(root, KEYS, size=0.05)
     page.parent.mkdir()
@@ -40,8 +41,17 @@ def test_page_figures_and_rows(tmp_path):
     kept = ResultsStore(tmp_path / "again")
     assert kept.run_ids() == store.run_ids() and all(map(kept.has, kept.run_ids()))
     order = ["run_id", "dataset", "role", "score", "metric"]
-    frames = (s.rows().sort_values(order, ignore_index=True) for s in (kept, store))
-    pd.testing.assert_frame_equal(*frames)
+    ours, theirs = (s.table(s.run_ids(), [*order, "value", "stderr"], needed_rows()).to_pandas() for s in (kept, store))
+    assert len(ours) == kept.n_rows(kept.run_ids()) < store.n_rows(store.run_ids())
+    frames = [f.astype(dict.fromkeys(order, str)).sort_values(order, ignore_index=True) for f in (ours, theirs)]
+    pd.testing.assert_frame_equal(*frames, rtol=2**-24, atol=0.0, check_exact=False)
+    assert [kept.facts(run_id) for run_id in kept.run_ids()] == [store.facts(run_id) for run_id in store.run_ids()]
+    monkeypatch.setattr(runs_module, "MANY_RUNS", 0)
+    found, wanted = (held_against(analyse(StudyResults.load(s.root))) for s in (kept, store))
+    assert [c.verdict for c in found] == [c.verdict for c in wanted]
+    for one, other in zip(found, wanted):
+        assert one.found.estimate == pytest.approx(other.found.estimate, rel=1e-5, abs=1e-7, nan_ok=True)
+    monkeypatch.undo()
     script.write(root, page)
     assert page.read_text() == text  # again: the same page
 

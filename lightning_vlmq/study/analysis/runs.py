@@ -108,7 +108,7 @@ class StudyResults:
         if not run_ids:
             found = f" ({problems[0]})" if problems else ""
             raise VLMQError(f"no results in '{root}'{found}; run the study first, e.g. vlmq-study study=demo")
-        table = store.table(run_ids, ROW_SCHEMA.names, None if len(run_ids) <= MANY_RUNS else _needed())
+        table = store.table(run_ids, ROW_SCHEMA.names, None if len(run_ids) <= MANY_RUNS else needed_rows())
         rows = table.to_pandas()
         del table
         names = [field.name for field in fields(RunKey)]
@@ -205,8 +205,8 @@ class StudyResults:
         return sorted(found, key=lambda s: s.sort_key)
 
 
-def _needed() -> pc.Expression:
-    """Which rows a report of many runs is made of."""
+def needed_rows() -> pc.Expression:
+    """Which rows a study of many runs is analysed from: of whole roles, of the in-distribution set, of full precision, and AUROC."""
     is_full = (pc.field("method") == FULL_PRECISION) & ~pc.field("is_tuned")
     of_roles = (pc.field("dataset") == "") | (pc.field("role") == "id")
     return of_roles | is_full | pc.field("metric").isin(["auroc", "delta_auroc"])
