@@ -13,6 +13,7 @@ Hydra composes argument lists and launches jobs; it never builds a model. Usage:
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,6 +114,8 @@ def _exit_with(error: Exception) -> None:
     if text is None:
         text = str(error).split("Config search path")[0]
         text += f" ({first_line(error.__cause__)})" if error.__cause__ is not None else ""
+        if function := re.search(r"Unknown function '(\w+)'", text):
+            text = f'Hydra takes {function[1]}(...) for a function; write it in double quotes: study.axes.method=["{function[1]}(...)"]'
     print(f"vlmq-study: error: {one_line(text)}", file=sys.stderr)
     sys.exit(2)
 

@@ -43,6 +43,10 @@ def vlmq_study(monkeypatch, capfd, tmp_path):
         ("study=dmo", "Could not find 'study/dmo' Available options in 'study':"),
         ("study.axes.vlms=[vit_clean]", "Could not override 'study.axes.vlms'"),
         ("study.axes.method=[minmx]", "unknown method 'minmx'; did you mean minmax"),
+        (
+            "study.axes.method=[lsq_contrastive(start=mse)]",
+            'in double quotes: study.axes.method=["lsq_contrastive(...)"]',
+        ),
         ("study.axes.bits=[W4]", "bits 'W4' are not of the form"),
         ("seed=-1", "seed must be a whole number from 0, got -1"),
         ("seed=[0,1]", "seed must be a whole number from 0"),
