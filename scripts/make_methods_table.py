@@ -23,6 +23,7 @@ from lightning_vlmq.quant.methods import METHODS, PTQMethod
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.quant.training import QATMethod
 from lightning_vlmq.results.store import ResultsStore
+from lightning_vlmq.study.analysis.training import WORTH_HEAD, training_worth, worth_cells
 
 ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))
 METRICS = (
@@ -78,8 +79,6 @@ PAYS = """
 Of the trained methods: how many ended with less loss than they started with (the others keep their start), the least, median and largest
 ratio of loss after to loss before, and how many ended with less KL, on images that chose nothing, than `minmax` and than `gptq`.
 
-| model | bits | trained | lowered their loss | least | median | largest | below minmax's KL | below gptq's KL |
-|---|---|---:|---:|---:|---:|---:|---:|---:|
 """
 STAYS = """
 ## What stays in float
@@ -154,7 +153,7 @@ def page(table: pd.DataFrame, store: ResultsStore) -> str:
         own = table[(table["model"] == model) & (table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
         parts = [part for metric in SPREAD for part in spread(own, metric, store)]
         lines.append(f"| {model} | W{weight_bits}A{act_bits} | {' | '.join(parts)} |\n")
-    lines.append(PAYS)
+    lines.append(f"{PAYS}| model | bits | {' | '.join(WORTH_HEAD)} |\n|---|---|{'---:|' * len(WORTH_HEAD)}\n")
     for model, (weight_bits, act_bits) in cells:
         own = table[(table["model"] == model) & (table["weight_bits"] == weight_bits) & (table["act_bits"] == act_bits)]
         lines.append(f"| {model} | W{weight_bits}A{act_bits} | {' | '.join(worth(own))} |\n")
@@ -229,19 +228,8 @@ def spread(runs: pd.DataFrame, metric: str, store: ResultsStore) -> list[str]:
 
 def worth(runs: pd.DataFrame) -> list[str]:
     """Cells of :data:`PAYS`, of one model and one number of bits; a dash where nothing was trained, or the other method is not there."""
-    trained = runs[[METHODS[name].needs_training if name in METHODS else False for name in runs["method"]]]
-    ratio = (trained["held_out_loss"] / trained["held_out_loss_start"]).dropna()
-    if not len(ratio):
-        return ["0", *["–"] * 6]
-    cells = [
-        str(len(ratio)),
-        str(int((ratio < 1).sum())),
-        *(f"{x:.3f}" for x in (ratio.min(), ratio.median(), ratio.max())),
-    ]
-    for name in ("minmax", "gptq"):
-        other = runs.loc[runs["method"] == name, "kl"]
-        cells.append("–" if other.isna().all() else str(int((trained["kl"] < other.iloc[0]).sum())))
-    return cells
+    found = training_worth(runs)
+    return ["0", *["–"] * (len(WORTH_HEAD) - 1)] if found is None else worth_cells(found)
 
 
 def _samples(store: ResultsStore, run_id: str) -> pd.DataFrame:

@@ -18,12 +18,14 @@ from datetime import timedelta
 from pathlib import Path
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.names import bits_text
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.groups import GroupEffect, group_effects
 from lightning_vlmq.study.analysis.published import Claim, held_against
 from lightning_vlmq.study.analysis.runs import StudyResults, needed_rows
+from lightning_vlmq.study.analysis.training import WORTH_HEAD, worth_by_setting, worth_cells
 from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.robustness import corruption_changes
@@ -65,6 +67,28 @@ def groups_text(found: Sequence[GroupEffect]) -> list[str]:
     return lines
 
 
+def training_text(results: StudyResults) -> list[str]:
+    """What training was worth in Markdown; nothing where nothing was trained."""
+    found = worth_by_setting(results)
+    if not found:
+        return []
+    return [
+        "## What training was worth",
+        "",
+        "Of the trained methods: how many ended with less loss on held-out pairs than they started with (the others keep their start), the "
+        "least, median and largest ratio of loss after to loss before, and how many ended with less KL to full precision, on images that "
+        "chose nothing, than methods that do not train.",
+        "",
+        f"| setting | {' | '.join(WORTH_HEAD)} |",
+        f"|---|{'---:|' * len(WORTH_HEAD)}",
+        *(
+            f"| {bits_text(w, a)} {scope} | {' | '.join(worth_cells(worth))} |"
+            for (w, a, scope), worth in found.items()
+        ),
+        "",
+    ]
+
+
 def results_text(analysis: StudyAnalysis, command: str, images: Sequence[str], data: str) -> str:
     """The page's section between its markers."""
     results = analysis.results
@@ -86,6 +110,7 @@ def results_text(analysis: StudyAnalysis, command: str, images: Sequence[str], d
         "",
         *groups_text(group_effects(analysis)),
         "",
+        *training_text(results),
         *(f"![{name.replace('_', ' ')}](images/results_{name}.png)\n" for name in images),
     ]
     return "\n".join([START, "", *lines, END])

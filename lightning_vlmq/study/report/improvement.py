@@ -1,4 +1,4 @@
-"""The report's tables of what gets better: shares of improved runs, and calibration before and after tuning the logit scale."""
+"""The report's tables of what gets better: shares of improved runs, what training and tuning were worth."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from html import escape
 import numpy as np
 import torch
 
+from lightning_vlmq.core.names import bits_text
 from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.statistics import share_improved
 from lightning_vlmq.study.analysis.change import FULL, Comparison, tested_gain
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.setting import Setting
+from lightning_vlmq.study.analysis.training import WORTH_HEAD, worth_by_setting, worth_cells
 from lightning_vlmq.study.report.cells import comparison_cell, html_table
 
 ECE = Measure("ece", "id")
@@ -75,6 +77,13 @@ def joint_table(analysis: StudyAnalysis) -> str:
         text = f"{100 * share.share:.0f} % <i>[{100 * share.low:.0f}, {100 * share.high:.0f}]</i>"
         body.append([title, text, f"{share.n_improved} of {share.n_compared}"])
     return html_table([["change of ECE and of AUROC (mean of near and far)", "share", "(VLM, setting) pairs"]], body)
+
+
+def training_table(analysis: StudyAnalysis) -> str:
+    """What training was worth, by bits and scope; empty where nothing was trained."""
+    found = worth_by_setting(analysis.results)
+    body = [[f"{bits_text(w, a)} {escape(scope)}", *worth_cells(worth)] for (w, a, scope), worth in found.items()]
+    return html_table([["setting", *map(escape, WORTH_HEAD)]], body) if body else ""
 
 
 def tuning_table(analysis: StudyAnalysis, vlm: str) -> str:
