@@ -30,7 +30,7 @@ from lightning_vlmq.lowbit.export import export_encoder
 from lightning_vlmq.metrics import OOD_SCORES, ScoreInputs
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.local import encode_patches
-from lightning_vlmq.quant import METHODS, QuantScheme, quantize
+from lightning_vlmq.quant import METHODS, QATMethod, QuantScheme, quantize
 
 SCHEME = QuantScheme(8, 8, scope="vision_text")
 CLASSES = [f"a photo of a {name}" for name in ("coat", "bag", "dress", "shirt", "boot")]
@@ -69,18 +69,22 @@ def checks(name: str, device: str, folder: Path) -> Iterator[Check]:
     yield "full precision", lambda: distance(features(there, device), features(vlm, "cpu")), 1e-4
 
     def method(key: str) -> float:
-        results = []
+        """Of what it makes of the model, and of the gradients that a trained one then has."""
+        results, gradients = [], []
         for target in ("cpu", device):
             model = copy.deepcopy(vlm).requires_grad_(True).to(target)
             quantize(model, key, SCHEME, batches(vlm, target))
-            if METHODS[key].needs_training:
+            if isinstance(trained := METHODS[key], QATMethod):
                 batch = batches(vlm, target)[0]
                 image, text = model.encode_image(batch["image"]), model.encode_text(batch["tokens"])
                 teacher = vlm.to(target).encode_image(batch["image"]), vlm.encode_text(batch["tokens"])
-                METHODS[key]().loss(image, text, *teacher, vlm.logit_scale()).backward()  # type: ignore[attr-defined]
+                trained.loss(image, text, *teacher, vlm.logit_scale()).backward()
+                gradients.append(
+                    torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None])[None]
+                )
                 vlm.cpu()
             results.append(features(model.eval(), target))
-        return distance(*results)
+        return max(distance(*results), distance(*gradients) if gradients else 0.0)
 
     for key in METHODS:
         yield f"method {key}", lambda key=key: method(key), 1e-2  # type: ignore[misc]
