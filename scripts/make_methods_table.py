@@ -102,7 +102,7 @@ The coverage report tells weights and multiply-accumulates (MACs) apart, by towe
 
 
 def read_results(root: str | Path) -> pd.DataFrame:
-    """One line a run: what it is, :data:`METRICS` (fractions in percent, others in thousandths), standard errors, images, seconds, cores.
+    """One line per run: what it is, :data:`METRICS` (fractions in percent, others in thousandths), standard errors, images, seconds, cores.
 
     Raises:
         VLMQError: the store is empty, or a run was stored without its duration.
@@ -243,7 +243,7 @@ def bits_of(runs: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def model_section(model: str, runs: pd.DataFrame) -> str:
-    """The tables of one model, one for each number of bits: a line a method."""
+    """The tables of one model, one for each number of bits: one line per method."""
     lines = [f"\n## {model}\n\n"]
     for run in runs[runs["method"] == FULL_PRECISION].itertuples():
         lines.append(

@@ -51,7 +51,7 @@ class Costs:
         decode: seconds to read and decode an image; 0 where images are in memory.
         pixels: bytes of a decoded image; 0 where images are in memory.
         forward: seconds to encode an image in full precision, by VLM.
-        width: features an image, by VLM.
+        width: features per image, by VLM.
         patches: patches of an image whose features a score compares, by VLM; 0 where none does.
         unmeasured: VLMs that cannot be built here, which the mean of the others stands for.
     """
