@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def evaluations(self) -> int:
-        """Evaluation runs: quantized model times data-set configuration times score."""
+        """Evaluation runs: models (full precision and tuned ones too) times data-set configurations times scores."""
         return len(self.runs) * self.models_a_run * self.evaluations_a_model
 
     def bytes_on_disk(self, costs: Costs, cache: str) -> dict[str, float]:
