@@ -68,6 +68,7 @@ The best and the worst of the methods, by top-1 accuracy and by KL, and the diff
 both see the same images. The two are picked for being far apart: the extremes of {methods} methods that do not differ at all would be
 about {chance:.1f} of these standard errors apart on average (the mean range of {methods} normal variables is {range:.2f} deviations,
 Tippett 1925, and a difference of two has a standard deviation of √2 of them; a correlation common to all pairs changes both alike).
+Fewer methods are less far apart by chance.
 
 | model | bits | best by top-1 | worst | points | standard errors | least KL | most | thousandths | standard errors |
 |---|---|---|---|---:|---:|---|---|---:|---:|
