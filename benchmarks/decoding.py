@@ -1,4 +1,4 @@
-"""How many images a second a core decodes: this package's reader beside open_clip's own transform. Run by hand.
+"""How many images per second one core decodes: this package's reader beside open_clip's own transform. Run by hand.
 
     python benchmarks/decoding.py                       # 500 x 375 JPEGs, for models of 224 pixels
     python benchmarks/decoding.py --images folder --size 384

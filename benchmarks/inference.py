@@ -1,4 +1,4 @@
-"""What low-bit models gain when they run: images a second and memory of image encoders, beside FP32 in one run, and the limit. By hand.
+"""What low-bit models gain when they run: images per second and memory of image encoders, beside FP32 in one run, and the limit. By hand.
 
     python benchmarks/inference.py --device cuda                                  # batches of 1 to 256, compiled too
     python benchmarks/inference.py --models ViT-B-16 --batches 1 8 --no-compiled  # a CPU
@@ -7,13 +7,13 @@ Random weights: speed does not depend on them. A form and FP32 encode the same i
 neighbouring calls. On a CPU, seconds are processor time of one thread; on a GPU, time between two synchronisations.
 
 fp32, bf16        weights and activations in that format.
-int8 static       W8A8, one calibrated range a layer's input; torchao's integer products, own layers for convolutions.
-int8 dynamic      W8A8, a range a token (or a convolution's image), found while running.
+int8 static       W8A8, one calibrated range per layer input; torchao's integer products, own layers for convolutions.
+int8 dynamic      W8A8, one range per token (or per image of a convolution), found while running.
 int4 weights      packed in memory, full-precision activations.
 float8            linear layers, where the device multiplies it.
 
 memory   of the parameters, and the most that a call took beside them.
-limit    images a second if all products ran at the peak that was measured here of one large product in the form's number format, or
+limit    images per second if all products ran at the peak that was measured here of one large product in the form's number format, or
          if the weights were read once a batch at the speed of a copy, whichever is slower; `of limit` is the share reached.
          FP32's peak is the limit of int4 weights, which are multiplied in full precision.
 """
@@ -120,7 +120,7 @@ def _status(field: str) -> int:
 
 
 def peaks(device: torch.device, clock: Clock) -> dict[str, float]:
-    """Measured here: operations a second of a large product by number format, and bytes a second of a copy (read and written)."""
+    """Measured here: operations per second of a large product by number format, and bytes per second of a copy (read and written)."""
     n = 8192 if clock.on_gpu else 1024
     a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
     small, other = (x.clamp(-3, 3).mul(40).to(torch.int8) for x in (a, b))

@@ -1,4 +1,4 @@
-"""Evaluation runs an hour: the study engine beside the usual way, each evaluation run alone, on the same slice, one process each.
+"""Evaluation runs per hour: the study engine beside the usual way, each evaluation run alone, on the same slice, one process each.
 
 Alone means: load the model, quantize it, encode the class names and the images of the set (for OOD detection of the id set too), compute
 the one metric, as CLIP_benchmark and OpenOOD do. Starting a process and making the data are not counted for it, and it computes

@@ -78,7 +78,7 @@ def quantize(
         method: a post-training method, as ``vlmq list methods`` names it.
         images: ``n`` images, none of which should be evaluated on.
         captions: their ``n`` captions.
-        batch_size: images a batch.
+        batch_size: images per batch.
         scheme: fields of :class:`~lightning_vlmq.modules.Quantization`, e.g. ``weight_bits=4, scope="vision_text"``.
 
     Raises:
@@ -119,15 +119,15 @@ def evaluate(
         model: a model, or a quantized one, which is then compared with full precision on the same images.
         images: ``n`` images.
         labels: ``n`` class indices, into ``class_names``.
-        class_names: one name a class.
+        class_names: one name per class.
         templates: prompts with one ``{}`` for the class name.
         near_ood: images of things like the classes that are none of them.
         far_ood: images of something else altogether.
         scores: OOD scores, as ``vlmq list scores`` names them.
-        batch_size: images a batch.
+        batch_size: images per batch.
 
     Returns:
-        A row a data set, metric and score: ``dataset``, ``role``, ``metric``, ``score``, ``value``, ``stderr``, ``n`` and more. Values
+        One row per data set, metric and score: ``dataset``, ``role``, ``metric``, ``score``, ``value``, ``stderr``, ``n`` and more. Values
         are fractions; docs/metrics.md defines each.
 
     Raises:

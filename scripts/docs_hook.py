@@ -1,4 +1,4 @@
-"""What MkDocs does to this project's documents: docstrings lose their Sphinx roles, links that leave docs/ go to the repository's files."""
+"""What MkDocs does to this project's documents: docstrings lose their Sphinx roles, and links that leave docs/ become plain text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs what a GPU does differently, each against its result on the CPU, and prints one line a check; exit code 1 if any fails.
+"""Runs what a GPU does differently, each against its result on the CPU, and prints one line per check; exit code 1 if any fails.
 
     python scripts/gpu_smoke.py [--device cuda] [--vlm vit_clean]
 

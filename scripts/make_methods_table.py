@@ -68,6 +68,7 @@ The best and the worst of the methods, by top-1 accuracy and by KL, and the diff
 both see the same images. The two are picked for being far apart: the extremes of {methods} methods that do not differ at all would be
 about {chance:.1f} of these standard errors apart on average (the mean range of {methods} normal variables is {range:.2f} deviations,
 Tippett 1925, and a difference of two has a standard deviation of √2 of them; a correlation common to all pairs changes both alike).
+Fewer methods are less far apart by chance.
 
 | model | bits | best by top-1 | worst | points | standard errors | least KL | most | thousandths | standard errors |
 |---|---|---|---|---:|---:|---|---|---:|---:|
@@ -102,7 +103,7 @@ The coverage report tells weights and multiply-accumulates (MACs) apart, by towe
 
 
 def read_results(root: str | Path) -> pd.DataFrame:
-    """One line a run: what it is, :data:`METRICS` (fractions in percent, others in thousandths), standard errors, images, seconds, cores.
+    """One line per run: what it is, :data:`METRICS` (fractions in percent, others in thousandths), standard errors, images, seconds, cores.
 
     Raises:
         VLMQError: the store is empty, or a run was stored without its duration.
@@ -243,7 +244,7 @@ def bits_of(runs: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 def model_section(model: str, runs: pd.DataFrame) -> str:
-    """The tables of one model, one for each number of bits: a line a method."""
+    """The tables of one model, one for each number of bits: one line per method."""
     lines = [f"\n## {model}\n\n"]
     for run in runs[runs["method"] == FULL_PRECISION].itertuples():
         lines.append(

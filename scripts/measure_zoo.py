@@ -189,6 +189,7 @@ def page(measured: dict[str, dict[str, Any]]) -> str:
     rows = {name: _cells(m) for name, m in measured.items()}
     text += _table(["model", *next(iter(rows.values()))], [[f"`{n}`", *cells.values()] for n, cells in rows.items()])
     text += f"""
+Unseen: top-1 and top-5 among the names of the concepts that are never trained. Renditions: mean over the four.
 Noise ratio: mean accuracy over the 19 families at severity {SEVERITY}, over that on the same images uncorrupted. RSG: share of
 accuracy lost off the group's own background colour. Rank: exponential of the entropy of the centred features' singular
 values. Bands: accuracy with all but those ranks of the centred features set to their mean. To zero: the same bands on the

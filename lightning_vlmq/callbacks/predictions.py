@@ -19,7 +19,7 @@ from lightning_vlmq.data.sets import EvalSet
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what ``predict`` returns as one Parquet file a data set, under ``<folder>/<data set>.parquet``.
+    """Writes what ``predict`` returns as one Parquet file per data set, under ``<folder>/<data set>.parquet``.
 
     A name that is no file name is changed as :func:`~lightning_vlmq.core.names.file_name` does. A partial run (some batches alone)
     writes nothing and says so.

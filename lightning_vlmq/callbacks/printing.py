@@ -105,7 +105,7 @@ def clear_bars(trainer: Trainer) -> None:
 def headline_table(
     lines: Sequence[HeadlineLine], titles: Sequence[str], has_change: bool, columns: int | None = None
 ) -> Table:
-    """A headline as a table for ``rich.print``: a line a dimension, a column a run, and the change from the first to the second.
+    """A headline as a table for ``rich.print``: one line per dimension, one column per run, and the change from the first to the second.
 
     Args:
         lines: the lines.

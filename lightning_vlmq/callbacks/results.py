@@ -1,4 +1,4 @@
-"""Files what a run found: result rows, per-sample records and curves in the store; trained models beside it; predictions on request."""
+"""Files what a run found: result rows, per-sample records and curves in the store, and trained models beside it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class SingularValueSpectrum(Callback):
         every_n_steps: optimizer steps between two records during fit; 0 for the start and validation only.
         top_ranks: ranks k of the scalars "share of energy in the top k". The first is the metric ``top_energy``,
             others are ``top_energy_<k>``.
-        layer_scalars: whether each layer's scalars are logged, hundreds a model.
+        layer_scalars: whether each layer's scalars are logged, hundreds per model.
 
     Raises:
         VLMQError: if an argument is out of range; later, if the module has no ``vlm`` or a weight is not finite.

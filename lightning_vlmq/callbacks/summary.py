@@ -17,12 +17,12 @@ from lightning_vlmq.results.schema import RunKey
 class RunSummary(Callback):
     """Tells every logger which model was judged and its headline numbers (``<role>/<metric>``), so that runs can be compared there.
 
-    TensorBoard's HParams page shows a line a run, if ``trainer.enable_autolog_hparams`` is false (as in the configs ``eval`` and
+    TensorBoard's HParams page shows one line per run, if ``trainer.enable_autolog_hparams`` is false (as in the configs ``eval`` and
     ``qat``): Lightning's own entry, which comes first and knows no metrics, would keep this one out. Everything that was measured
     is in the results store; a logger gets it only on request.
 
     Args:
-        every_row: whether each data set's metrics go to the loggers too, as ``<data set>/<score>/<metric>``: hundreds a run.
+        every_row: whether each data set's metrics go to the loggers too, as ``<data set>/<score>/<metric>``: hundreds per run.
     """
 
     def __init__(self, every_row: bool = False) -> None:

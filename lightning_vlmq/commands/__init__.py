@@ -1,4 +1,4 @@
-"""The commands of ``vlmq``: a module each (or a few that belong together), which files a function of an argument list by name.
+"""The commands of ``vlmq``: one module each (or a few that belong together), which files a function of an argument list by name.
 
 These modules are imported to answer ``vlmq --help``: what is heavy is imported inside the function.
 """

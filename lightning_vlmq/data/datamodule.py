@@ -29,8 +29,8 @@ class ReliabilityDataModule(LightningDataModule):
     evaluation set; that is checked before the pairs are used, or earlier by calling :meth:`require_disjoint_pairs`.
 
     Args:
-        batch_size: images a batch when evaluating.
-        train_batch_size: image-caption pairs a batch when training or calibrating.
+        batch_size: images per batch when evaluating.
+        train_batch_size: image-caption pairs per batch when training or calibrating.
         num_workers: loader processes.
     """
 
@@ -77,7 +77,7 @@ class ReliabilityDataModule(LightningDataModule):
         """Decode images as a model wants them framed. Images in memory stay as they are: the model frames them on its device."""
 
     def val_dataloader(self) -> list[EvalLoader]:
-        """One loader an evaluation set, in the order of ``eval_sets``; under DDP each sample is seen by exactly one process.
+        """One loader per evaluation set, in the order of ``eval_sets``; under DDP each sample is seen by exactly one process.
 
         Batches hold ``rows`` beside what the images bring, see :func:`~.loaders.with_rows`.
 

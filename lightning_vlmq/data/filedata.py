@@ -38,7 +38,7 @@ class FileData(ReliabilityDataModule):
         root: folder below which the readers' paths lie.
         pairs: reader of caption pairs, needed to calibrate or train.
         class_names: what the id set's classes are called, instead of what its reader says: names in label order, ``imagenet``,
-            ``cifar10``, a text file with a name a line, or names by class. How they were matched is said.
+            ``cifar10``, a text file with one name per line, or names by class. How they were matched is said.
         templates: prompts with ``{}`` for the class name, instead of the id set's; or a name of
             :data:`~lightning_vlmq.data.readers.names.TEMPLATES`.
         image_size: height and width that images are decoded to, in pixels; ``None`` takes the model's, as resize mode and
@@ -51,8 +51,8 @@ class FileData(ReliabilityDataModule):
         orientation: ``"exif"`` turns images as their EXIF entry says, ``"stored"`` takes them as stored, as open_clip does.
         decoder: ``"pillow"`` gives open_clip's pixels, ``"torchvision"`` reads JPEGs more than twice as fast, within two grey levels of
             them.
-        batch_size: images a batch when evaluating.
-        train_batch_size: image-caption pairs a batch when training or calibrating.
+        batch_size: images per batch when evaluating.
+        train_batch_size: image-caption pairs per batch when training or calibrating.
         num_workers: loader processes.
         decoded: folder to decode evaluation images into, once for all runs that want them in the same size and manner; processes share
             its pages. ``None`` decodes them in every run.

@@ -156,12 +156,12 @@ class SetLoader:
 def set_loaders(
     sets: Sequence[ImageSet], samplers: Sequence[Sampler[int]], batch_size: int, num_workers: int, pin_memory: bool
 ) -> list[SetLoader]:
-    """One loader a set, all with the same ``num_workers`` (at least 1) processes, which stay from set to set and from epoch to epoch.
+    """One loader per set, all with the same ``num_workers`` (at least 1) processes, which stay from set to set and from epoch to epoch.
 
     Args:
         sets: the images.
         samplers: which rows of each are seen, in which order.
-        batch_size: images a batch.
+        batch_size: images per batch.
         num_workers: number of processes.
         pin_memory: whether batches lie in memory that a GPU copies from by itself.
     """

@@ -37,7 +37,7 @@ class ImageSet(Protocol):
 
 
 class TensorImages(Dataset[Batch]):
-    """Images held in memory, with one value of each further column an image.
+    """Images held in memory, with one value of each further column per image.
 
     Args:
         images: uint8 ``[n, 3, height, width]``.

@@ -30,7 +30,7 @@ class Computation:
         device: ``"cpu"`` or the name of the GPU.
         threads: CPU threads an operation is split over.
         processes: of a distributed run.
-        batch_size: images a batch when evaluating; how many pairs are a batch, their features' names say.
+        batch_size: images per batch when evaluating; how many pairs are a batch, their features' names say.
         matmul: PyTorch's precision of float32 products, and whether cuDNN may use TF32.
         deterministic: whether PyTorch has to take deterministic algorithms.
     """

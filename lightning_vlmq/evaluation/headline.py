@@ -58,7 +58,7 @@ def side_by_side(runs: Sequence[Mapping[EvaluationSet, Columns]]) -> list[Sample
 
 
 def headline(sets: Sequence[SampleMatrix], settings: Statistics) -> list[HeadlineLine]:
-    """A line a dimension that the sets allow.
+    """One line per dimension that the sets allow.
 
     Args:
         sets: samples of one or more runs, as :func:`side_by_side` gives them.

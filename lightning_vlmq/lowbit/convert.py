@@ -42,8 +42,8 @@ class Conversion:
     """What a fake-quantized model is to become.
 
     Attributes:
-        activations: ``keep`` the grids of layer inputs as they are; make them ``dynamic`` (a range a token, or a convolution's
-            image) or ``static`` (calibrated) with the bits they have, 8 where they have none; or ``none``: weights alone.
+        activations: ``keep`` the grids of layer inputs as they are; make them ``dynamic`` (one range per token, or per image of a
+            convolution) or ``static`` (calibrated) with the bits they have, 8 where they have none; or ``none``: weights alone.
         kernels: ``torchao``: its tensors wherever it has one for a layer; ``own``: this package's integer layers everywhere, which
             keep weights below 8 bits packed in memory (on disk they always are).
         float8: 8-bit floating point in linear layers instead of integers.

@@ -1,4 +1,4 @@
-"""What a low-bit model costs beside full precision: milliseconds a call, bytes of files and memory, and on which machine."""
+"""What a low-bit model costs beside full precision: milliseconds per call, bytes of files and memory, and on which machine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ WARM_UP = 3
 def latencies(
     full: VLM, converted: VLM, towers: Sequence[str], batch: int, rounds: int, compile: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Mean milliseconds a call, with its standard error, of each encoder in scope: by encoder, then by model."""
+    """Mean milliseconds per call, with its standard error, of each encoder in scope: by encoder, then by model."""
     size, device = full.image_size, full.mean.device
     pixels = torch.randint(
         0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)

@@ -92,8 +92,8 @@ def convert(
         min_top1: smallest share of images with the same top class that is no error; 0 takes everything.
         export: write the programs.
         pixels: what the image program takes: uint8 in 0..255 or float32 in 0..1.
-        batch: images (or texts) a call when measuring latency.
-        rounds: timed calls a model; both models take turns.
+        batch: images (or texts) per call when measuring latency.
+        rounds: timed calls per model; both models take turns.
         compile: measure both models compiled by torch.compile too.
         model: the model's name as the checkpoint has it, where its full-precision weights are not on this machine: only what is named
             here is fetched, whatever the checkpoint says.

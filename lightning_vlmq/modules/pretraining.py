@@ -47,7 +47,7 @@ class PretrainingModule(LightningModule):
         teacher: name of a zoo model whose image and text features this one's are drawn to as well, on every second image and
             caption of a batch, so that both live in one space (Wu et al. 2023, TinyCLIP; Vasu et al. 2024, MobileCLIP).
         teacher_weight: of that loss, a tower's mean of one less the cosine.
-        prototype_weight: of a second loss, cross-entropy of image and text features over learned prototypes, one a concept, which
+        prototype_weight: of a second loss, cross-entropy of image and text features over learned prototypes, one per concept, which
             are not kept (Yang et al. 2022, UniCL, brings labels into contrast likewise). Both towers have a common goal from the
             first step, which saves most of the time that small towers take to find each other. Needs ``concept`` in the batches.
         n_prototypes: how many concepts there are.

@@ -31,7 +31,7 @@ BITS = {"int8": 8}
 class AttentionProducts(nn.Module):
     """``softmax(Q K^T scale + mask) V`` with fake-quantized queries, keys, values and probabilities; the softmax is in float.
 
-    Queries, keys and probabilities have a step a tensor (or a token, as the scheme says), values always one a tensor, as their
+    Queries, keys and probabilities have one step per tensor (or per token, as the scheme says), values always one per tensor, as their
     tokens are what the second product sums over. Ranges are the smallest and largest values seen, whatever the method.
 
     Args:

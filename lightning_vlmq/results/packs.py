@@ -1,8 +1,8 @@
 """Runs packed into few Parquet files: what a store of thousands of runs is read from.
 
 A pack is three files in ``<root>/packs``, ``<id>.results.parquet``, ``<id>.samples.parquet`` and ``<id>.curves.parquet``, in which each
-run has rows of its own, and ``<id>.index.parquet`` with a line a run: where its rows are, and what was said of it when it was filed. The
-index is written last, and holds hashes of the other three: **a pack without its index does not exist**.
+run has rows of its own, and ``<id>.index.parquet`` with one line per run: where its rows are, and what was said of it when it was filed.
+The index is written last, and holds hashes of the other three: **a pack without its index does not exist**.
 """
 
 from __future__ import annotations

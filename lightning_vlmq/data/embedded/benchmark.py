@@ -38,8 +38,8 @@ class EmbeddedData(ReliabilityDataModule):
         renditions: names from :data:`~lightning_vlmq.data.renditions.RENDITIONS`.
         data_seed: seed of backgrounds, places, captions and corruptions.
         on_bad_image: ``"error"`` or ``"skip"``, see :func:`~lightning_vlmq.data.images.encoded.decode_images`.
-        batch_size: images a batch when evaluating.
-        train_batch_size: image-caption pairs a batch when training or calibrating.
+        batch_size: images per batch when evaluating.
+        train_batch_size: image-caption pairs per batch when training or calibrating.
         num_workers: loader processes; images are in memory, so 0 is fastest.
         decoded: folder to make the evaluation sets into, once for all processes, which map them into their memory; ``None`` makes them in
             each. Moves no number.

@@ -48,7 +48,7 @@ class EmbeddedPretraining(EmbeddedData):
             backgrounds of any colour, and no :func:`~lightning_vlmq.data.embedded.scenes.print_on_paper`. From scratch, a model
             that sees the group's colour from the start learns the colour and little else.
         rounds: times an epoch goes through the concepts.
-        train_batch_size: image-caption pairs a batch.
+        train_batch_size: image-caption pairs per batch.
         data_seed: seed of everything random.
     """
 
@@ -175,7 +175,7 @@ class ConceptBatches(Sampler[list[int]]):
 
     Args:
         concept: of each row, int64 ``[n]``.
-        batch_size: rows a batch; the remainder of a round is dropped.
+        batch_size: rows per batch; the remainder of a round is dropped.
         rounds: how many.
         generator: source of the draws.
     """

@@ -31,7 +31,7 @@ _PALETTE = torch.tensor(list(COLOURS.values()), dtype=torch.float32)
 
 
 def draw_colours(group: Tensor, share_common: float, generator: torch.Generator) -> Tensor:
-    """Draw a background colour an image, an index into :data:`COLOURS`, int64 ``[n]``.
+    """Draw one background colour per image, an index into :data:`COLOURS`, int64 ``[n]``.
 
     Args:
         group: the concept's group, which owns the colour of the same index, int64 ``[n]``; -1 gets any colour.

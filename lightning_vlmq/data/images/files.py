@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class FileImages(Dataset[Batch]):
-    """Images of a source, decoded batch by batch, with one value of each further column an image.
+    """Images of a source, decoded batch by batch, with one value of each further column per image.
 
     Args:
         source: where the images are.

@@ -35,7 +35,7 @@ class UnreadableImage(VLMQError):
 
 
 def as_shown(image: Image.Image, orientation: Orientation = "exif") -> Image.Image:
-    """An opened image as 8-bit pixels, the way a person sees it; its mode is kept where that has 8 bits a channel.
+    """An opened image as 8-bit pixels, the way a person sees it; its mode is kept where that has 8 bits per channel.
 
     16-bit grey values are scaled to 8 bits, ``round(v / 257)``. Of a JPEG that holds several pictures (MPO: thumbnails, second
     lens) the first is the image.

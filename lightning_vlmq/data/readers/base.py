@@ -50,7 +50,7 @@ class Reading:
         root: folder of all data sets; made absolute, so that a path below it is one wherever it is used.
         preprocess: from a decoded file to pixels.
         on_bad_image: see :class:`~lightning_vlmq.data.images.FileImages`.
-        max_images: at most this many images a set, drawn with ``seed``; ``None`` takes all.
+        max_images: at most this many images per set, drawn with ``seed``; ``None`` takes all.
         seed: seed of that draw; sets of the same size get the same rows.
     """
 
@@ -107,10 +107,10 @@ class Reading:
             name: the set's name.
             role: its role; OOD roles have no labels, whatever is given.
             source: the images.
-            labels: a label an image.
+            labels: one label per image.
             expected: number of images there have to be, or ``None``.
             border: pixels to cut off at each edge.
-            rows: rows of the source that make the set, by default all; ``labels`` has one a row.
+            rows: rows of the source that make the set, by default all; ``labels`` has one per row.
             about: further fields of :class:`~lightning_vlmq.data.sets.EvalSet`.
 
         Raises:
@@ -134,7 +134,7 @@ class Reading:
 def class_folders(
     folder: Path, labels: Mapping[str, int], complete: bool, below: str = ""
 ) -> tuple[FileTree, NDArray[np.int64]]:
-    """Images in one folder a class.
+    """Images in one folder per class.
 
     Args:
         folder: the data set's folder.
@@ -215,7 +215,7 @@ def shorten(names: Sequence[str], shown: int = 3) -> str:
 
 
 def read_list(path: Path, published: bool = False) -> tuple[list[str], list[int]]:
-    """An image list: a line an image, its path and its label, which is the last word.
+    """An image list: one line per image, its path and its label, which is the last word.
 
     Args:
         path: the list.

@@ -71,7 +71,7 @@ class CIFARC(Reader):
     expected: int | None = 10_000
 
     def read(self, reading: Reading) -> list[EvalSet]:
-        """A set a corruption and severity, named ``cifar10_c_<corruption>_<severity>``, over the classes of the id set."""
+        """One set per corruption and severity, named ``cifar10_c_<corruption>_<severity>``, over the classes of the id set."""
         folder = reading.folder(self.path or f"CIFAR-{self.classes}-C")
         check_corruptions(self.corruptions, self.severities)
         about: dict[str, Any] = {}

@@ -38,7 +38,7 @@ class ImageNet(Reader):
 
     Attributes:
         path: the folder of the class folders, or of the images.
-        labels: for the flat layout, a file with one line an image in the order of the image names: a wnid, the number in
+        labels: for the flat layout, a file with one line per image in the order of the image names: a wnid, the number in
             ``ILSVRC2012_validation_ground_truth.txt`` (with ``meta.mat`` beside it, as the development kit has them), or image name
             and label in 0..999.
         name: the set's name.
@@ -179,7 +179,7 @@ class ImageNetC(Reader):
     expected: int | None = 50_000
 
     def read(self, reading: Reading) -> list[EvalSet]:
-        """A set a corruption and severity, named ``imagenet_c_<corruption>_<severity>``."""
+        """One set per corruption and severity, named ``imagenet_c_<corruption>_<severity>``."""
         folder = reading.folder(self.path)
         check_corruptions(self.corruptions, self.severities)
         missing = [name for name in self.corruptions if not (folder / name).is_dir()]

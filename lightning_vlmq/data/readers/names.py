@@ -69,7 +69,7 @@ def imagenet_subset(letter: str) -> tuple[str, ...]:
 
 
 def resolve_class_names(given: str | Sequence[str]) -> tuple[str, ...]:
-    """Class names from a name of :data:`CLASS_NAMES`, a text file with one a line in label order, or the names themselves.
+    """Class names from a name of :data:`CLASS_NAMES`, a text file with one per line in label order, or the names themselves.
 
     Raises:
         VLMQError: neither a known name nor a file, or no names in it.
@@ -108,7 +108,7 @@ def name_classes(folders: Sequence[str], given: ClassNames, where: str, what: st
 
     Args:
         folders: the classes' own names, in label order.
-        given: names by class; or one a class in their order, as :func:`resolve_class_names` takes them.
+        given: names by class; or one per class in their order, as :func:`resolve_class_names` takes them.
         where: what messages call that which has these classes.
         what: what messages call them.
 

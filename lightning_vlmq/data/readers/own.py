@@ -1,4 +1,4 @@
-"""Data sets of one's own: a folder a class, an image list, Parquet files."""
+"""Data sets of one's own: one folder per class, an image list, Parquet files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ ClassWords = str | list[str] | dict[str, str] | None
 
 @dataclass(frozen=True)
 class Folder(Reader):
-    """Images in one folder a class, ``<class>/*.jpg``; for an OOD role any images below the folder.
+    """Images in one folder per class, ``<class>/*.jpg``; for an OOD role any images below the folder.
 
     The classes are the names of the folders, unless ``class_names`` says more. Folders whose names are all whole numbers are in
     the order of the numbers, others in that of their names as text.
@@ -53,7 +53,7 @@ class Folder(Reader):
         path: the folder.
         name: the set's name.
         role: its role.
-        class_names: what the class folders are called in prompts: names by folder, or a name a folder in their order, or a name of
+        class_names: what the class folders are called in prompts: names by folder, or one name per folder in their order, or a name of
             such a list, or a file of them. How they were matched is said.
         templates: prompts for these classes, which then need not be the id set's.
         expected: number of images, ``None`` takes what is there.
@@ -90,7 +90,7 @@ class Folder(Reader):
 
 @dataclass(frozen=True)
 class ImageList(Reader):
-    """Images by a list, a line an image: its path and its label (a number from 0), as OpenOOD's lists are.
+    """Images by a list, one line per image: its path and its label (a number from 0), as OpenOOD's lists are.
 
     Attributes:
         path: the list.

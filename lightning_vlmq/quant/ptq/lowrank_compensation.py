@@ -50,7 +50,7 @@ class Compensated(FakeQuantizer):
 
     @property
     def extra_bits(self) -> int:
-        """The two factors of the term, 32 bits a number; no more than the term itself has."""
+        """The two factors of the term, 32 bits per number; no more than the term itself has."""
         matrix = as_matrix(self.term)
         return UNQUANTIZED * min(min(self.rank, *matrix.shape) * sum(matrix.shape), matrix.numel())
 

@@ -66,7 +66,7 @@ def compare(setting: Setting, measure: Measure, pairs: list[Pair]) -> Comparison
     Args:
         setting: which the pairs' runs are of; :data:`FULL` has no change.
         measure: what is compared.
-        pairs: one a seed.
+        pairs: one per seed.
     """
     value = float(np.mean([pair.estimate.value[pair.position] for pair in pairs]))
     reference = float(np.mean([pair.estimate.value[0] for pair in pairs]))

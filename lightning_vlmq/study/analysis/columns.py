@@ -142,7 +142,7 @@ class Comparisons(Mapping[Key, Comparison]):
         return replace(self, numbers=found, effects=effects)
 
     def table(self) -> pd.DataFrame:
-        """One row of plain numbers and words a comparison."""
+        """One row of plain numbers and words per comparison."""
         vlms, settings, measures = (self.place[:, axis] for axis in range(3))
 
         def text(codes: NDArray[np.int32], values: Sequence[str]) -> NDArray[np.object_]:

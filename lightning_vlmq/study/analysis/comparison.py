@@ -77,7 +77,7 @@ class StudyAnalysis:
             measure: what is compared.
             vlm: one VLM, or ``None`` for all.
             is_tuned: settings with a tuned logit scale in place of those without.
-            setting: fields of :class:`~lightning_vlmq.study.analysis.runs.Setting` and their values.
+            setting: fields of :class:`~lightning_vlmq.study.analysis.setting.Setting` and their values.
         """
         return [
             comparison

@@ -35,7 +35,7 @@ class TrainingWorth:
 
 
 def measured_runs(results: StudyResults) -> pd.DataFrame:
-    """A line a run with its logit scale as it came: ``method``, :data:`SAME`, the losses, and ``kl`` on the in-distribution sets."""
+    """One line per run with its logit scale as it came: ``method``, :data:`SAME`, the losses, and ``kl`` on the in-distribution sets."""
     rows = results.about(START, END, "kl")
     rows = rows[(rows["role"] == "id") & (rows["dataset"] != "") & ~rows["is_tuned"]]
     wide = rows.pivot_table(index=["run_id", "method", *SAME], columns="metric", values="value", aggfunc="mean")
@@ -46,7 +46,7 @@ def training_worth(runs: pd.DataFrame) -> TrainingWorth | None:
     """Judge the trained ones of some runs; ``None`` where none is.
 
     Args:
-        runs: a line a run, with ``method``, the columns of :data:`SAME` that tell them apart, the losses and ``kl``, in any unit.
+        runs: one line per run, with ``method``, the columns of :data:`SAME` that tell them apart, the losses and ``kl``, in any unit.
     """
     same = [name for name in SAME if name in runs]
     is_trained = [name in METHODS and METHODS[name].needs_training for name in runs["method"]]

@@ -20,7 +20,7 @@ from lightning_vlmq.study.report.notation import percent_interval
 
 
 def average_table(analysis: StudyAnalysis) -> str:
-    """Effects averaged over VLMs, by setting and dimension, with p-values corrected over the table."""
+    """Effects averaged over VLMs, by setting and dimension, with p-values corrected over the table; a dash for controls."""
     shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
     means: dict[tuple[Setting, Dimension], Interval] = {}
     for dimension in shown:

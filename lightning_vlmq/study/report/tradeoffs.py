@@ -48,7 +48,7 @@ def seed_table(analysis: StudyAnalysis) -> str:
 
 
 def group_table(found: Sequence[GroupEffect]) -> str:
-    """Mean effects of groups of settings: one row a group, one column a dimension."""
+    """Mean effects of groups of settings: one row per group, one column per dimension."""
     shown = list(dict.fromkeys(effect.dimension for effect in found))
     by_cell = {(e.grouping, e.group, e.dimension): e for e in found}
     body = []

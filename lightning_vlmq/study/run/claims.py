@@ -1,4 +1,4 @@
-"""Who computes a run: a file a run, so that two runners on one store share the work."""
+"""Who computes a run: one file per run, so that two runners on one store share the work."""
 
 from __future__ import annotations
 

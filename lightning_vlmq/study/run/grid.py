@@ -68,7 +68,7 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
 
     Seed by seed; of a seed full precision first, which all else is compared with; then rounds, each of which has every VLM with every
     method once, the methods' bit-widths being spread over the rounds. The scopes of one method stand side by side, for their vision
-    towers have much in common.
+    towers have much in common. Where ``study.outermost`` names an axis, the runs of a seed are put in that axis's order instead.
 
     Args:
         study: the study.

@@ -51,7 +51,7 @@ class Costs:
         decode: seconds to read and decode an image; 0 where images are in memory.
         pixels: bytes of a decoded image; 0 where images are in memory.
         forward: seconds to encode an image in full precision, by VLM.
-        width: features an image, by VLM.
+        width: features per image, by VLM.
         patches: patches of an image whose features a score compares, by VLM; 0 where none does.
         unmeasured: VLMs that cannot be built here, which the mean of the others stands for.
     """
@@ -94,7 +94,7 @@ class Plan:
 
     @property
     def evaluations(self) -> int:
-        """Evaluation runs: quantized model times data-set configuration times score."""
+        """Evaluation runs: models (full precision and tuned ones too) times data-set configurations times scores."""
         return len(self.runs) * self.models_a_run * self.evaluations_a_model
 
     def bytes_on_disk(self, costs: Costs, cache: str) -> dict[str, float]:

@@ -28,7 +28,7 @@ class Status:
         failed: those whose last try failed, with the reason in one line.
         running: those that somebody computes now, with who.
         evaluations: evaluation runs in what is filed, of the grid or of all where that is not known.
-        per_hour: runs filed an hour, of late; NaN before the second.
+        per_hour: runs filed per hour, of late; NaN before the second.
         cache_hits: share of the feature look-ups of filed runs that found something; NaN where none were counted.
     """
 
@@ -92,7 +92,7 @@ def status_of(root: Path, runs: Sequence[Run] | None = None) -> Status:
 
 
 def rate(dates: Sequence[float], now: float | None = None) -> float:
-    """Runs an hour from the dates (seconds of the epoch) they were filed at: over :data:`WINDOW`, or since the first of these runs.
+    """Runs per hour from the dates (seconds of the epoch) they were filed at: over :data:`WINDOW`, or since the first of these runs.
 
     NaN for fewer than two in that time.
     """

@@ -31,7 +31,7 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
     """Run a composed study config.
 
     Args:
-        config: ``study`` (see :class:`~lightning_vlmq.study.run.grid.Study`), ``seed``, ``report_only``,
+        config: ``study`` (see :class:`~lightning_vlmq.study.run.config.Study`), ``seed``, ``report_only``,
             ``status`` (say where it stands, and stop), ``dry_run`` (say what it holds and costs, and stop) and ``compact`` (pack what is
             stored, and stop).
         config_folder: the folder that the config came from.

@@ -20,7 +20,7 @@ from lightning_vlmq.study.report.figures.style import (
 
 
 def effects_over_damage(analysis: StudyAnalysis) -> Figure | None:
-    """Effect of every VLM and setting over its output SQNR, one panel a dimension; up is worse, right is more damage."""
+    """Effect of every VLM and setting over its output SQNR, one panel per dimension; up is worse, right is more damage."""
     known = damage(analysis)
     shown = [d for d in dimensions(analysis.score) if analysis.changes(d.measure)]
     if len(known) < 2 or not shown:

@@ -136,7 +136,7 @@ def _legend(axis: Axes, analysis: StudyAnalysis) -> None:
 
 
 def spurious_gap_slopes(analysis: StudyAnalysis) -> Figure | None:
-    """Relative spurious gap of full precision and of every setting, one panel a VLM."""
+    """Relative spurious gap of full precision and of every setting, one panel per VLM."""
     measure = Measure("rsg", "spurious")
     vlms = [vlm for vlm in analysis.vlms if analysis.changes(measure, vlm)]
     if not vlms:

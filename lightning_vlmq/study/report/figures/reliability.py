@@ -33,7 +33,7 @@ MIN_COUNT = 10
 
 
 def reliability_diagrams(analysis: StudyAnalysis) -> Figure | None:
-    """Accuracy over confidence, full precision in black; one panel a VLM and method."""
+    """Accuracy over confidence, full precision in black; one panel per VLM and method."""
     vlms = [vlm for vlm in analysis.vlms if (vlm, FULL) in analysis.diagnostics]
     methods = list(dict.fromkeys(setting.method for setting in analysis.settings))
     if not vlms or not methods:
@@ -59,7 +59,7 @@ def reliability_diagrams(analysis: StudyAnalysis) -> Figure | None:
 
 
 def reliability_trajectories(analysis: StudyAnalysis) -> Figure | None:
-    """Each confidence bin followed from full precision to quantized to tuned; one panel a VLM and method.
+    """Each confidence bin followed from full precision to quantized to tuned; one panel per VLM and method.
 
     Of each method the setting with the fewest bits and the widest scope.
     """

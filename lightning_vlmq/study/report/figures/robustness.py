@@ -42,7 +42,7 @@ def _severities(diagnostics: Diagnostics) -> dict[int, Accuracy]:
 
 
 def corruption_curves(analysis: StudyAnalysis) -> Figure | None:
-    """Accuracy over severity, averaged over corruptions: one panel a VLM and scope."""
+    """Accuracy over severity, averaged over corruptions: one panel per VLM and scope."""
     vlms = [vlm for vlm in analysis.vlms if getattr(analysis.diagnostics.get((vlm, FULL)), "corruption", None)]
     scopes = list(dict.fromkeys(setting.scope for setting in analysis.settings))
     if not vlms or not scopes:
@@ -117,7 +117,7 @@ def _changes(analysis: StudyAnalysis, setting: Setting) -> dict[str, list[float]
 
 
 def prediction_flips(analysis: StudyAnalysis) -> Figure | None:
-    """Shares of images whose prediction quantization changes, by what became of it; one panel a VLM."""
+    """Shares of images whose prediction quantization changes, by what became of it; one panel per VLM."""
     vlms = [vlm for vlm in analysis.vlms if any((vlm, s) in analysis.diagnostics for s in analysis.settings)]
     if not vlms:
         return None

@@ -163,7 +163,7 @@ def _profile(values: NDArray[np.float64], reference: NDArray[np.float64]) -> NDA
 
 
 def singular_value_heatmaps(spectra: Spectra) -> Figure | None:
-    """Layer by rank: how many octaves each singular value grew (red) or shrank (blue); one panel a setting."""
+    """Layer by rank: how many octaves each singular value grew (red) or shrank (blue); one panel per setting."""
     if not spectra:
         return None
     layers, images, absent = next(iter(spectra.values())), {}, np.full(len(RANKS), np.nan)

@@ -85,7 +85,7 @@ def new_figure_with_margins(
 def panel_grid(
     blocks: Sequence[str], vlms: Sequence[str], height: float, x_label: str, y_label: str
 ) -> tuple[Figure, dict[tuple[str, str], Axes]]:
-    """Panels that share their axes: one a VLM for every block (a method, a scope), in lines of up to five.
+    """Panels that share their axes: one per VLM for every block (a method, a scope), in lines of up to five.
 
     Args:
         blocks: what is written beside the lines.
