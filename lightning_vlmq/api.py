@@ -92,7 +92,9 @@ def quantize(
         raise VLMQError(f"'{method}' quantizes nothing; vlmq list methods names those that do")
     tensor = _pixels(images, vlm.preprocessing.framing)
     if len(tensor) != len(captions) or not len(captions):
-        raise VLMQError(f"calibration needs a caption an image, got {len(tensor)} images and {len(captions)} captions")
+        raise VLMQError(
+            f"calibration needs one caption per image, got {len(tensor)} images and {len(captions)} captions"
+        )
     own = copy.deepcopy(vlm)
     tokens = own.tokenize(list(captions))
     batches = [

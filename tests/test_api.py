@@ -97,7 +97,7 @@ def test_bad_input(vlm, change, message):
         ("minmx", 4, "minmax"),
         ("lsq_contrastive", 4, "vlmq fit"),
         ("fp32", 4, "nothing"),
-        ("minmax", 3, "a caption an image"),
+        ("minmax", 3, "one caption per image"),
     ],
 )
 def test_what_cannot_be_quantized(vlm, method, captions, message):

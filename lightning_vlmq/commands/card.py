@@ -23,10 +23,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a saved model says of itself: its VLM, method, the method's options where it has some, scheme and coverage."""
+    """What a saved model says of itself.
+
+    Attributes:
+        model: its VLM.
+        pretrained: the VLM's weights.
+        words: the arguments by which ``vlmq`` builds the VLM again.
+        method: its method.
+        options: the method's options that are not its defaults.
+        scheme: how it was quantized.
+        coverage: what of it.
+    """
 
     model: str
     pretrained: str
+    words: str
     method: str
     options: dict[str, Any]
     scheme: dict[str, Any]
@@ -35,11 +46,20 @@ class Saved:
     @classmethod
     def read(cls, folder: Path) -> Saved:
         """Read a folder's description; raises :class:`VLMQError` where it is none."""
+        from lightning_vlmq.models.loading import SCHEMAS
         from lightning_vlmq.quant.checkpoint import DESCRIPTION, FORMAT, read_description
         from lightning_vlmq.quant.description import described
+        from lightning_vlmq.quant.outliers import split_outliers
 
         found = described(read_description(folder / DESCRIPTION, FORMAT), folder / DESCRIPTION)
-        return cls(found.model, found.pretrained, found.method, found.options, asdict(found.scheme), found.coverage)
+        name, outliers = split_outliers(found.model)
+        source = found.origin.provenance.source
+        words = f"--model.vlm {name}" + (
+            "" if source == "embedded" or name.startswith(SCHEMAS) else f" --model.pretrained {source}"
+        )
+        words += "" if outliers == 1 else f" --model.outliers {str(outliers).removesuffix('.0')}"
+        about = found.method, found.options, asdict(found.scheme), found.coverage
+        return cls(found.model, found.pretrained, words, *about)
 
     @property
     def bits(self) -> str:
@@ -206,8 +226,7 @@ def _data(rows: pd.DataFrame) -> str:
 
 def _reproduce(saved: Saved, about: Any, checkpoint: Path) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
-    weights = "" if saved.model == about["model"] and "_" in saved.model else f" --model.pretrained {saved.pretrained}"
-    words = f"--model.vlm {saved.model}{weights} --model.checkpoint {checkpoint.as_posix()} --seed_everything {about['seed']}"
+    words = f"{saved.words} --model.checkpoint {checkpoint.as_posix()} --seed_everything {about['seed']}"
     return (
         f"## Again\n\n```console\nvlmq test --config eval {words}\n```\n\n"
         f"Judged by version {about['code_version']}; card by Python {platform.python_version()}, {versions}."

@@ -145,14 +145,21 @@ def code_digest(packages: tuple[str, ...] = NUMBERS) -> str:
 
 @functools.cache
 def statements_digest(path: Path) -> str:
-    """Hash of what a module's code does: of its syntax tree without docstrings, as this Python sees it. Raises ``OSError``."""
+    """Hash of what a module's code does, as this Python sees it: of its syntax tree without texts that stand alone.
+
+    These are docstrings, and what is said below a constant. Raises ``OSError``.
+    """
     tree = ast.parse(path.read_bytes())
     for node in ast.walk(tree):
-        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            continue
-        if ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:]
+        for field in ("body", "orelse", "finalbody"):
+            if isinstance(own := getattr(node, field, None), list):
+                setattr(node, field, [part for part in own if not _is_text(part)])
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+def _is_text(node: ast.AST) -> bool:
+    """Whether a statement is a text and nothing else."""
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
 def file_digest(path: str | os.PathLike[str], length: int = 16) -> str:

@@ -116,7 +116,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
-                raise VLMQError(f"{name} has a value a channel, red, green and blue; got {list(values)}")
+                raise VLMQError(f"{name} has one value per channel, red, green and blue; got {list(values)}")
             object.__setattr__(self, name, tuple(map(float, values)))
         if min(self.std) <= 0:
             raise VLMQError(f"std is divided by and must be positive, got {list(self.std)}")

@@ -4,29 +4,15 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, replace
-from typing import Literal
 
 import torch
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.models import VLM
-from lightning_vlmq.models.outliers import plant_outliers
 from lightning_vlmq.quant import Quantization, Quantized, load_quantized, quantize
-from lightning_vlmq.quant.rotation.concentrate import concentrate_streams
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.schema import RunKey
-
-
-def with_outliers(vlm: VLM, outliers: float | Literal["stream"]) -> VLM:
-    """The same model with outlier channels, called ``<name>+outliers<which>``; as it is for a factor of 1."""
-    if outliers == "stream":
-        concentrate_streams(vlm)
-    elif outliers != 1:
-        plant_outliers(vlm, outliers)
-    if outliers != 1:
-        vlm.name += f"+outliers{outliers if outliers == 'stream' else format(outliers, 'g')}"
-    return vlm
 
 
 def run_key(vlm: VLM, quant: Quantization, scheme: QuantScheme | None) -> RunKey:

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 FOLDS = 5
 """Of the cross-validation of a tuned logit scale."""
-_CHUNK = 256  # captions a batch
+_CHUNK = 256  # captions per batch
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.core.tensorfiles import read_tensor_file
 from lightning_vlmq.lowbit.layers import TensorLinear, low_bit_layer, pack, unpack
-from lightning_vlmq.models import VLM, load_origin
+from lightning_vlmq.models import VLM
 from lightning_vlmq.quant.calibrating import Batch, RangeObserver, calibrate
 from lightning_vlmq.quant.checkpoint import WEIGHTS, read_description, restore_structure, write_tensors
 from lightning_vlmq.quant.description import described
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantConv2d, QuantizedLayer, quantized_layers
+from lightning_vlmq.quant.outliers import rebuild
 from lightning_vlmq.quant.scheme import UNQUANTIZED_BITS, QuantScheme
 
 FORMAT = 2
@@ -216,7 +217,7 @@ def load_converted(path_dir: str | Path, device: str | torch.device = "cpu", mod
             f"'{folder / DESCRIPTION}' is not a converted model's description ({error}); convert again"
         ) from error
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are all replaced
-        vlm = load_origin(asdict(quantized.origin), with_weights=False, typed=model)
+        vlm = rebuild(asdict(quantized.origin), with_weights=False, typed=model)
     if tensors_digest(tensors, 32) != kept:
         raise VLMQError(
             f"'{folder / WEIGHTS}' is damaged, or not the file that was written with {DESCRIPTION}; convert the model again"

@@ -31,7 +31,7 @@ from lightning_vlmq.lowbit.convert import (
 )
 from lightning_vlmq.lowbit.costs import latencies, setting, sizes
 from lightning_vlmq.lowbit.export import PROGRAMS, export_encoder
-from lightning_vlmq.models import RANDOM, VLM, load_origin
+from lightning_vlmq.models import RANDOM, VLM
 from lightning_vlmq.quant.checkpoint import (
     DESCRIPTION,
     FORMAT,
@@ -39,6 +39,7 @@ from lightning_vlmq.quant.checkpoint import (
     read_description,
 )
 from lightning_vlmq.quant.description import described
+from lightning_vlmq.quant.outliers import rebuild
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def convert(
     target = _target(Path(out))
     description = read_description(folder / DESCRIPTION, FORMAT)
     made_from = asdict(described(description, folder / DESCRIPTION).origin)
-    full = load_origin(made_from, typed=model).requires_grad_(False).to(_device(device))
+    full = rebuild(made_from, typed=model).requires_grad_(False).to(_device(device))
     quantized = copy.deepcopy(full)
     saved = load_quantized(quantized, folder)
     data.follow(full.preprocessing.framing)

@@ -20,11 +20,12 @@ from lightning_vlmq.evaluation.gathering import gather
 from lightning_vlmq.evaluation.judged import Judged, Records
 from lightning_vlmq.evaluation.results import outcome
 from lightning_vlmq.evaluation.rows import Row, headline
-from lightning_vlmq.evaluation.subject import quantized, restored, run_key, with_outliers
+from lightning_vlmq.evaluation.subject import quantized, restored, run_key
 from lightning_vlmq.metrics import ood_score
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.models.recipes import Activation
 from lightning_vlmq.quant import CoverageReport, Quantization, Quantized
+from lightning_vlmq.quant.outliers import with_outliers
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.identity import file_digest
 from lightning_vlmq.results.schema import RunKey

@@ -8,10 +8,12 @@ import torch
 from cases.small_data import SMALL_DATA
 
 from lightning_vlmq.cli import main
+from lightning_vlmq.commands.card import Saved
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.lowbit.convert import load_converted
-from lightning_vlmq.models import load_vlm
+from lightning_vlmq.models import load_vlm, origin
 from lightning_vlmq.quant import load_quantized
+from lightning_vlmq.quant.outliers import rebuild, with_outliers
 
 QUANTIZE = [
     "validate",
@@ -39,6 +41,31 @@ def fake(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_writer_saves_what_was_validated(fake: Path):
     assert load_quantized(load_vlm("vit_clean"), fake).scheme.weight_bits == 4
+
+
+@pytest.mark.parametrize(("vlm", "outliers"), [("vit_clean", "12.5"), ("coca_clean", "stream")])
+def test_a_model_with_planted_outliers_is_saved_converted_and_described(vlm, outliers, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    planted = [f"--model.vlm={vlm}", f"--model.outliers={outliers}"]
+    saved, low = tmp_path / "model", tmp_path / "low"
+    main([*QUANTIZE, *planted, f"--results.root={tmp_path}", f"--trainer.callbacks.folder={saved}"])
+    assert Saved.read(saved).words == f"--model.vlm {vlm} --model.outliers {outliers}"
+    main(["convert", f"--checkpoint={saved}", f"--out={low}", "--export=false", *QUICK])
+    loaded, whole = (
+        load_converted(low),
+        with_outliers(load_vlm(vlm), "stream" if outliers == "stream" else float(outliers)),
+    )
+    assert loaded.name == whole.name == f"{vlm}+outliers{outliers}"
+    load_quantized(whole, saved)
+    pixels = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.cosine_similarity(loaded.encode_image(pixels), whole.encode_image(pixels)).min() > 0.999
+
+
+@pytest.mark.parametrize("which", ["many", ""])
+def test_outliers_that_a_name_does_not_say_are_refused(which):
+    with pytest.raises(VLMQError, match=f"outlier channels by '{which}', which is no factor"):
+        rebuild({**origin(load_vlm("vit_clean")), "name": f"vit_clean+outliers{which}"})
 
 
 def test_nothing_is_saved_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -87,6 +87,7 @@ def test_same_in_another_process_whatever_the_hash_seed():
             True,
         ),
         ('"""Text."""\nRATE = 2\ndef f(x: int = 1) -> int:\n    return x * RATE\n', True),
+        ('RATE = 2\n"""Of all."""\ndef f(x: int = 1) -> int:\n    """Words."""\n    return x * RATE\n', True),
         ('"""Text."""\nRATE = 2.0\ndef f(x: int = 1) -> int:\n    """Words."""\n    return x * RATE\n', False),
         ('"""Text."""\nRATE = 2\ndef f(x: int = 2) -> int:\n    """Words."""\n    return x * RATE\n', False),
         ('"""Text."""\nRATE = 2\ndef f(x: int = 1) -> int:\n    """Words."""\n    return RATE * x\n', False),

@@ -83,7 +83,7 @@ def resolve_class_names(given: str | Sequence[str]) -> tuple[str, ...]:
     else:
         raise unknown("class_names (or file of them)", given, CLASS_NAMES)
     if len(names) < 2:
-        raise VLMQError(f"class_names must be at least 2 names, got {len(names)}; give one a class, in label order")
+        raise VLMQError(f"class_names must be at least 2 names, got {len(names)}; give one per class, in label order")
     return names
 
 

@@ -120,12 +120,12 @@ def _averages(analysis: StudyAnalysis) -> str:
         "independent.</p>"
     )
     shares = f"{note}{improvement.improvement_table(analysis)}{improvement.joint_table(analysis)}"
-    groups = tradeoffs.group_table(group_effects(analysis))
     note = (
         "<p class='note'>Mean over VLMs, each with the mean over its settings, and a 95 % interval for other VLMs and other test images "
         "(Student's t over VLMs, and what the common images add); of one VLM over images alone. Controls and tuned logit scales do not "
         "count.</p>"
     )
+    groups = f"{note}{tradeoffs.group_table(group_effects(analysis))}"
     note = (
         "<p class='note'>Of the trained methods: how many ended with less loss on held-out pairs than they started with (the others keep "
         "their start), the least, median and largest ratio of loss after to loss before, and how many ended with less KL to full "
@@ -134,7 +134,7 @@ def _averages(analysis: StudyAnalysis) -> str:
     trained = improvement.training_table(analysis)
     training = f"<details><summary>What training was worth</summary>{note}{trained}</details>" if trained else ""
     return (
-        f"<details open><summary>By kind of method, bits, scope, architecture and pre-training</summary>{note}{groups}</details>"
+        f"<details open><summary>By kind of method, bits, scope, architecture and pre-training</summary>{groups}</details>"
         f"<details{is_open}><summary>Means over VLMs with 95 % intervals</summary>{means}</details>"
         f"<details{is_open}><summary>Share of improved runs</summary>{shares}</details>"
         f"{training}"

@@ -67,6 +67,16 @@ def test_every_section_is_there_and_linked(page):
     assert links == ["comparisons.csv", *(f"#{section}" for section in sections)]
 
 
+def test_every_table_says_what_it_shows(page):
+    for told in (
+        "corrected over the table",
+        "Value ± half its",
+        "Share of (VLM, setting) pairs",
+        "Student's t over VLMs",
+    ):
+        assert page.text.count(told) == 1, told
+
+
 def test_figures_are_svg_with_a_description(page):
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 6 + 2 * 2  # nothing is tuned here: no trajectories
