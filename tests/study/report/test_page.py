@@ -72,7 +72,7 @@ def test_every_table_says_what_it_shows(page):
         "corrected over the table",
         "Value ± half its",
         "Share of (VLM, setting) pairs",
-        "Student's t over VLMs",
+        "of one VLM over images alone",
     ):
         assert page.text.count(told) == 1, told
 
