@@ -140,6 +140,9 @@ def _data() -> dict[str, Entry]:
     return {"embedded": embedded, **_configs("data", "vlmq data check --config {name} --data.root /datasets")}
 
 
+PART = "\nname: ???"
+"""In a study's config that others are made of, and that is none by itself."""
+
 KINDS: Mapping[str, Callable[[], dict[str, Entry]]] = {
     "models": _models,
     "methods": _methods,
@@ -147,7 +150,7 @@ KINDS: Mapping[str, Callable[[], dict[str, Entry]]] = {
     "metrics": _metrics,
     "corruptions": _corruptions,
     "data": _data,
-    "studies": lambda: {k: e for k, e in _configs("study", "vlmq-study study={short}").items() if k != "base"},
+    "studies": lambda: {k: e for k, e in _configs("study", "vlmq-study study={short}").items() if PART not in e.text},
     "configs": lambda: _configs("", "--config {name}"),
 }
 """What can be listed, by its word."""

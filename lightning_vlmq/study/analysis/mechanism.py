@@ -111,7 +111,7 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
 
     A control reproduces a change that it is equivalent to within half of it, see
     :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds, else
-    the verdict is "undecided".
+    the verdict is "undecided"; VLMs with fewer (draws are refused that are no match) do not count among all VLMs.
 
     Args:
         analysis: a study with controls or surgeries and what they start from; settings of neither kind are passed over.
@@ -153,13 +153,16 @@ class _Cell:
 def _verdict(
     vlm: str, control: str, pattern: Setting, dimension: Dimension, cells: Sequence[_Cell], seed: int
 ) -> Verdict:
+    is_noise = control.startswith("matched_noise")
+    if is_noise:  # of VLMs together, those with enough seeds, if any has
+        cells = [cell for cell in cells if cell.n_seeds >= LEAST_SEEDS] or cells
     change = float(np.mean([_effect(cell.quantized) for cell in cells]))
     control_change = float(np.mean([np.mean([_effect(c) for c in cell.controls]) for cell in cells]))
     drawn = np.mean([cell.quantized.effects for cell in cells], axis=0)
     seeds = [over_seeds(np.stack([c.effects for c in cell.controls], 1), seed) for cell in cells]
     found = reproduction(change, drawn, control_change, np.mean(seeds, axis=0))
     n_seeds = min(cell.n_seeds for cell in cells)
-    if control.startswith("matched_noise") and n_seeds < LEAST_SEEDS and found.verdict != "nothing to reproduce":
+    if is_noise and n_seeds < LEAST_SEEDS and found.verdict != "nothing to reproduce":
         found = replace(found, verdict="undecided")
     is_surgery = not control.startswith(CONTROLS)
     return Verdict(vlm, control, pattern, dimension, change, control_change, n_seeds, len(cells), found, is_surgery)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _grid(config: DictConfig) -> list[Run] | None:
         return None
     try:
         plain: Any = OmegaConf.to_container(config.study, resolve=True, throw_on_missing=True)
-        return grid_of(Study.from_config(plain), config.seed, find_configs([]))
+        return grid_of(Study.from_config(plain), config.seed, find_configs(sys.argv[1:]))
     except VLMQError:  # the jobs say it
         return None
 

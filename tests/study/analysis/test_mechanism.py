@@ -111,6 +111,20 @@ def test_fewer_seeds_are_undecided(analysis):
     assert noise <= {"undecided", "nothing to reproduce"} and "undecided" in noise
 
 
+def test_of_all_vlms_those_with_enough_seeds_count(analysis):
+    lacking = {
+        key: c
+        for key, c in analysis.comparisons.items()
+        if not (key[0] == VLMS[0] and key[1].method == "matched_noise" and "seed=4" in key[1].variant)
+    }
+    found = verdicts(replace(analysis, comparisons=Comparisons.gathered(lacking)))
+    whole = [v for v in verdicts(analysis) if v.control == "matched_noise" and v.vlm in VLMS[1:]]
+    for v in (v for v in found if v.control == "matched_noise" and v.vlm == ALL_VLMS):
+        assert (v.n_vlms, v.n_seeds) == (2, 5) and v.found.verdict in ("reproduces", "nothing to reproduce")
+        assert v.change == pytest.approx(np.mean([o.change for o in whole if o.dimension == v.dimension]))
+    assert all(v.n_vlms == 3 for v in found if v.vlm == ALL_VLMS and v.control != "matched_noise")
+
+
 def test_predictions_cover_outcomes_and_baselines(analysis):
     table = prediction_table(analysis, n_resamples=200)
     assert {"ΔECE", "ΔRSG", "Δcorruption"} <= set(table["outcome"])
