@@ -16,7 +16,7 @@ from lightning_vlmq.core.configs import config_folder, config_names
 from lightning_vlmq.core.errors import VLMQError
 
 _OPTIONAL = {
-    "transformers": "models that open_clip does not have (pip install transformers)",
+    "transformers": "models that open_clip does not have, and the tokenizers of SigLIP (pip install transformers)",
     "wandb": "the W&B logger (pip install wandb)",
     "mlflow": "the MLflow logger (pip install mlflow)",
     "hydra-submitit-launcher": "studies on a Slurm cluster (pip install hydra-submitit-launcher)",

@@ -132,9 +132,7 @@ class StudyResults:
             raise VLMQError(
                 f"no whole run is left in '{root}' ({problems[0] if problems else 'tuned ones alone'}); run the study again"
             )
-        runs = sorted(
-            newest.values(), key=lambda run: (not run.key.is_full_precision, run.setting.sort_key, run.key.seed)
-        )
+        runs = sorted(newest.values(), key=lambda run: run.sort_key)
         left = [run.run_id for run in runs]
         replaced = {run_id for run_id in run_ids if not keys[run_id].is_tuned} - set(left)
         if len(left) < len(run_ids):

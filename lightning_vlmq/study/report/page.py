@@ -76,18 +76,22 @@ def _page(analysis: StudyAnalysis) -> str:
 
 def _facts(analysis: StudyAnalysis) -> str:
     results = analysis.results
-    p_values, q_values = (analysis.comparisons.numbers[name] for name in ("p_value", "q_value"))
-    tested = ~np.isnan(p_values)
+    p_values, q_values = (
+        analysis.comparisons.numbers[name][analysis.comparisons.stands_for_itself] for name in ("p_value", "q_value")
+    )
+    quantized = [setting for setting in results.settings if setting.is_quantization]
+    others = len(results.settings) - len(quantized)
     tuned = sum(run.setting.is_tuned for run in results.runs)
     facts = {
         "runs": f"{len(results.runs) - tuned:,}",
         "VLMs": f"{len(results.vlms):,}",
         "evaluation runs": f"{results.evaluations:,}",
-        "quantized settings": f"{len(results.settings):,}",
+        "quantized settings": f"{len(quantized):,}",
+        **({"controls and surgeries": f"{others:,}"} if others else {}),
         **({"logit scales tuned": f"{tuned:,}"} if tuned else {}),
         "result rows": f"{results.n_rows:,}",
-        "comparisons tested": f"{tested.sum():,}",
-        "significant (5 % FDR)": f"{(q_values[tested] < FALSE_DISCOVERY_RATE).sum():,}",
+        "comparisons tested": f"{analysis.n_tests:,}",
+        "significant (5 % FDR)": f"{(q_values[~np.isnan(p_values)] < FALSE_DISCOVERY_RATE).sum():,}",
     }
     return "<dl>" + "".join(f"<div><dd>{value}</dd><dt>{title}</dt></div>" for title, value in facts.items()) + "</dl>"
 

@@ -32,7 +32,7 @@ def average_table(analysis: StudyAnalysis) -> str:
     p_values = torch.tensor([mean.p_value for mean in means.values()], dtype=torch.float64)
     q_values = dict(zip(means, benjamini_hochberg(p_values).tolist()))
     body = []
-    for setting in analysis.settings:
+    for setting in (s for s in analysis.settings if s.is_quantization):
         cells = [escape(setting.label)]
         for dimension in shown:
             key = setting, dimension
