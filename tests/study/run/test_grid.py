@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def test_every_beginning_is_a_balanced_study():
         assert max(counts) - min(counts) <= n_vlms * n_scopes
         widths = [sum(run.bits == bits for run in begun) for bits in plain["axes"]["bits"]]
         assert max(widths) - min(widths) <= n_vlms * n_scopes
+    half = 8 * n_vlms * n_scopes  # eight methods: each bit-width once with training and once without
+    for start in range(n_vlms, one_seed, half):
+        kinds = {(run.method, run.bits, run.kind) for run in grid[start : start + half]}
+        assert sorted((bits, kind) for _, bits, kind in kinds) == sorted(
+            itertools.product(plain["axes"]["bits"], ("ptq", "qat"))
+        )
+    assert sorted(methods) == sorted(config("study=methods")["axes"]["method"])
     pairs = grid[n_vlms:one_seed]
     assert all(a.scope == "vision" and b.scope == "vision_text" for a, b in zip(pairs[::2], pairs[1::2]))
     assert all((a.vlm, a.method, a.bits) == (b.vlm, b.method, b.bits) for a, b in zip(pairs[::2], pairs[1::2]))
