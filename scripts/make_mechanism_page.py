@@ -29,6 +29,7 @@ from lightning_vlmq.study.analysis.mechanism import (
     Verdict,
     control_order,
     first_rank,
+    unjudged,
     verdict_frame,
     verdicts,
 )
@@ -217,6 +218,8 @@ def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
         VLMQError: the page has no markers, or the study lacks what it needs.
     """
     before, after = around_results(page)
+    if reason := unjudged(analysis):
+        raise VLMQError(f"'{root}' has {reason}")
     gains, found, predictions = gain_frame(analysis), verdicts(analysis), prediction_table(analysis)
     shown = strongest(predictions[predictions["n"] > 0]) if len(predictions) else predictions
     about = {"command": "vlmq-study study=mechanism", "hardware": hardware(), "duration": duration(root)}

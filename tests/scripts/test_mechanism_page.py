@@ -12,6 +12,9 @@ from cases.mechanism import VLMS, write_mechanism
 from PIL import Image
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.study.analysis import runs
+from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.runs import StudyResults
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "scripts" / "make_mechanism_page.py"
@@ -71,6 +74,15 @@ def test_page_and_files_are_whole_and_small(made):
     assert about[b"command"] == b"vlmq-study study=mechanism" and about[b"hardware"] and about[b"duration"]
     for line in text.split(script.START)[1].split("\n"):
         assert not line.startswith("|") or line.count("|") >= 4
+
+
+def test_controls_that_cannot_be_judged_are_no_page(made, monkeypatch):
+    root, page = made
+    before = page.read_text()
+    monkeypatch.setattr(runs, "MANY_OF_ONE_VLM", 3)
+    with pytest.raises(VLMQError, match="no verdicts on controls") as said:
+        script.write(analyse(StudyResults.load(root)), root, page)
+    assert "\n" not in str(said.value) and page.read_text() == before
 
 
 def test_what_cannot_be_written_is_one_line(made, tmp_path):

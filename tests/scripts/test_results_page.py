@@ -46,7 +46,8 @@ def test_page_figures_and_rows(tmp_path, monkeypatch):
     frames = [f.astype(dict.fromkeys(order, str)).sort_values(order, ignore_index=True) for f in (ours, theirs)]
     pd.testing.assert_frame_equal(*frames, rtol=2**-24, atol=0.0, check_exact=False)
     assert [kept.facts(run_id) for run_id in kept.run_ids()] == [store.facts(run_id) for run_id in store.run_ids()]
-    monkeypatch.setattr(runs_module, "MANY_RUNS", 0)
+    for limit in ("MANY_RUNS", "MANY_OF_ONE_VLM"):
+        monkeypatch.setattr(runs_module, limit, 0)
     found, wanted = (held_against(analyse(StudyResults.load(s.root))) for s in (kept, store))
     assert [c.verdict for c in found] == [c.verdict for c in wanted]
     for one, other in zip(found, wanted):

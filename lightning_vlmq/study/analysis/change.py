@@ -33,7 +33,7 @@ class Comparison:
         p_value: two-sided, that there is no change; NaN where nothing is tested.
         q_value: the p-value adjusted over every comparison of the study (Benjamini & Hochberg).
         effects: the effect's bootstrap replicates ``[R]``, which show less than its standard error where an estimate has a ``doubt``;
-            empty where the standard error is a closed form.
+            empty where the standard error is a closed form, where a study is analysed from rows, and of measures that nothing averages.
     """
 
     value: float

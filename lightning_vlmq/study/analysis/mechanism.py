@@ -15,6 +15,7 @@ from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction
 from lightning_vlmq.study.analysis.change import Comparison
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
+from lightning_vlmq.study.analysis.runs import MANY_OF_ONE_VLM
 from lightning_vlmq.study.analysis.setting import Setting
 
 LEAST_SEEDS = 5
@@ -118,7 +119,8 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
         seed: of the draws of seeds.
 
     Returns:
-        By dimension, quantized setting and control: every VLM, then all of them together where there are several.
+        By dimension, quantized setting and control: every VLM, then all of them together where there are several. None where the study
+        is analysed from rows, see :func:`unjudged`.
     """
     found: list[Verdict] = []
     for dimension in dimensions(analysis.score):
@@ -136,6 +138,16 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
             if len(by_vlm) > 1:
                 found.append(_verdict(ALL_VLMS, control, pattern, dimension, list(by_vlm.values()), seed))
     return found
+
+
+def unjudged(analysis: StudyAnalysis) -> str:
+    """Why a study with controls or surgeries has no verdicts on them, in a line; empty where it has, or has none of these."""
+    if analysis.results.takes_samples or not any(pattern_of(setting) for setting in analysis.results.settings):
+        return ""
+    return (
+        f"no verdicts on controls and surgeries: they take every run's samples, and of these runs some kept none, or one VLM has more than "
+        f"{MANY_OF_ONE_VLM}"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property
@@ -22,7 +23,9 @@ from lightning_vlmq.statistics import Statistics
 from lightning_vlmq.study.analysis.setting import Setting
 
 MANY_RUNS = 600
-"""With more runs, a study is analysed from their rows alone: all samples of all runs would not fit into memory."""
+"""With more runs, rows that no analysis needs are not read, see :func:`needed_rows`."""
+MANY_OF_ONE_VLM = 600
+"""With more runs of one VLM, a study is analysed from rows alone: samples of a VLM's runs are held together, of 600 some gigabytes."""
 CLOCK_TOLERANCE = timedelta(days=1)
 """How far ahead of this machine's clock another's may be."""
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
@@ -80,8 +83,8 @@ class StudyResults:
     Attributes:
         root: the study's folder.
         runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
-        rows: the results rows of these runs, text columns categorical; of more than :data:`MANY_RUNS` without those of single sets, but
-            of full precision, of the in-distribution set, and of AUROC.
+        rows: the results rows of these runs, text columns categorical; of more than :data:`MANY_RUNS` runs without those of single sets,
+            but of full precision, of the in-distribution set, and of AUROC.
         n_rows: number of all their rows.
         superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
         problems: one line for each part of the store that is damaged, incomplete or foreign, and left out.
@@ -164,8 +167,9 @@ class StudyResults:
 
     @cached_property
     def takes_samples(self) -> bool:
-        """Whether comparisons are made from samples: where all runs kept theirs, and there are not too many of them."""
-        return len(self.runs) <= MANY_RUNS and all(run.store.keeps_samples(run.run_id) for run in self.runs)
+        """Whether comparisons are made from samples: where all runs kept theirs, and no VLM has more than :data:`MANY_OF_ONE_VLM`."""
+        most = max(Counter(map(self.vlm_of, self.runs)).values(), default=0)
+        return most <= MANY_OF_ONE_VLM and all(run.store.keeps_samples(run.run_id) for run in self.runs)
 
     @cached_property
     def evaluations(self) -> int:

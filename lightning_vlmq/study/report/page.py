@@ -102,7 +102,8 @@ def _warnings(analysis: StudyAnalysis) -> str:
     if not analysis.results.takes_samples:
         notes.append(
             f"Made from the rows of {len(analysis.results.runs):,} runs alone, not from their samples: every value, change and test is as "
-            "with them; means over VLMs have the widest interval that common images allow, and figures that need samples are left out."
+            "with them; means over VLMs have the widest interval that common images allow, and figures that need samples are left out, as "
+            "are verdicts on controls."
         )
     if analysis.unreferenced:
         names = ", ".join(escape(vlm) for vlm in analysis.unreferenced)

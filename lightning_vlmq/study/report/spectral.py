@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.mechanism import verdicts
+from lightning_vlmq.study.analysis.mechanism import unjudged, verdicts
 from lightning_vlmq.study.analysis.prediction import prediction_table
 from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.figures.ranks import Ranks, rank_curves, rank_maps, read_ranks
@@ -69,8 +69,12 @@ def _activation_ranks(ranks: Ranks, vlm: str, where: str) -> str:
 
 
 def mechanism_section(analysis: StudyAnalysis) -> str:
-    """Controls and surgeries beside what they start from, and what foretells a change; empty without them and recorded activations."""
-    found = verdicts(analysis)
+    """Controls and surgeries beside what they start from, and what foretells a change; empty without them and recorded activations.
+
+    Where they cannot be judged a line says so.
+    """
+    found, reason = verdicts(analysis), unjudged(analysis)
+    lack = f"<p class='warning'>{escape(reason[0].upper() + reason[1:])}.</p>" if reason else ""
     summary = as_html(
         verdict_summary(found),
         "Share of quantized settings by verdict, for each control and each surgery, by dimension",
@@ -95,4 +99,4 @@ def mechanism_section(analysis: StudyAnalysis) -> str:
     foretold = prediction_html(prediction_table(analysis))
     if foretold:
         foretold = f"<details><summary>What foretells a change</summary>{foretold}</details>"
-    return summary + summary_table(found) + details + foretold
+    return lack + summary + summary_table(found) + details + foretold

@@ -8,12 +8,14 @@ import pytest
 from cases.mechanism import VLMS, write_mechanism
 
 from lightning_vlmq.evaluation.measures import Measure
+from lightning_vlmq.study.analysis import runs
 from lightning_vlmq.study.analysis.columns import Comparisons
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.mechanism import (
     ALL_VLMS,
     control_name,
     pattern_of,
+    unjudged,
     verdict_frame,
     verdicts,
 )
@@ -22,6 +24,7 @@ from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.mechanism import verdict_overview, verdict_summary
 from lightning_vlmq.study.report.mechanism import prediction_html, summary_table, tally, verdict_table
+from lightning_vlmq.study.report.spectral import mechanism_section
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,17 @@ def test_of_all_vlms_those_with_enough_seeds_count(analysis):
         assert (v.n_vlms, v.n_seeds) == (2, 5) and v.found.verdict in ("reproduces", "nothing to reproduce")
         assert v.change == pytest.approx(np.mean([o.change for o in whole if o.dimension == v.dimension]))
     assert all(v.n_vlms == 3 for v in found if v.vlm == ALL_VLMS and v.control != "matched_noise")
+
+
+def test_without_samples_a_line_says_that_nothing_is_judged(analysis, monkeypatch):
+    assert unjudged(analysis) == ""
+    monkeypatch.setattr(runs, "MANY_OF_ONE_VLM", 3)
+    bare = analyse(StudyResults.load(analysis.results.root))
+    assert verdicts(bare) == [] and "no verdicts" in unjudged(bare)
+    assert mechanism_section(bare).count("No verdicts on controls") == 1
+    assert "No verdicts" not in mechanism_section(analysis)
+    plain = [run for run in bare.results.runs if run.setting.is_quantization]
+    assert unjudged(replace(bare, results=replace(bare.results, runs=tuple(plain)))) == ""
 
 
 def test_predictions_cover_outcomes_and_baselines(analysis):

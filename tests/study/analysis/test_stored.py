@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from cases.study import grid, write_study
 
+from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.study.analysis import runs as module
 from lightning_vlmq.study.analysis.change import FULL, average_effect
 from lightning_vlmq.study.analysis.comparison import analyse
@@ -14,6 +16,11 @@ from lightning_vlmq.study.analysis.stored import change_error
 from lightning_vlmq.study.report.page import write_report
 
 KEYS = grid(["vit_clean", "convnext_noisy"], ["minmax"], [(8, 8), (4, 8)], ["vision_text"], tuned=True)
+
+
+def from_rows(monkeypatch):
+    for limit in ("MANY_RUNS", "MANY_OF_ONE_VLM"):
+        monkeypatch.setattr(module, limit, 2)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +32,7 @@ def root(tmp_path_factory):
 
 def test_rows_say_what_samples_say(root, monkeypatch):
     samples = analyse(StudyResults.load(root))
-    monkeypatch.setattr(module, "MANY_RUNS", 2)
+    from_rows(monkeypatch)
     rows = analyse(StudyResults.load(root))
     assert not rows.results.takes_samples and samples.results.takes_samples
     # full precision beside itself has no row: no flips, no vulnerability
@@ -49,12 +56,26 @@ def test_rows_say_what_samples_say(root, monkeypatch):
     assert tested > 200
 
 
-def test_means_over_vlms_are_never_surer_without_resamples(root, monkeypatch):
-    from lightning_vlmq.evaluation.measures import Measure
+def test_what_counts_is_the_number_of_one_vlms_runs(root, monkeypatch):
+    """Its samples are what is in memory at once; replicates outlive it only of what is averaged or judged over VLMs."""
+    whole = analyse(StudyResults.load(root))
+    largest = max(sum(key.model == vlm for key in KEYS) for vlm in whole.vlms)
+    monkeypatch.setattr(module, "MANY_RUNS", 1)
+    monkeypatch.setattr(module, "MANY_OF_ONE_VLM", largest)
+    many = analyse(StudyResults.load(root))
+    assert len(many.results.runs) > largest and many.results.takes_samples
+    assert len(many.results.rows) < len(whole.results.rows)  # rows that nothing needs are left out all the same
+    pd.testing.assert_frame_equal(many.comparisons.table(), whole.comparisons.table())
+    kept = {key[2] for key, c in whole.comparisons.items() if len(c.effects)}
+    assert {d.measure for d in dimensions(whole.score)} <= kept and len(kept) == 9
+    monkeypatch.setattr(module, "MANY_OF_ONE_VLM", largest - 1)
+    assert not StudyResults.load(root).takes_samples
 
+
+def test_means_over_vlms_are_never_surer_without_resamples(root, monkeypatch):
     measure, setting = Measure("top1", "id"), {"weight_bits": 4}
     whole = average_effect(analyse(StudyResults.load(root)).changes(measure, **setting))
-    monkeypatch.setattr(module, "MANY_RUNS", 2)
+    from_rows(monkeypatch)
     found = analyse(StudyResults.load(root)).changes(measure, **setting)
     bare = average_effect(found)
     assert len(found) == 2 and bare.estimate == pytest.approx(whole.estimate)
