@@ -102,7 +102,8 @@ def results_text(analysis: StudyAnalysis, command: str, images: Sequence[str], d
         "## Beside the published results",
         "",
         "The published figures are of ten large VLMs on other data; agreement is not expected of any line. Means over VLMs, each with "
-        "the mean over its settings, and 95 % intervals for other VLMs and other images; the verdict is where the interval lies.",
+        "the mean over its settings, and 95 % intervals for other VLMs and other images (for other VLMs alone of shares in which several "
+        "measures count together); the verdict is where the interval lies.",
         "",
         *claims_text(held_against(analysis)),
         "",

@@ -18,7 +18,8 @@ class ClusteredMean(NamedTuple):
 
     Attributes:
         estimate: the mean, every cluster with the same weight.
-        stderr: its standard error, of clusters drawn anew and of samples drawn anew; of samples alone with one cluster.
+        stderr: its standard error, of clusters drawn anew and of samples drawn anew; of samples alone with one cluster. NaN for one
+            cluster of which neither replicates nor an error are known.
         low: lower end of the 95 % interval.
         high: its upper end.
         n_clusters: clusters.
@@ -31,23 +32,25 @@ class ClusteredMean(NamedTuple):
     n_clusters: int
 
 
-def clustered_mean(points: NDArray[np.float64], replicates: NDArray[np.float64] | None = None) -> ClusteredMean:
+def clustered_mean(
+    points: NDArray[np.float64], replicates: NDArray[np.float64] | None = None, unseen: float | None = None
+) -> ClusteredMean:
     """Mean over clusters, with an interval for another draw of clusters and of the samples that all of them share.
 
     The clusters' own spread holds what differs between them and each one's sampling noise, ``s^2 / k``; what the common samples do to
-    all at once is not in it, and is the mean covariance c of their bootstrap replicates::
+    all at once is not in it, and is the mean covariance c of their bootstrap replicates. Where there are none, or they do not show all
+    that samples do, the rest u counts as one and the same error of all clusters, which is the most that it can be::
 
-        stderr^2 = s^2 / k + max(c, 0)
+        stderr^2 = s^2 / k + max(c, 0) + u^2
 
     The interval takes Student's t with k - 1 degrees of freedom, as for cluster-robust errors of few clusters (Cameron & Miller 2015,
     section VI.D). One cluster says nothing about others: its interval is over samples alone.
 
     Args:
         points: float ``[k]``, each cluster's own mean.
-        replicates: float ``[R, k]``, bootstrap replicates of them, of the same resample in a row; ``None`` where samples count as fixed.
-
-    Returns:
-        The mean; its error and interval are NaN for one cluster without replicates.
+        replicates: float ``[R, k]``, bootstrap replicates of them, of the same resample in a row; ``None`` where there are none.
+        unseen: u, the mean over clusters of each one's standard error over samples beyond its replicates; ``None`` where nothing is known
+            of it: without replicates, samples then count as fixed.
 
     Raises:
         VLMQError: there are no clusters, or shapes do not fit.
@@ -58,15 +61,18 @@ def clustered_mean(points: NDArray[np.float64], replicates: NDArray[np.float64] 
         given = None if replicates is None else replicates.shape
         raise VLMQError(f"need points [k], k > 0, and replicates [R, k], got {points.shape} and {given}")
     estimate = float(points.mean())
-    cov = None
+    cov, rest = None, unseen or 0.0
     if replicates is not None:
         finite = replicates[np.isfinite(replicates).all(1)]
         cov = np.atleast_2d(np.cov(finite, rowvar=False)) if len(finite) > 1 else np.full((k, k), math.nan)
     if k == 1:
-        stderr = math.nan if cov is None else math.sqrt(cov[0, 0])
+        stderr = (
+            math.nan if cov is None and unseen is None else math.hypot(0.0 if cov is None else cov[0, 0] ** 0.5, rest)
+        )
         half = Z95 * stderr
     else:
         common = 0.0 if cov is None else float((cov.sum() - np.trace(cov)) / (k * (k - 1)))
-        stderr = math.sqrt(points.var(ddof=1) / k + max(common, 0.0)) if not math.isnan(common) else math.nan
+        own = points.var(ddof=1) / k
+        stderr = math.sqrt(own + max(common, 0.0) + rest**2) if not math.isnan(common) else math.nan
         half = float(student.ppf(0.975, k - 1)) * stderr
     return ClusteredMean(estimate, stderr, estimate - half, estimate + half, k)

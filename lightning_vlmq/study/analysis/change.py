@@ -130,6 +130,11 @@ def over_samples(estimate: float, replicates: Array) -> Interval:
     return Interval.normal(estimate, deviation(replicates))
 
 
+def beyond(replicates: Array, stderr: float) -> float:
+    """The part of a standard error that replicates ``[R]`` do not show: all of it where there are none; variances add up."""
+    return stderr if not len(replicates) else float(max(stderr**2 - deviation(replicates) ** 2, 0.0) ** 0.5)
+
+
 def average_effect(comparisons: list[Comparison]) -> Interval:
     """Mean effect of several comparisons of one measure.
 
@@ -143,7 +148,5 @@ def average_effect(comparisons: list[Comparison]) -> Interval:
     common = over_samples(
         float(np.mean([own.estimate for own, _ in effects])), np.mean([drawn for _, drawn in effects], axis=0)
     )
-    doubt = np.mean(
-        [max(own.stderr**2 - deviation(drawn) ** 2, 0.0) ** 0.5 for own, drawn in effects]
-    )  # of one sign, maybe
+    doubt = np.mean([beyond(drawn, own.stderr) for own, drawn in effects])  # of one sign, maybe
     return Interval.normal(common.estimate, float(np.hypot(common.stderr, doubt)))

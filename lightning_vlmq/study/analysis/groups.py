@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy.stats import norm
 
+from lightning_vlmq.evaluation.estimates import Array, deviation
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
-from lightning_vlmq.statistics import ClusteredMean, clustered_mean
-from lightning_vlmq.study.analysis.change import Comparison
+from lightning_vlmq.statistics import ClusteredMean, Interval, clustered_mean
+from lightning_vlmq.study.analysis.change import Comparison, beyond
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.setting import Setting
 
@@ -27,36 +28,65 @@ SOURCES = {"noisy": ("noisy", "laion"), "clean": ("clean", "dfn", "metaclip", "w
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """One VLM in one setting: a number, and its replicates over test samples ``[R]`` where they are known."""
+    """One VLM in one setting.
+
+    Attributes:
+        point: a number.
+        stderr: its standard error over test samples; ``None`` where that is not known.
+        replicates: what resamples of the test samples make of it, ``[R]``; empty where that is not known. They may show less than
+            the standard error.
+    """
 
     point: float
-    replicates: NDArray[np.float64] | None = None
+    stderr: float | None = None
+    replicates: Array = field(default_factory=lambda: np.empty(0))
 
     @classmethod
     def of(cls, measure: Measure, c: Comparison, kind: Kind) -> Cell:
         """A comparison as it is asked for."""
-        if kind == "better":
-            return cls(float(measure.info.gain(c.reference, c.value) > 0))
         assert c.effect is not None and c.change is not None
-        replicates = c.effects if len(c.effects) else None
-        if kind == "effect":
-            return cls(c.effect.estimate, replicates)
-        relative = measure.info.is_relative
-        if kind == "growth":
-            if not relative:
-                return cls(c.change.estimate / c.reference, None if replicates is None else replicates / c.reference)
-            return cls(-c.effect.estimate, None if replicates is None else -replicates)
-        drawn = None if replicates is None else (-replicates * c.reference if relative else replicates)
-        return cls(c.change.estimate, drawn)
+        info, drawn = measure.info, c.effects
+        changes = -drawn * c.reference if info.is_relative else drawn
+        if kind == "better":
+            is_better = np.array([info.gain(c.reference, c.reference + change) > 0 for change in changes], dtype=float)
+            error = deviation(is_better) if len(changes) else sign_error(c.change)
+            return cls(float(info.gain(c.reference, c.value) > 0), error, is_better)
+        if kind == "change":
+            return cls(c.change.estimate, c.change.stderr, changes)
+        if kind == "growth" and not info.is_relative:
+            return cls(c.change.estimate / c.reference, c.change.stderr / abs(c.reference), drawn / c.reference)
+        sign = -1 if kind == "growth" else 1
+        return cls(sign * c.effect.estimate, c.effect.stderr, sign * drawn)
+
+
+def sign_error(change: Interval) -> float:
+    """Standard deviation over test samples of "the change is positive", 1 or 0: of p = Phi(change / stderr), sqrt(p (1 - p))."""
+    if change.stderr == 0:
+        return 0.0
+    z = change.estimate / change.stderr
+    return float(np.sqrt(norm.cdf(z) * norm.sf(z)))
 
 
 def by_vlm(cells: Mapping[str, Sequence[Cell]]) -> ClusteredMean:
-    """The mean over VLMs, each with the mean over its cells."""
-    points = np.array([np.mean([cell.point for cell in own]) for own in cells.values()])
-    drawn = [[cell.replicates for cell in own if cell.replicates is not None] for own in cells.values()]
-    if [len(own) for own in drawn] != [len(own) for own in cells.values()]:
-        return clustered_mean(points)
-    return clustered_mean(points, np.stack([np.mean(own, axis=0) for own in drawn], axis=1))
+    """The mean over VLMs, each with the mean over its cells.
+
+    All are judged on the same test samples. Replicates say how much of their errors is common; what they do not show, and all of it where
+    a cell has none, counts as common (as in :func:`~.change.average_effect`). Where a cell's error is not known the interval is over
+    VLMs alone.
+    """
+    groups = list(cells.values())
+    every = [cell for own in groups for cell in own]
+    points = np.array([np.mean([cell.point for cell in own]) for own in groups])
+    is_drawn, drawn = all(len(cell.replicates) for cell in every), None
+    if is_drawn:
+        drawn = np.stack([np.mean([cell.replicates for cell in own], axis=0) for own in groups], axis=1)
+    if any(cell.stderr is None for cell in every):
+        return clustered_mean(points, drawn)
+    unseen = [
+        np.mean([beyond(cell.replicates if is_drawn else np.empty(0), cell.stderr or 0.0) for cell in own])
+        for own in groups
+    ]
+    return clustered_mean(points, drawn, float(np.mean(unseen)))
 
 
 def architecture_of(vlm: str) -> str:

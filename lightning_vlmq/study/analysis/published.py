@@ -77,7 +77,8 @@ class Claim:
         claim: what is claimed.
         published: the published figure.
         expects: what would agree.
-        found: this study's, with a 95 % interval over VLMs and test samples; over samples alone where there is one VLM.
+        found: this study's, with a 95 % interval over VLMs and test samples; over samples alone where there is one VLM, and over VLMs
+            alone of a share in which several measures count together.
         unit: ``"%"`` or ``"points"``, of hundredths.
         n_cells: VLMs and settings behind it.
         query: which numbers they are.
@@ -242,7 +243,7 @@ def _architectures(analysis: StudyAnalysis) -> Claim | None:
 
 
 def _share(analysis: StudyAnalysis, holds: Callable[[dict[str, float]], bool], trained: bool) -> dict[str, list[Cell]]:
-    """1 where it holds of a setting's gains in accuracy, ECE and AUROC, else 0; by VLM."""
+    """1 where it holds of a setting's gains in accuracy, ECE and AUROC, else 0; by VLM. What samples do to it is not known."""
     found: dict[str, list[Cell]] = {}
     for (vlm, setting), gains in analysis.joint_gains().items():
         if setting.is_trained or not trained:

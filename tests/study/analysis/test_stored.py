@@ -11,6 +11,8 @@ from lightning_vlmq.evaluation.measures import Measure, dimensions
 from lightning_vlmq.study.analysis import runs as module
 from lightning_vlmq.study.analysis.change import FULL, average_effect
 from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.groups import group_effects
+from lightning_vlmq.study.analysis.published import held_against
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.stored import change_error
 from lightning_vlmq.study.report.page import write_report
@@ -82,6 +84,25 @@ def test_means_over_vlms_are_never_surer_without_resamples(root, monkeypatch):
     assert (
         bare.stderr == pytest.approx(np.mean([c.effect.stderr for c in found])) and bare.stderr >= 0.99 * whole.stderr
     )
+
+
+def test_groups_and_claims_from_rows_are_wider_by_what_is_not_known(root, monkeypatch):
+    """Never surer, and no more than twice as unsure: the most that common images allow is not far from what they do."""
+
+    def found():
+        analysis = analyse(StudyResults.load(root))
+        groups = {(e.grouping, e.group, e.dimension.title): e.found for e in group_effects(analysis)}
+        return groups, {claim.claim: claim.found for claim in held_against(analysis)}
+
+    groups, claims = found()
+    from_rows(monkeypatch)
+    bare_groups, bare_claims = found()
+    assert set(bare_groups) == set(groups) and len(groups) > 15
+    for key, whole in groups.items():
+        assert bare_groups[key].estimate == pytest.approx(whole.estimate)
+        assert 0.95 < bare_groups[key].stderr / whole.stderr < 2, key
+    one = next(name for name in claims if name.startswith("largest growth"))
+    assert claims[one].n_clusters == 1 and bare_claims[one].stderr == pytest.approx(claims[one].stderr, rel=1e-6)
 
 
 def test_a_store_packed_without_samples_reports(tmp_path):
