@@ -81,6 +81,9 @@ def reproduction(
 def over_seeds(replicates: Array, seed: int = 0) -> Array:
     """Replicates over samples and seeds: each resample also draws the seeds, with replacement.
 
+    The mean of n drawn of n values varies by their own spread over n, which is (n - 1) / n of what the mean of n new ones does. So each
+    seed's deviation from the mean over seeds is stretched by ``sqrt(n / (n - 1))`` first.
+
     Args:
         replicates: ``[R, seeds]``, of each seed's run on the same R resamples of the samples.
         seed: of the draws.
@@ -89,8 +92,10 @@ def over_seeds(replicates: Array, seed: int = 0) -> Array:
         ``[R]``.
     """
     r, n = replicates.shape
+    centre = replicates.mean(axis=1, keepdims=True)
     drawn = np.random.default_rng([seed, n]).integers(0, n, (r, n))
-    return np.take_along_axis(replicates, drawn, axis=1).mean(axis=1)
+    deviations = np.take_along_axis(replicates - centre, drawn, axis=1).mean(axis=1)
+    return centre[:, 0] + math.sqrt(n / max(n - 1, 1)) * deviations
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,16 @@ def test_seeds_add_their_spread():
     seeds = np.array([[0.0, 2.0, 4.0, 6.0, 8.0]])
     found = over_seeds(samples + seeds)
     assert found.mean() == pytest.approx(4, abs=0.15)
-    assert found.var() == pytest.approx(1 + seeds.var() / 5, rel=0.1)
+    assert found.var() == pytest.approx(1 + seeds.var(ddof=1) / 5, rel=0.1)
     assert np.array_equal(over_seeds(samples), samples[:, 0])
+
+
+def test_the_spread_of_a_mean_over_seeds_is_that_of_other_seeds():
+    """Of many draws of n seeds, the mean variance claimed is the variance that their means have."""
+    for n in (2, 5):
+        drawn = RNG.normal(0, 3, (1500, n))
+        claimed = np.mean([over_seeds(np.tile(seeds, (200, 1)), k).var() for k, seeds in enumerate(drawn)])
+        assert claimed == pytest.approx(9 / n, rel=0.1)
 
 
 def test_degenerate_reproductions():

@@ -13,13 +13,13 @@ import pandas as pd
 from lightning_vlmq.evaluation.measures import Dimension, dimensions
 from lightning_vlmq.quant.methods import METHODS
 from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction
-from lightning_vlmq.study.analysis.change import Comparison
+from lightning_vlmq.study.analysis.change import Comparison, beyond
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import MANY_OF_ONE_VLM
 from lightning_vlmq.study.analysis.setting import Setting
 
 LEAST_SEEDS = 5
-"""Seeds below which a control that draws noise is not judged."""
+"""Draws of noise below which a control that draws noise is not judged."""
 CONTROLS = tuple(name for name in METHODS if METHODS[name].is_control)
 ALL_VLMS = "all VLMs"
 
@@ -36,7 +36,8 @@ class Verdict:
         dimension: the reliability dimension.
         change: the quantization's effect.
         control_change: the control's, mean over seeds.
-        n_seeds: seeds of the control.
+        n_seeds: independent draws of the control's noise: settings that differ by its own ``seed`` alone. Runs of one of them with several
+            seeds of the study have the same noise, on other calibration data, and count once; so do those of a control without noise.
         n_vlms: VLMs averaged.
         found: the verdict, with the ratio of the two.
         is_surgery: whether it is a surgery.
@@ -108,11 +109,12 @@ def control_order(name: str) -> tuple[int, int, str]:
 
 
 def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
-    """Does each control, and each surgery, reproduce its quantization's change? Paired bootstrap over samples and seeds.
+    """Does each control, and each surgery, reproduce its quantization's change? Paired bootstrap over samples and seeds of noise.
 
     A control reproduces a change that it is equivalent to within half of it, see
-    :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds, else
-    the verdict is "undecided"; VLMs with fewer (draws are refused that are no match) do not count among all VLMs.
+    :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds of its
+    own, else the verdict is "undecided"; VLMs with fewer (draws are refused that are no match) do not count among all VLMs. What
+    replicates do not show of an effect's error is added to them as a draw of its own, the same for all VLMs.
 
     Args:
         analysis: a study with controls or surgeries and what they start from; settings of neither kind are passed over.
@@ -159,7 +161,7 @@ class _Cell:
 
     @property
     def n_seeds(self) -> int:
-        return sum(control.n_seeds for control in self.controls)
+        return len(self.controls)
 
 
 def _verdict(
@@ -171,8 +173,10 @@ def _verdict(
     change = float(np.mean([_effect(cell.quantized) for cell in cells]))
     control_change = float(np.mean([np.mean([_effect(c) for c in cell.controls]) for cell in cells]))
     drawn = np.mean([cell.quantized.effects for cell in cells], axis=0)
-    seeds = [over_seeds(np.stack([c.effects for c in cell.controls], 1), seed) for cell in cells]
-    found = reproduction(change, drawn, control_change, np.mean(seeds, axis=0))
+    seeds = np.mean([over_seeds(np.stack([c.effects for c in cell.controls], 1), seed) for cell in cells], axis=0)
+    doubts = np.mean([[_doubt([cell.quantized]), _doubt(cell.controls)] for cell in cells], axis=0)
+    doubted = doubts[:, None] * np.random.default_rng(seed).standard_normal((2, len(drawn)))
+    found = reproduction(change, drawn + doubted[0], control_change, seeds + doubted[1])
     n_seeds = min(cell.n_seeds for cell in cells)
     if is_noise and n_seeds < LEAST_SEEDS and found.verdict != "nothing to reproduce":
         found = replace(found, verdict="undecided")
@@ -183,6 +187,11 @@ def _verdict(
 def _effect(comparison: Comparison) -> float:
     assert comparison.effect is not None
     return comparison.effect.estimate
+
+
+def _doubt(comparisons: Sequence[Comparison]) -> float:
+    """Mean of what the replicates do not show of the effects' standard errors."""
+    return float(np.mean([beyond(c.effects, c.effect.stderr) for c in comparisons if c.effect is not None]))
 
 
 def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:

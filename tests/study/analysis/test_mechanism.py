@@ -8,6 +8,7 @@ import pytest
 from cases.mechanism import VLMS, write_mechanism
 
 from lightning_vlmq.evaluation.measures import Measure
+from lightning_vlmq.statistics import Interval
 from lightning_vlmq.study.analysis import runs
 from lightning_vlmq.study.analysis.columns import Comparisons
 from lightning_vlmq.study.analysis.comparison import analyse
@@ -112,6 +113,36 @@ def test_fewer_seeds_are_undecided(analysis):
     found = verdicts(replace(analysis, comparisons=Comparisons.gathered(comparisons)))
     noise = {v.found.verdict for v in found if v.control == "matched_noise"}
     assert noise <= {"undecided", "nothing to reproduce"} and "undecided" in noise
+
+
+def test_seeds_of_the_study_are_no_draws_of_noise(analysis):
+    """Five runs of one control have its noise five times."""
+    once = {
+        key: replace(c, n_seeds=5)
+        for key, c in analysis.comparisons.items()
+        if not (key[1].method == "matched_noise" and "seed=0" not in key[1].variant)
+    }
+    found = [
+        v
+        for v in verdicts(replace(analysis, comparisons=Comparisons.gathered(once)))
+        if v.control == "matched_noise" and v.found.verdict != "nothing to reproduce"
+    ]
+    assert found and all((v.n_seeds, v.found.verdict) == (1, "undecided") for v in found)
+
+
+def test_what_no_resample_shows_widens_the_ratio(analysis):
+    """No resample of a control that does nothing differs; its error is that of a share that no image changes."""
+    measure, control = Measure("top1", "id"), Setting("spectral_shrink", 4, 8, "vision")
+    for factor in (1, 2):
+        doubted = {
+            key: replace(c, effect=Interval.normal(c.effect.estimate, factor * c.effect.stderr)) if c.effect else c
+            for key, c in analysis.comparisons.items()
+        }
+        found = verdicts(replace(analysis, comparisons=Comparisons.gathered(doubted)))
+        (v,) = (v for v in found if (v.vlm, v.control, v.dimension.measure) == (VLMS[0], control.method, measure))
+        stderr = factor * analysis.comparisons[VLMS[0], control, measure].effect.stderr
+        assert stderr > 0 and np.ptp(analysis.comparisons[VLMS[0], control, measure].effects) == 0
+        assert (v.found.high - v.found.low) / 2 == pytest.approx(1.645 * stderr / abs(v.change), rel=0.25)
 
 
 def test_of_all_vlms_those_with_enough_seeds_count(analysis):
