@@ -38,7 +38,7 @@ from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.figures.mechanism import verdict_summary
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, PALETTE, as_png, new_figure, styled
 from lightning_vlmq.study.report.markdown import END, START, around_results, hardware
-from lightning_vlmq.study.report.mechanism import MARKS, tally
+from lightning_vlmq.study.report.mechanism import MARKS, NO_MATCH, tally
 
 SITE = "vision/output"
 MOST = 4
@@ -187,7 +187,7 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
         lines += [
             "Quantized settings by verdict, over all VLMs together: "
             + ", ".join(f"{m} {v}" for v, m in MARKS.items())
-            + ".",
+            + f" ({NO_MATCH}).",
             "",
         ]
         lines += [

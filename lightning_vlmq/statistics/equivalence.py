@@ -14,7 +14,8 @@ from lightning_vlmq.core.errors import VLMQError
 Array = NDArray[np.float64]
 EXACT_FLIPS = 14
 """Clusters up to which every flip of signs is tried."""
-VERDICTS = ("reproduces", "does not", "undecided", "nothing to reproduce")
+VERDICTS = ("reproduces", "does not", "undecided", "nothing to reproduce", "no match")
+"""Of two changes; the last one is of controls that are no match, and comes from whoever knows that."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -17,9 +18,14 @@ from lightning_vlmq.study.analysis.change import Comparison, beyond
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.runs import MANY_OF_ONE_VLM
 from lightning_vlmq.study.analysis.setting import Setting
+from lightning_vlmq.study.analysis.tradeoffs import damage
 
 LEAST_SEEDS = 5
 """Draws of noise below which a control that draws noise is not judged."""
+MATCH_DB = 3.0
+"""Difference of output SQNR, in dB, beyond which a control is no match: less than half or more than twice the noise."""
+MATCHED = ("matched_noise", "rank_truncation")
+"""Controls that are made as strong as what they imitate; ``spectral_shrink`` is as strong as the damping alone that it takes over."""
 CONTROLS = tuple(name for name in METHODS if METHODS[name].is_control)
 ALL_VLMS = "all VLMs"
 
@@ -41,6 +47,8 @@ class Verdict:
         n_vlms: VLMs averaged.
         found: the verdict, with the ratio of the two.
         is_surgery: whether it is a surgery.
+        gap_db: the control's output SQNR (:data:`~lightning_vlmq.evaluation.about.OUTPUT_SQNR`) minus the quantization's, in dB: of
+            its seeds and VLMs the one furthest from 0; NaN where it is not known.
     """
 
     vlm: str
@@ -53,6 +61,7 @@ class Verdict:
     n_vlms: int
     found: Reproduction
     is_surgery: bool = False
+    gap_db: float = math.nan
 
 
 def options_of(setting: Setting) -> dict[str, str]:
@@ -114,7 +123,8 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
     A control reproduces a change that it is equivalent to within half of it, see
     :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds of its
     own, else the verdict is "undecided"; VLMs with fewer (draws are refused that are no match) do not count among all VLMs. What
-    replicates do not show of an effect's error is added to them as a draw of its own, the same for all VLMs.
+    replicates do not show of an effect's error is added to them as a draw of its own, the same for all VLMs. One of :data:`MATCHED` that
+    is more than :data:`MATCH_DB` from the quantization's output SQNR is "no match", and does not count among all VLMs either.
 
     Args:
         analysis: a study with controls or surgeries and what they start from; settings of neither kind are passed over.
@@ -125,6 +135,7 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
         is analysed from rows, see :func:`unjudged`.
     """
     found: list[Verdict] = []
+    sqnr = damage(analysis)
     for dimension in dimensions(analysis.score):
         cells: dict[tuple[Setting, str], dict[str, _Cell]] = {}
         for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
@@ -133,8 +144,9 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
                 continue
             imitated = analysis.comparisons.get((vlm, pattern, dimension.measure))
             if imitated is not None and imitated.effect is not None and len(comparison.effects):
-                own = cells.setdefault((pattern, control_name(setting)), {}).setdefault(vlm, _Cell(imitated, []))
+                own = cells.setdefault((pattern, control_name(setting)), {}).setdefault(vlm, _Cell(imitated, [], []))
                 own.controls.append(comparison)
+                own.gaps_db.append(sqnr.get((vlm, setting), math.nan) - sqnr.get((vlm, pattern), math.nan))
         for (pattern, control), by_vlm in cells.items():
             found += [_verdict(vlm, control, pattern, dimension, [cell], seed) for vlm, cell in by_vlm.items()]
             if len(by_vlm) > 1:
@@ -154,20 +166,27 @@ def unjudged(analysis: StudyAnalysis) -> str:
 
 @dataclass(frozen=True)
 class _Cell:
-    """One VLM: the quantization, and the control's seeds."""
+    """One VLM: the quantization, the control's seeds, and by how many dB the SQNR of each is off."""
 
     quantized: Comparison
     controls: list[Comparison]
+    gaps_db: list[float]
 
     @property
     def n_seeds(self) -> int:
         return len(self.controls)
 
+    @property
+    def gap_db(self) -> float:
+        return furthest(self.gaps_db)
+
 
 def _verdict(
     vlm: str, control: str, pattern: Setting, dimension: Dimension, cells: Sequence[_Cell], seed: int
 ) -> Verdict:
-    is_noise = control.startswith("matched_noise")
+    is_noise, is_matched = control.startswith("matched_noise"), control.startswith(MATCHED)
+    if is_matched:  # of VLMs together, those that are a match, if any is
+        cells = [cell for cell in cells if not abs(cell.gap_db) > MATCH_DB] or cells
     if is_noise:  # of VLMs together, those with enough seeds, if any has
         cells = [cell for cell in cells if cell.n_seeds >= LEAST_SEEDS] or cells
     change = float(np.mean([_effect(cell.quantized) for cell in cells]))
@@ -180,8 +199,18 @@ def _verdict(
     n_seeds = min(cell.n_seeds for cell in cells)
     if is_noise and n_seeds < LEAST_SEEDS and found.verdict != "nothing to reproduce":
         found = replace(found, verdict="undecided")
+    gap = furthest([cell.gap_db for cell in cells])
+    if is_matched and abs(gap) > MATCH_DB and found.verdict != "nothing to reproduce":
+        found = replace(found, verdict="no match", low=math.nan, high=math.nan)
     is_surgery = not control.startswith(CONTROLS)
-    return Verdict(vlm, control, pattern, dimension, change, control_change, n_seeds, len(cells), found, is_surgery)
+    return Verdict(
+        vlm, control, pattern, dimension, change, control_change, n_seeds, len(cells), found, is_surgery, gap
+    )
+
+
+def furthest(gaps: Sequence[float]) -> float:
+    """The one furthest from 0 of those that are known; NaN of none."""
+    return max((gap for gap in gaps if not math.isnan(gap)), key=abs, default=math.nan)
 
 
 def _effect(comparison: Comparison) -> float:
@@ -212,6 +241,7 @@ def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
             "ratio_low": v.found.low,
             "ratio_high": v.found.high,
             "verdict": v.found.verdict,
+            "sqnr_gap_db": v.gap_db,
             "n_seeds": v.n_seeds,
             "n_vlms": v.n_vlms,
         }

@@ -8,11 +8,14 @@ from html import escape
 
 import pandas as pd
 
-from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict, control_order
+from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, MATCH_DB, Verdict, control_order
 from lightning_vlmq.study.report.cells import html_table
 
-MARKS = {"reproduces": "●", "does not": "○", "undecided": "?", "nothing to reproduce": "–"}
+MARKS = {"reproduces": "●", "does not": "○", "undecided": "?", "nothing to reproduce": "–", "no match": "×"}
 """How a verdict is marked, in table and figure."""
+
+
+NO_MATCH = f"no match: its output SQNR is more than {MATCH_DB:.0f} dB from quantization's"
 
 
 def pooled_verdicts(found: Sequence[Verdict]) -> list[Verdict]:
@@ -49,9 +52,9 @@ def summary_table(found: Sequence[Verdict]) -> str:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     note = (
         "<p class='note'>Number of quantized settings by verdict: does the change of the control, or of the model whose error was healed "
-        f"or hurt in these ranks, equal quantization's own within half of it? {marks}. Were the damping of high ranks the cause, then "
-        "<code>rank_truncation</code>, <code>spectral_shrink</code> and <code>hurt</code> of the high ranks would reproduce the change, "
-        "and <code>heal</code> of them would not.</p>"
+        f"or hurt in these ranks, equal quantization's own within half of it? {marks} ({NO_MATCH}). Were "
+        "the damping of high ranks the cause, then <code>rank_truncation</code>, <code>spectral_shrink</code> and <code>hurt</code> of the "
+        "high ranks would reproduce the change, and <code>heal</code> of them would not.</p>"
     )
     return note + html_table([["dimension", *map(escape, columns)]], body)
 
@@ -79,7 +82,7 @@ def verdict_table(found: Sequence[Verdict]) -> str:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     note = (
         "<p class='note'>Change: as in the overview, in percent or points. Cells: the control's change as a share of "
-        f"quantization's, with the 90 % interval of two one-sided 5 % tests. {marks}; equivalent means within half of it.</p>"
+        f"quantization's, with the 90 % interval of two one-sided 5 % tests. {marks}; equivalent means within half of it; {NO_MATCH}.</p>"
     )
     return note + html_table([["setting", "dimension", "change", *map(escape, controls)]], body)
 

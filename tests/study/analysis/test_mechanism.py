@@ -73,7 +73,9 @@ def test_the_same_reproduces_and_nothing_does_not(analysis):
         "does not",
         "undecided",
         "nothing to reproduce",
+        "no match",
     }
+    assert frame["sqnr_gap_db"].isna().all()  # none stored
 
 
 def test_controls_and_surgeries_are_no_quantizations(analysis):
@@ -143,6 +145,48 @@ def test_what_no_resample_shows_widens_the_ratio(analysis):
         stderr = factor * analysis.comparisons[VLMS[0], control, measure].effect.stderr
         assert stderr > 0 and np.ptp(analysis.comparisons[VLMS[0], control, measure].effects) == 0
         assert (v.found.high - v.found.low) / 2 == pytest.approx(1.645 * stderr / abs(v.change), rel=0.25)
+
+
+def with_sqnr(analysis, sqnr):
+    """The study with output SQNR filed for every run, of a function of VLM and setting."""
+    results = analysis.results
+    first = results.rows.astype(object).drop_duplicates("run_id").set_index("run_id", drop=False)
+    runs_ = [run for run in results.runs if not run.key.is_full_precision]
+    value = [sqnr(results.vlm_of(run), run.setting) for run in runs_]
+    own = first.loc[[run.run_id for run in runs_]].assign(metric="output_sqnr_db", value=value)
+    return replace(
+        analysis, results=replace(results, rows=pd.concat([results.rows.astype(object), own], ignore_index=True))
+    )
+
+
+def test_a_control_that_is_no_match_claims_nothing(analysis):
+    def sqnr(vlm, setting):
+        if setting.method == "spectral_shrink" or setting.surgery:
+            return 40.0  # not made to be as strong
+        return (
+            18.6 - 2.9 * (setting.method == "matched_noise") - 15.4 * (vlm == VLMS[0] and "seed=3" in setting.variant)
+        )
+
+    found = verdicts(with_sqnr(analysis, sqnr))
+    before = {(v.vlm, v.control, v.quantized, v.dimension): v for v in verdicts(analysis)}
+    judged = 0
+    for v in found:
+        old = before[v.vlm, v.control, v.quantized, v.dimension]
+        if v.control != "matched_noise":
+            assert v.found == old.found and v.gap_db == pytest.approx(21.4)
+        elif v.vlm == VLMS[0]:
+            assert v.gap_db == pytest.approx(-18.3)
+            if old.found.verdict != "nothing to reproduce":
+                assert v.found.verdict == "no match" and np.isnan([v.found.low, v.found.high]).all()
+        else:
+            assert v.gap_db == pytest.approx(-2.9) and v.found.verdict in (old.found.verdict, "nothing to reproduce")
+            assert v.n_vlms == (2 if v.vlm == ALL_VLMS else 1)
+            judged += v.found.verdict == "reproduces"
+    assert judged
+    alone = [v for v in found if v.vlm == VLMS[0]]
+    assert "× no match" in verdict_table(alone) and "more than 3 dB" in summary_table(alone)
+    assert sum(own["no match"] for own in tally(alone).values()) == sum(v.found.verdict == "no match" for v in alone)
+    assert verdict_overview(alone) is not None and verdict_summary(alone) is not None
 
 
 def test_of_all_vlms_those_with_enough_seeds_count(analysis):

@@ -87,22 +87,30 @@ def test_means_over_vlms_are_never_surer_without_resamples(root, monkeypatch):
 
 
 def test_groups_and_claims_from_rows_are_wider_by_what_is_not_known(root, monkeypatch):
-    """Never surer, and no more than twice as unsure: the most that common images allow is not far from what they do."""
+    """Never surer than from samples, and three times as unsure at most here; by pandas the spread over VLMs and the mean error."""
 
     def found():
         analysis = analyse(StudyResults.load(root))
         groups = {(e.grouping, e.group, e.dimension.title): e.found for e in group_effects(analysis)}
-        return groups, {claim.claim: claim.found for claim in held_against(analysis)}
+        return groups, {claim.claim: claim.found for claim in held_against(analysis)}, analysis.comparisons.table()
 
-    groups, claims = found()
+    groups, claims, _ = found()
     from_rows(monkeypatch)
-    bare_groups, bare_claims = found()
+    bare_groups, bare_claims, table = found()
     assert set(bare_groups) == set(groups) and len(groups) > 15
+    ratios = []
     for key, whole in groups.items():
         assert bare_groups[key].estimate == pytest.approx(whole.estimate)
-        assert 0.95 < bare_groups[key].stderr / whole.stderr < 2, key
+        ratios.append(bare_groups[key].stderr / whole.stderr)
+    assert min(ratios) > 0.95 and np.median(ratios) < 2 and max(ratios) < 3
+    own = table[
+        (table["metric"] == "ece") & (table["role"] == "id") & (table["method"] == "minmax") & ~table["is_tuned"]
+    ]
+    means = own.groupby("vlm")[["effect", "effect_stderr"]].mean()
+    expected = np.hypot(means["effect"].sem(), means["effect_stderr"].mean())
+    assert bare_groups["", "all", "Calibration"].stderr == pytest.approx(expected)
     one = next(name for name in claims if name.startswith("largest growth"))
-    assert claims[one].n_clusters == 1 and bare_claims[one].stderr == pytest.approx(claims[one].stderr, rel=1e-6)
+    assert claims[one].n_clusters == 1 and bare_claims[one].stderr == pytest.approx(claims[one].stderr, rel=0.1)
 
 
 def test_a_store_packed_without_samples_reports(tmp_path):
