@@ -32,6 +32,20 @@ def test_the_interval_covers_another_draw_of_clusters_and_samples(k, between, wi
     assert stats.binom.cdf(hits, repetitions, 0.95) > 0.001, hits
 
 
+@pytest.mark.parametrize("k", [2, 3, 10])
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 5.0])
+def test_a_common_error_of_known_size_is_covered_at_any_share(k, ratio):
+    """Clusters whose spread is 1, and one error of all of them that no replicate shows."""
+    rng, unseen, repetitions = np.random.default_rng([k, int(10 * ratio)]), ratio / math.sqrt(k), 2000
+    found = [
+        clustered_mean(rng.standard_normal(k) + unseen * rng.standard_normal(), None, unseen)
+        for _ in range(repetitions)
+    ]
+    hits = sum(f.low <= 0 <= f.high for f in found)
+    assert stats.binom.cdf(hits, repetitions, 0.95) > 0.001, hits
+    assert np.mean([f.stderr**2 for f in found]) == pytest.approx(1 / k + unseen**2, rel=0.1)
+
+
 def test_without_replicates_it_is_the_t_interval():
     points = np.random.default_rng(0).standard_normal(7)
     found, expected = clustered_mean(points), stats.ttest_1samp(points, 0).confidence_interval(0.95)
@@ -44,6 +58,8 @@ def test_one_cluster_is_judged_over_samples_alone():
     found = clustered_mean(np.array([0.2]), replicates)
     assert found.stderr == pytest.approx(0.05, rel=0.05) and found.high - found.low == pytest.approx(0.196, rel=0.05)
     assert math.isnan(clustered_mean(np.array([0.2])).stderr)
+    assert clustered_mean(np.array([0.2]), None, 0.05).stderr == 0.05
+    assert clustered_mean(np.array([0.2]), replicates, 0.12).stderr == pytest.approx(0.13, rel=0.02)
 
 
 def test_replicates_that_are_not_finite_are_left_out():

@@ -87,7 +87,7 @@ def test_means_over_vlms_are_never_surer_without_resamples(root, monkeypatch):
 
 
 def test_groups_and_claims_from_rows_are_wider_by_what_is_not_known(root, monkeypatch):
-    """Never surer than from samples, and three times as unsure at most here; by pandas the spread over VLMs and the mean error."""
+    """Never surer than from samples, and mostly less than twice as unsure here; by pandas the spread over VLMs and the mean error."""
 
     def found():
         analysis = analyse(StudyResults.load(root))
@@ -102,7 +102,7 @@ def test_groups_and_claims_from_rows_are_wider_by_what_is_not_known(root, monkey
     for key, whole in groups.items():
         assert bare_groups[key].estimate == pytest.approx(whole.estimate)
         ratios.append(bare_groups[key].stderr / whole.stderr)
-    assert min(ratios) > 0.95 and np.median(ratios) < 2 and max(ratios) < 3
+    assert min(ratios) > 0.95 and np.median(ratios) < 2 and max(ratios) < 5
     own = table[
         (table["metric"] == "ece") & (table["role"] == "id") & (table["method"] == "minmax") & ~table["is_tuned"]
     ]
