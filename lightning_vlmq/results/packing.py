@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from lightning_vlmq.core.atomic import remove_leftovers, replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import file_digest
-from lightning_vlmq.results.packs import FILES, INDEX, INDEX_SCHEMA, Packs
+from lightning_vlmq.results.packs import FILES, INDEX, INDEX_SCHEMA, Packs, pack_of
 from lightning_vlmq.results.parts import PARTS, PREFIX, SHARED_COLUMNS, write_part
 
 MOST = 8
@@ -39,9 +39,9 @@ def packing(packs: Packs) -> Iterator[Packer]:
         except OSError:  # a file system without locks
             pass
         remove_leftovers(packs.folder)
-        for path in packs.folder.glob("[!.]*.parquet"):  # of a pack that was killed before its index was written
-            pack, _, kind = path.name.removesuffix(".parquet").partition(".")
-            if kind in PARTS and not (packs.folder / f"{pack}{INDEX}").exists():
+        for path in packs.folder.glob("*.parquet"):  # of a pack that was killed before its index was written
+            pack = pack_of(path.name)
+            if pack is not None and not (packs.folder / f"{pack}{INDEX}").exists():
                 path.unlink(missing_ok=True)
         yield Packer(packs)
     finally:

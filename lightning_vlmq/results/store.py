@@ -126,7 +126,7 @@ class ResultsStore:
 
     def sound(self) -> tuple[list[str], list[str]]:
         """Run ids that count, sorted, and one line for each bad part of the others and for each foreign file."""
-        ids = {run_id for run_id in self.run_ids() if self._loose.is_name(run_id)}
+        ids = set(self.run_ids())
         runs, bad = list[str](), self._packs.problems() + self._loose.strays(ids)
         for run_id in sorted(ids):
             if why := self.problems(run_id):
@@ -244,7 +244,7 @@ class ResultsStore:
         try:
             metadata = pq.read_schema(path).metadata or {} if packed is None else packed.said
             return Said(metadata, str(path)).facts
-        except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError) as error:
             raise VLMQError(f"{path} cannot be read ({type(error).__name__}); run the study again") from error
 
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:

@@ -14,6 +14,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results import packing as module
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
+from lightning_vlmq.study.run.status import status_of
 
 RUNS = ["a", "b", "b.lst", "c"]
 
@@ -160,3 +161,33 @@ def test_a_damaged_pack_is_said_and_its_runs_are_run_again(store, tmp_path, kind
 def test_packing_twice_at_once_is_refused(store):
     with module.packing(store._packs), pytest.raises(VLMQError, match="being packed by another process"):
         store.compact()
+
+
+def test_foreign_files_are_named_and_harm_nothing(store, tmp_path):
+    store.compact()
+    store.write("z", make_rows("z"), make_samples(), make_curves())
+    (index,) = (tmp_path / "packs").glob("*.index.parquet")
+    copies = [
+        index.with_name(f"{index.name.partition('.')[0]}{how}.index.parquet") for how in (" (1)", "_copy", "-copy")
+    ]
+    for copy in copies:
+        copy.write_bytes(index.read_bytes())
+    for kind in ("results", "samples", "curves"):
+        (tmp_path / kind / "a (1).parquet").write_bytes((tmp_path / kind / "z.parquet").read_bytes())
+        (tmp_path / kind / "-a.parquet").mkdir()
+        (tmp_path / kind / "folder.parquet").mkdir()
+    (tmp_path / "packs" / "mine.results.parquet").write_text("mine")
+    for folder, name in (("failures", "b (1).txt"), ("claims", "b (1).json")):
+        (tmp_path / folder / name).mkdir(parents=True)
+    (tmp_path / "claims" / "c (1).json").write_text("[]")
+    foreign = {*(path.name for path in copies), "a (1).parquet", "-a.parquet", "mine.results.parquet"}
+    for _ in range(2):
+        runs, bad = ResultsStore(tmp_path).sound()
+        assert runs == [*sorted(RUNS), "z"] and all(any(name in why for why in bad) for name in foreign)
+        found = status_of(tmp_path)
+        assert (found.failed, found.running) == ({}, {}) and found.evaluations > 0
+        ResultsStore(tmp_path).export(runs, tmp_path / "other")
+        assert ResultsStore(tmp_path / "other").sound() == (runs, [])
+        assert ResultsStore(tmp_path).compact() in (0, 1)
+    assert (tmp_path / "packs" / "mine.results.parquet").exists()
+    assert not (tmp_path / "results" / "z.parquet").exists() and (tmp_path / "results" / "a (1).parquet").exists()

@@ -73,8 +73,9 @@ def status_of(root: Path, runs: Sequence[Run] | None = None) -> Status:
     failed = {}
     for path in sorted((root / "failures").glob("*.txt")):
         if path.stem not in filed and (ids is None or path.stem in ids):
-            lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            failed[path.stem] = lines[-1] if lines else ""
+            with suppress(OSError):  # no file, or gone meanwhile: the run was tried again
+                lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                failed[path.stem] = lines[-1] if lines else ""
     running = {name: str(holder) for name, holder in Claims(root).held().items() if ids is None or name in ids}
     dates, evaluations, hits, misses = [], 0, 0.0, 0.0
     for name in store.run_ids():
