@@ -164,6 +164,8 @@ class ResultsStore:
     def compact(self, keeps_samples: bool = True) -> int:
         """Pack the runs that lie in files of their own; returns how many. Others may read and file runs meanwhile.
 
+        What is damaged, or of a foreign name, stays where it is, and is named in the log where it is among the packs.
+
         Whoever is killed on the way leaves every run in its own files, in a pack, or in both, which counts once.
 
         Args:
@@ -185,6 +187,8 @@ class ResultsStore:
                 for path in (self.root / kind).glob("[!.]*.parquet"):
                     if self._is_packed(path.stem) and not self._loose.has(path.stem):
                         path.unlink(missing_ok=True)
+            for problem in self._packs.problems():
+                log.warning("not packed: %s", problem)
         return len(loose)
 
     def export(self, run_ids: Sequence[str], root: Path, keep: pc.Expression | None = None) -> None:

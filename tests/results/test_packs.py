@@ -191,3 +191,19 @@ def test_foreign_files_are_named_and_harm_nothing(store, tmp_path):
         assert ResultsStore(tmp_path).compact() in (0, 1)
     assert (tmp_path / "packs" / "mine.results.parquet").exists()
     assert not (tmp_path / "results" / "z.parquet").exists() and (tmp_path / "results" / "a (1).parquet").exists()
+
+
+def test_a_damaged_pack_does_not_keep_the_others_from_being_packed(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MOST", 2)
+    store.compact()
+    (bad,) = (tmp_path / "packs").glob("*.results.parquet")
+    bad.write_bytes(bad.read_bytes()[:-1])
+    for run_id in ("x", "y", "z"):  # the third pack takes the first two sound ones in
+        store.write(run_id, make_rows(run_id), make_samples(), make_curves())
+        caplog.clear()
+        store = ResultsStore(tmp_path)
+        assert store.compact() == 1
+        assert f"not packed: {bad} does not hold what was written" in caplog.text
+    assert len(list((tmp_path / "packs").glob("*.index.parquet"))) == 2 and bad.exists()
+    runs, problems = ResultsStore(tmp_path).sound()
+    assert runs == ["x", "y", "z"] and len(problems) == 1
