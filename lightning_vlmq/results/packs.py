@@ -126,7 +126,10 @@ class Packs:
                 return self.read(kind, run_id)  # it was packed into another meanwhile
             raise VLMQError(why)
         if kind not in packed.spans:
-            raise VLMQError(f"the {kind} of run '{run_id}' were not kept when it was packed; run it again")
+            raise VLMQError(
+                f"the {kind} of run '{run_id}' were not kept when it was packed; its study files them again with {kind}=true, "
+                f"vlmq with its command and --results.run_id {run_id}"
+            )
         start, stop = packed.spans[kind]
         metadata = dict(packed.said) if kind == "results" else None
         file = pq.ParquetFile(self.folder / f"{packed.pack}.{kind}.parquet", page_checksum_verification=True)
@@ -163,7 +166,10 @@ class Packs:
                 page_checksum_verification=True,
                 read_dictionary=[name for name in ROW_SCHEMA.names if pa.types.is_string(ROW_SCHEMA.field(name).type)],
             )
-            whole = sum(packed.pack == pack for packed in self.runs().values()) == len(own)
+            spans = [self.runs()[run_id].spans["results"] for run_id in own]
+            whole = (
+                sum(stop - start for start, stop in spans) == file.metadata.num_rows
+            )  # also none that a later pack has
             chosen = keep
             if not whole:
                 mine = pc.field("run_id").isin(own)

@@ -166,7 +166,8 @@ class ResultsStore:
 
         What is damaged, or of a foreign name, stays where it is, and is named in the log where it is among the packs.
 
-        Whoever is killed on the way leaves every run in its own files, in a pack, or in both, which counts once.
+        Whoever is killed on the way leaves every run in its own files, in a pack, or in both, which counts once. A run that was packed
+        without its samples and filed again is packed again, with them.
 
         Args:
             keeps_samples: whether per-sample records are packed too; without, a report takes what it can from the rows.
@@ -175,21 +176,19 @@ class ResultsStore:
             VLMQError: the disk does not take it, or somebody else packs at this moment.
         """
         with packing(self._packs) as packer:
-            loose = [
-                run_id
-                for run_id in self._loose.ids()
-                if not self._is_packed(run_id) and not self._problems_loose(run_id)
-            ]
-            packer.pack(loose, self._loose.read, keeps_samples)
-            for run_id in filter(self._is_packed, self._loose.ids()):
-                self._loose.remove(run_id)
+            loose = [run_id for run_id in self._loose.ids() if not self._problems_loose(run_id)]
+            fresh = [run_id for run_id in loose if not self._is_packed(run_id, keeps_samples)]
+            packer.pack(fresh, self._loose.read, keeps_samples)
+            for run_id in self._loose.ids():
+                if self._is_packed(run_id, keeps_samples and run_id in loose):  # a damaged one has no samples to lose
+                    self._loose.remove(run_id)
             for kind in PARTS:  # what somebody who was killed here has left
                 for path in (self.root / kind).glob("[!.]*.parquet"):
-                    if self._is_packed(path.stem) and not self._loose.has(path.stem):
+                    if self._is_packed(path.stem, keeps_samples) and not self._loose.has(path.stem):
                         path.unlink(missing_ok=True)
             for problem in self._packs.problems():
                 log.warning("not packed: %s", problem)
-        return len(loose)
+        return len(fresh)
 
     def export(self, run_ids: Sequence[str], root: Path, keep: pc.Expression | None = None) -> None:
         """Pack the rows of runs, without samples, into the store at another root, where they then count as done.
@@ -218,9 +217,11 @@ class ResultsStore:
         with packing(ResultsStore(root)._packs) as packer:
             packer.pack(list(run_ids), read, keeps_samples=False)
 
-    def _is_packed(self, run_id: str) -> bool:
+    def _is_packed(self, run_id: str, with_samples: bool) -> bool:
         packed = self._packs.runs().get(run_id)
-        return packed is not None and not self._packs.problem_of(packed.pack)
+        if packed is None or self._packs.problem_of(packed.pack):
+            return False
+        return "samples" in packed.spans or not with_samples
 
     def written(self, run_id: str) -> datetime:
         """When the run was filed (UTC), by the clock of the machine that filed it. Raises :class:`VLMQError` like :meth:`rows`."""
