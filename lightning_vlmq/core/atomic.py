@@ -18,10 +18,19 @@ from pathlib import Path
 
 from lightning_vlmq.core.errors import first_line
 
-_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-_PARTIAL = re.compile(r"\..*\.(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
+
+def _machine() -> str:
+    numbering = ""
+    with suppress(OSError):  # Linux alone says it
+        numbering = os.readlink("/proc/self/ns/pid")
+    return hashlib.sha256(f"{platform.node()} {numbering}".encode()).hexdigest()[:8]
+
+
+MACHINE = _machine()
+"""Where a process number means the same process: this machine, and of it this container, which may share its name with others."""
+_PARTIAL = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 STALE_SECONDS = 24 * 3600
-"""Age at which a partial file counts as left behind by a killed writer of another machine."""
+"""Age at which a partial file counts as left behind by a killed writer of another machine or container."""
 
 
 @contextmanager
@@ -58,7 +67,7 @@ def scratch(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made; ``filename`` is the path.
     """
-    partial = path.with_name(f".{path.name[:100]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f".{path.name[:100]}.{MACHINE}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,7 +108,7 @@ def disk_error(error: BaseException, path: str | os.PathLike[str]) -> OSError | 
 
 
 def remove_leftovers(folder: Path, below: bool = False) -> int:
-    """Delete what killed writers left in a folder: partial files of dead processes of this machine, and of others after a day.
+    """Delete what killed writers left in a folder: partial files of dead processes of :data:`MACHINE`, others' after a day.
 
     Args:
         folder: where.
@@ -115,7 +124,7 @@ def remove_leftovers(folder: Path, below: bool = False) -> int:
             if found is None:
                 continue
             with suppress(OSError):
-                alone = found["host"] == _HOST and not is_alive(int(found["pid"]))
+                alone = found["machine"] == MACHINE and not is_alive(int(found["pid"]))
                 if alone or time.time() - path.stat().st_mtime > STALE_SECONDS:
                     path.unlink()
                     removed += 1
@@ -130,7 +139,7 @@ def require_writable(folder: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine is there, whoever owns it."""
+    """Whether a process of this machine (:data:`MACHINE`) is there, whoever owns it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_vlmq.core.atomic import is_alive, replacing
+from lightning_vlmq.core.atomic import MACHINE, STALE_SECONDS, is_alive, replacing
 from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.evaluation.digests import SPECTRA, TEXTS
@@ -23,7 +23,6 @@ from lightning_vlmq.evaluation.digests import SPECTRA, TEXTS
 log = logging.getLogger(__name__)
 
 Kept = Literal["all", "reference", "none"]
-_HOST = platform.node()
 
 
 class FeatureCache:
@@ -175,17 +174,18 @@ class FeatureCache:
         """Where this process keeps features that do not stay."""
         if self.folder is None or self.kept != "reference":
             return None
-        return self.folder / "passing" / f"{_HOST}-{os.getpid()}" / f"{tower}_{dataset}.safetensors"
+        return self.folder / "passing" / f"{MACHINE}-{os.getpid()}" / f"{tower}_{dataset}.safetensors"
 
     def _pass_on(self, tower: str) -> None:
-        """Delete features of this process's earlier towers, and all of processes of this machine that are gone."""
+        """Delete features of this process's earlier towers, and all of processes that are gone (of other machines, a day old)."""
         place = self._passing(tower, "")
         if place is None or not place.parent.parent.is_dir():
             return
         for folder in place.parent.parent.iterdir():
-            host, _, pid = folder.name.rpartition("-")
-            is_left = host == _HOST and pid.isdigit() and int(pid) != os.getpid() and not is_alive(int(pid))
+            machine, _, pid = folder.name.rpartition("-")
             with suppress(OSError):
+                is_left = machine == MACHINE and pid.isdigit() and not is_alive(int(pid))
+                is_left |= folder != place.parent and time.time() - folder.stat().st_mtime > STALE_SECONDS
                 for path in folder.glob("*.safetensors"):
                     if is_left or (folder == place.parent and not path.name.startswith(f"{tower}_")):
                         path.unlink(missing_ok=True)

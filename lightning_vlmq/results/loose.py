@@ -38,8 +38,8 @@ class LooseRuns:
         return bool(_NAME.fullmatch(run_id))
 
     def ids(self) -> list[str]:
-        """Run ids with a results file, sorted."""
-        return sorted(path.stem for path in (self.root / "results").glob("[!.]*.parquet"))
+        """Run ids with a results file, sorted; files of foreign names are none, see :meth:`strays`."""
+        return sorted(path.stem for path in (self.root / "results").glob("*.parquet") if self.is_name(path.stem))
 
     def has(self, run_id: str) -> bool:
         """Whether there is a results file of this name, sound or not."""

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from lightning_vlmq.core.atomic import remove_leftovers, replacing
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import file_digest
-from lightning_vlmq.results.packs import FILES, INDEX, INDEX_SCHEMA, Packs
+from lightning_vlmq.results.packs import FILES, INDEX, INDEX_SCHEMA, Packs, pack_of
 from lightning_vlmq.results.parts import PARTS, PREFIX, SHARED_COLUMNS, write_part
 
 MOST = 8
-"""More packs than this are packed into one."""
+"""So many packs are packed into one."""
 ROW_GROUP = 2**19
 """Rows that are written, and read, at a time."""
 
@@ -39,9 +39,9 @@ def packing(packs: Packs) -> Iterator[Packer]:
         except OSError:  # a file system without locks
             pass
         remove_leftovers(packs.folder)
-        for path in packs.folder.glob("[!.]*.parquet"):  # of a pack that was killed before its index was written
-            pack, _, kind = path.name.removesuffix(".parquet").partition(".")
-            if kind in PARTS and not (packs.folder / f"{pack}{INDEX}").exists():
+        for path in packs.folder.glob("*.parquet"):  # of a pack that was killed before its index was written
+            pack = pack_of(path.name)
+            if pack is not None and not (packs.folder / f"{pack}{INDEX}").exists():
                 path.unlink(missing_ok=True)
         yield Packer(packs)
     finally:
@@ -59,7 +59,7 @@ class Packer:
         self.packs = packs
 
     def pack(self, run_ids: Sequence[str], read: Callable[[str, str], pa.Table], keeps_samples: bool) -> None:
-        """Pack runs, and all earlier packs with them where there are many.
+        """Pack runs, and all earlier packs with them where there are many; one that is damaged stays as it is.
 
         Args:
             run_ids: the runs.
@@ -70,7 +70,7 @@ class Packer:
             VLMQError: the disk does not take it.
         """
         known = self.packs.runs()
-        old = sorted({packed.pack for packed in known.values()})
+        old = [pack for pack in sorted({packed.pack for packed in known.values()}) if not self.packs.problem_of(pack)]
         merged = [] if len(old) < MOST else old
         fresh = set(run_ids)
         sources = {run_id: None for run_id, packed in known.items() if packed.pack in merged and run_id not in fresh}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import file_digest
+from lightning_vlmq.core.names import one_line
 from lightning_vlmq.results.parts import PARTS, read_part
 from lightning_vlmq.results.schema import ROW_SCHEMA
 
@@ -34,6 +36,7 @@ INDEX_SCHEMA = pa.schema(
 """A line a packed run: its metadata as JSON, the rows it has in each file (-1 where nothing was kept), its samples' columns."""
 FILES = b"lightning_vlmq.files"
 INDEX = ".index.parquet"
+_NAME = re.compile(rf"([0-9a-f]+-[0-9a-f]+)\.(?:index|{'|'.join(PARTS)})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Packed:
     said: Mapping[bytes, bytes]
     spans: Mapping[str, tuple[int, int]]
     sample_columns: tuple[str, ...]
+
+
+def pack_of(name: str) -> str | None:
+    """The id of the pack that a file of this name is part of; ``None`` for a foreign file, a copy of a pack's too."""
+    found = _NAME.fullmatch(name)
+    return found[1] if found else None
 
 
 class Packs:
@@ -73,7 +82,7 @@ class Packs:
         """Every packed run by its id, whatever became of the files that its rows are in; a pack of a later date wins."""
         names: tuple[str, ...] = ()
         with suppress(OSError):  # no folder: no packs
-            names = tuple(sorted(n for n in os.listdir(self.folder) if n.endswith(INDEX) and not n.startswith(".")))
+            names = tuple(sorted(n for n in os.listdir(self.folder) if n.endswith(INDEX) and pack_of(n)))
         if names != self._seen:  # a pack never changes: it comes and goes under a name of its own
             self._seen, self._runs, self._bad = names, {}, {}
             for name in names:
@@ -90,8 +99,8 @@ class Packs:
         ids = {name.removesuffix(INDEX) for name in self._seen or ()}
         bad = list(self._bad.values()) + [why for pack in sorted(ids) if (why := self.problem_of(pack))]
         for path in sorted(self.folder.glob("[!.]*")):
-            if path.name.partition(".")[0] not in ids:
-                bad.append(f"{path} belongs to no pack; delete it")
+            if pack_of(path.name) not in ids:
+                bad.append(f"{one_line(str(path))} belongs to no pack; delete it")
         return bad
 
     def problem_of(self, pack: str) -> str:
@@ -117,7 +126,10 @@ class Packs:
                 return self.read(kind, run_id)  # it was packed into another meanwhile
             raise VLMQError(why)
         if kind not in packed.spans:
-            raise VLMQError(f"the {kind} of run '{run_id}' were not kept when it was packed; run it again")
+            raise VLMQError(
+                f"the {kind} of run '{run_id}' were not kept when it was packed; its study files them again with {kind}=true, "
+                f"vlmq with its command and --results.run_id {run_id}"
+            )
         start, stop = packed.spans[kind]
         metadata = dict(packed.said) if kind == "results" else None
         file = pq.ParquetFile(self.folder / f"{packed.pack}.{kind}.parquet", page_checksum_verification=True)
@@ -154,7 +166,10 @@ class Packs:
                 page_checksum_verification=True,
                 read_dictionary=[name for name in ROW_SCHEMA.names if pa.types.is_string(ROW_SCHEMA.field(name).type)],
             )
-            whole = sum(packed.pack == pack for packed in self.runs().values()) == len(own)
+            spans = [self.runs()[run_id].spans["results"] for run_id in own]
+            whole = (
+                sum(stop - start for start, stop in spans) == file.metadata.num_rows
+            )  # also none that a later pack has
             chosen = keep
             if not whole:
                 mine = pc.field("run_id").isin(own)

@@ -126,7 +126,7 @@ class ResultsStore:
 
     def sound(self) -> tuple[list[str], list[str]]:
         """Run ids that count, sorted, and one line for each bad part of the others and for each foreign file."""
-        ids = {run_id for run_id in self.run_ids() if self._loose.is_name(run_id)}
+        ids = set(self.run_ids())
         runs, bad = list[str](), self._packs.problems() + self._loose.strays(ids)
         for run_id in sorted(ids):
             if why := self.problems(run_id):
@@ -164,7 +164,10 @@ class ResultsStore:
     def compact(self, keeps_samples: bool = True) -> int:
         """Pack the runs that lie in files of their own; returns how many. Others may read and file runs meanwhile.
 
-        Whoever is killed on the way leaves every run in its own files, in a pack, or in both, which counts once.
+        What is damaged, or of a foreign name, stays where it is, and is named in the log where it is among the packs.
+
+        Whoever is killed on the way leaves every run in its own files, in a pack, or in both, which counts once. A run that was packed
+        without its samples and filed again is packed again, with them.
 
         Args:
             keeps_samples: whether per-sample records are packed too; without, a report takes what it can from the rows.
@@ -173,19 +176,19 @@ class ResultsStore:
             VLMQError: the disk does not take it, or somebody else packs at this moment.
         """
         with packing(self._packs) as packer:
-            loose = [
-                run_id
-                for run_id in self._loose.ids()
-                if not self._is_packed(run_id) and not self._problems_loose(run_id)
-            ]
-            packer.pack(loose, self._loose.read, keeps_samples)
-            for run_id in filter(self._is_packed, self._loose.ids()):
-                self._loose.remove(run_id)
+            loose = [run_id for run_id in self._loose.ids() if not self._problems_loose(run_id)]
+            fresh = [run_id for run_id in loose if not self._is_packed(run_id, keeps_samples)]
+            packer.pack(fresh, self._loose.read, keeps_samples)
+            for run_id in self._loose.ids():
+                if self._is_packed(run_id, keeps_samples and run_id in loose):  # a damaged one has no samples to lose
+                    self._loose.remove(run_id)
             for kind in PARTS:  # what somebody who was killed here has left
                 for path in (self.root / kind).glob("[!.]*.parquet"):
-                    if self._is_packed(path.stem) and not self._loose.has(path.stem):
+                    if self._is_packed(path.stem, keeps_samples) and not self._loose.has(path.stem):
                         path.unlink(missing_ok=True)
-        return len(loose)
+            for problem in self._packs.problems():
+                log.warning("not packed: %s", problem)
+        return len(fresh)
 
     def export(self, run_ids: Sequence[str], root: Path, keep: pc.Expression | None = None) -> None:
         """Pack the rows of runs, without samples, into the store at another root, where they then count as done.
@@ -214,9 +217,11 @@ class ResultsStore:
         with packing(ResultsStore(root)._packs) as packer:
             packer.pack(list(run_ids), read, keeps_samples=False)
 
-    def _is_packed(self, run_id: str) -> bool:
+    def _is_packed(self, run_id: str, with_samples: bool) -> bool:
         packed = self._packs.runs().get(run_id)
-        return packed is not None and not self._packs.problem_of(packed.pack)
+        if packed is None or self._packs.problem_of(packed.pack):
+            return False
+        return "samples" in packed.spans or not with_samples
 
     def written(self, run_id: str) -> datetime:
         """When the run was filed (UTC), by the clock of the machine that filed it. Raises :class:`VLMQError` like :meth:`rows`."""
@@ -244,7 +249,7 @@ class ResultsStore:
         try:
             metadata = pq.read_schema(path).metadata or {} if packed is None else packed.said
             return Said(metadata, str(path)).facts
-        except (pa.ArrowException, OSError, ValueError, AttributeError) as error:
+        except (pa.ArrowException, OSError, ValueError, TypeError, AttributeError) as error:
             raise VLMQError(f"{path} cannot be read ({type(error).__name__}); run the study again") from error
 
     def rows(self, run_ids: Iterable[str] | None = None) -> pd.DataFrame:

@@ -105,7 +105,7 @@ with replacing(Path({str(tmp_path / "below" / "a")!r})) as partial:
 """
     subprocess.run([sys.executable, "-c", script], check=False)
     (left,) = (tmp_path / "below").iterdir()
-    own = tmp_path / "below" / f".b.{atomic._HOST}-{os.getpid()}-00000000.partial"
+    own = tmp_path / "below" / f".b.{atomic.MACHINE}-{os.getpid()}-00000000.partial"
     elsewhere = tmp_path / "below" / ".c.ffffffff-1-00000000.partial"
     for path in (own, elsewhere):
         path.touch()
@@ -114,6 +114,16 @@ with replacing(Path({str(tmp_path / "below" / "a")!r})) as partial:
     os.utime(elsewhere, (0, 0))  # of another machine, long ago
     write_text(tmp_path / "below" / "d", "")
     assert not elsewhere.exists() and own.exists()
+
+
+def test_containers_of_one_name_are_told_apart(monkeypatch):
+    """Each numbers its processes by itself: what is no process here may be writing there."""
+    found = set()
+    for numbering in ("pid:[1]", "pid:[2]", "pid:[1]"):
+        monkeypatch.setattr(os, "readlink", lambda path, numbering=numbering: numbering)
+        found.add(atomic._machine())
+    monkeypatch.setattr(os, "readlink", lambda path: Path("/nowhere").stat())
+    assert len(found) == 2 and atomic._machine() not in found
 
 
 def test_a_cache_that_cannot_be_written_is_one_warning(tmp_path, caplog):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import stat
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_vlmq.core.atomic import remove_leftovers, replacing
+from lightning_vlmq.core.atomic import MACHINE, remove_leftovers, replacing
 from lightning_vlmq.data.sets import EvalSet, TensorImages
 from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.evaluation.set_features import SetFeatures
@@ -56,13 +55,16 @@ def test_what_is_kept_is_said(tmp_path):
         cache.put(tower, "set", FEATURES)
         cache.put(tower, "texts_x", FEATURES)
     assert all(cache.get(tower, what) is not None for tower in ("full", "first") for what in ("set", "texts_x"))
-    gone = tmp_path / "passing" / f"{platform.node()}-4194303"
-    gone.mkdir()
-    save_file({"features": FEATURES}, gone / "first_set.safetensors")
+    gone, old, elsewhere = (tmp_path / "passing" / name for name in (f"{MACHINE}-4194303", "old-1", "other-4194303"))
+    for folder in (gone, old, elsewhere):
+        folder.mkdir()
+        save_file({"features": FEATURES}, folder / "first_set.safetensors")
+    os.utime(old, (0, 0))
     cache.put("second", "set", FEATURES)
     cache.put("second", "other", FEATURES)
     assert cache.get("first", "set") is None and cache.get("first", "texts_x") is not None
     assert all(cache.get("second", name) is not None for name in ("set", "other")) and not gone.exists()
+    assert not old.exists() and list(elsewhere.iterdir())
     assert cache.get("full", "set") is not None and (cache.hits, cache.misses) == (8, 1)
     assert FeatureCache(tmp_path).get("second", "set") is None  # another study's runs do not see what passes
     nothing = FeatureCache(tmp_path / "none", "none")

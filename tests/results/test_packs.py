@@ -14,6 +14,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results import packing as module
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.statistics import Statistics
+from lightning_vlmq.study.run.status import status_of
 
 RUNS = ["a", "b", "b.lst", "c"]
 
@@ -89,7 +90,7 @@ def test_samples_can_be_left_out(store):
     rows = store.rows()
     store.compact(keeps_samples=False)
     assert all(map(store.has, RUNS)) and store.rows().equals(rows[store.rows().columns])
-    with pytest.raises(VLMQError, match="samples of run 'a' were not kept"):
+    with pytest.raises(VLMQError, match=r"samples of run 'a' were not kept .* samples=true"):
         store.samples("a")
 
 
@@ -160,3 +161,72 @@ def test_a_damaged_pack_is_said_and_its_runs_are_run_again(store, tmp_path, kind
 def test_packing_twice_at_once_is_refused(store):
     with module.packing(store._packs), pytest.raises(VLMQError, match="being packed by another process"):
         store.compact()
+
+
+def test_foreign_files_are_named_and_harm_nothing(store, tmp_path):
+    store.compact()
+    store.write("z", make_rows("z"), make_samples(), make_curves())
+    (index,) = (tmp_path / "packs").glob("*.index.parquet")
+    copies = [
+        index.with_name(f"{index.name.partition('.')[0]}{how}.index.parquet") for how in (" (1)", "_copy", "-copy")
+    ]
+    for copy in copies:
+        copy.write_bytes(index.read_bytes())
+    for kind in ("results", "samples", "curves"):
+        (tmp_path / kind / "a (1).parquet").write_bytes((tmp_path / kind / "z.parquet").read_bytes())
+        (tmp_path / kind / "-a.parquet").mkdir()
+        (tmp_path / kind / "folder.parquet").mkdir()
+    (tmp_path / "packs" / "mine.results.parquet").write_text("mine")
+    for folder, name in (("failures", "b (1).txt"), ("claims", "b (1).json")):
+        (tmp_path / folder / name).mkdir(parents=True)
+    (tmp_path / "claims" / "c (1).json").write_text("[]")
+    foreign = {*(path.name for path in copies), "a (1).parquet", "-a.parquet", "mine.results.parquet"}
+    for _ in range(2):
+        runs, bad = ResultsStore(tmp_path).sound()
+        assert runs == [*sorted(RUNS), "z"] and all(any(name in why for why in bad) for name in foreign)
+        found = status_of(tmp_path)
+        assert (found.failed, found.running) == ({}, {}) and found.evaluations > 0
+        ResultsStore(tmp_path).export(runs, tmp_path / "other")
+        assert ResultsStore(tmp_path / "other").sound() == (runs, [])
+        assert ResultsStore(tmp_path).compact() in (0, 1)
+    assert (tmp_path / "packs" / "mine.results.parquet").exists()
+    assert not (tmp_path / "results" / "z.parquet").exists() and (tmp_path / "results" / "a (1).parquet").exists()
+
+
+def test_a_damaged_pack_does_not_keep_the_others_from_being_packed(store, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module, "MOST", 2)
+    store.compact()
+    (bad,) = (tmp_path / "packs").glob("*.results.parquet")
+    bad.write_bytes(bad.read_bytes()[:-1])
+    for run_id in ("x", "y", "z"):  # the third pack takes the first two sound ones in
+        store.write(run_id, make_rows(run_id), make_samples(), make_curves())
+        caplog.clear()
+        store = ResultsStore(tmp_path)
+        assert store.compact() == 1
+        assert f"not packed: {bad} does not hold what was written" in caplog.text
+    assert len(list((tmp_path / "packs").glob("*.index.parquet"))) == 2 and bad.exists()
+    runs, problems = ResultsStore(tmp_path).sound()
+    assert runs == ["x", "y", "z"] and len(problems) == 1
+
+
+def test_samples_that_are_filed_again_are_packed_again(store, tmp_path):
+    before = everything(store)
+    store.compact(keeps_samples=False)
+    rows = store.rows()
+    for keeps_samples in (False, True):  # left out once more where that is asked for
+        store.write("a", make_rows("a"), make_samples(), make_curves(), 3.0, Statistics(n_bins=10), {"name": "a"})
+        assert store.keeps_samples("a") and not store.keeps_samples("c")
+        assert store.compact(keeps_samples) == keeps_samples and not list((tmp_path / "results").iterdir())
+        store = ResultsStore(tmp_path)
+        assert store.keeps_samples("a") == keeps_samples and store.compact() == 0
+    assert store.samples("a").to_dict("list").__repr__() == before["a"][1]
+    for chosen in (RUNS, ["a"], ["b", "c"]):  # in two packs, a counts once
+        wanted = rows[rows["run_id"].isin(chosen)].value_counts(["run_id", "metric", "value"]).sort_index()
+        assert store.rows(chosen).value_counts(["run_id", "metric", "value"]).sort_index().equals(wanted)
+
+
+def test_a_damaged_run_whose_rows_are_packed_goes(store, tmp_path):
+    store.compact(keeps_samples=False)
+    store.write("a", make_rows("a"), make_samples(), make_curves())
+    (tmp_path / "samples" / "a.parquet").write_text("damaged")
+    assert store.compact() == 0 and not list((tmp_path / "results").iterdir()) and store.has("a")

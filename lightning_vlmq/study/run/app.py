@@ -7,6 +7,7 @@ Hydra composes argument lists and launches jobs; it never builds a model. Usage:
     vlmq-study -m study=demo study.shard=1/2,2/2 hydra/launcher=joblib    # jobs share one store
     vlmq-study study=demo --dry-run                                       # what it holds and costs
     vlmq-study status study=demo                                          # where it stands, from any terminal
+    vlmq-study study=demo retry=true                                      # what failed is tried again
     vlmq-study study=demo report_only=true
 """
 
@@ -57,7 +58,7 @@ def find_configs(arguments: list[str]) -> Path:
 
 
 def entry_point() -> None:
-    """The console script. Exit code 0: everything ran; 1: some runs failed; 2: bad input, said in one line; 128 + n: signal n."""
+    """The console script. Exit code 0: everything ran; 1: some runs failed, now or before; 2: bad input; 128 + n: signal n."""
     sys.argv[1:] = [WORDS.get(word, word) for word in sys.argv[1:]]
     with stoppable("vlmq-study", "what is stored stays, the same command goes on where it stopped"):
         _run()
@@ -88,8 +89,8 @@ def _run() -> None:
                 outcomes.append(error)  # raised here, Hydra would print lines of its own around it
                 return
             outcomes.append(outcome)
-            if outcome.failures and not alone:
-                raise RunsFailedError(f"{len(outcome.failures)} runs failed")
+            if outcome.n_failed and not alone:
+                raise RunsFailedError(f"{outcome.n_failed} runs failed")
 
         hydra.main(version_base="1.3", config_path=str(config_folder), config_name=ROOT_CONFIG)(job)()
     except (VLMQError, HydraException, OmegaConfBaseException) as error:
@@ -104,7 +105,7 @@ def _run() -> None:
     for outcome in outcomes:
         if isinstance(outcome, VLMQError | OSError):
             _exit_with(outcome)
-        elif outcome.failures:
+        elif outcome.n_failed:
             sys.exit(1)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_vlmq.core.atomic import is_alive
+from lightning_vlmq.core.atomic import MACHINE, is_alive
 from lightning_vlmq.core.errors import VLMQError
 
 BEAT_SECONDS = 30.0
@@ -29,13 +29,15 @@ class Holder:
     """Who claims a run.
 
     Attributes:
-        host: name of the machine.
+        host: name of the machine, for who reads it.
+        machine: :data:`~lightning_vlmq.core.atomic.MACHINE` there.
         pid: the process there.
         since: when, seconds of the epoch.
         token: of this claim alone.
     """
 
     host: str
+    machine: str
     pid: int
     since: float
     token: str
@@ -47,7 +49,8 @@ class Holder:
 class Claims:
     """Claims on the runs of a store, ``<root>/claims/<run_id>.json``.
 
-    A claim is taken over where its process is gone (on this machine), or has not touched the file for :data:`STALE_SECONDS` (on any).
+    A claim is taken over where its process is gone (on this machine, in this container), or has not touched the file for
+    :data:`STALE_SECONDS` (on any).
     Should two runners compute the same run all the same, both file it whole, and nothing is lost but time.
 
     Args:
@@ -68,7 +71,7 @@ class Claims:
             VLMQError: the claim cannot be written.
         """
         path = self.folder / f"{run_id}.json"
-        own = Holder(platform.node(), os.getpid(), time.time(), uuid.uuid4().hex)
+        own = Holder(platform.node(), MACHINE, os.getpid(), time.time(), uuid.uuid4().hex)
         try:
             other = self._take(path, own)
         except OSError as error:
@@ -94,7 +97,7 @@ class Claims:
                 descriptor = os.open(path, os.O_RDONLY)
                 try:
                     holder = _read(descriptor)
-                    is_own = holder is not None and holder.host == platform.node() and holder.pid == os.getpid()
+                    is_own = holder is not None and holder.machine == MACHINE and holder.pid == os.getpid()
                     if holder is not None and (is_own or not _is_dead(holder, descriptor)):
                         found[path.stem] = holder
                 finally:
@@ -143,13 +146,13 @@ def _read(descriptor: int) -> Holder | None:
     with suppress(ValueError, TypeError, RecursionError):
         content: dict[str, Any] = json.loads(os.pread(descriptor, 4096, 0))
         found = Holder(**content)
-        if isinstance(found.pid, int) and isinstance(found.host, str):
+        if isinstance(found.pid, int) and isinstance(found.machine, str):
             return found
     return None
 
 
 def _is_dead(holder: Holder, descriptor: int) -> bool:
-    if holder.host == platform.node() and (holder.pid == os.getpid() or not is_alive(holder.pid)):
+    if holder.machine == MACHINE and (holder.pid == os.getpid() or not is_alive(holder.pid)):
         return True  # this process holds none when it asks; one of its number that ran before does not matter
     return time.time() - os.fstat(descriptor).st_mtime > STALE_SECONDS
 

@@ -44,35 +44,65 @@ class Outcome:
         skipped: runs that the store already had, or that another runner filed meanwhile.
         done: runs that finished now.
         failures: runs that did not, with the reason in one line and the file that holds the traceback.
+        failed_before: runs that were not tried, because they failed before, or under another runner meanwhile.
         seconds: duration of each finished run, by stage.
     """
 
     skipped: int = 0
     done: int = 0
     failures: list[tuple[Run, str, Path]] = field(default_factory=list)
+    failed_before: int = 0
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
+    @property
+    def n_failed(self) -> int:
+        """Runs that have no result, because they failed now or before."""
+        return len(self.failures) + self.failed_before
 
-def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]], None], console: Console) -> Outcome:
+
+def execute(
+    runs: Sequence[Run],
+    store: ResultsStore,
+    main: Callable[[list[str]], None],
+    console: Console,
+    retry: bool = False,
+    samples: bool = False,
+) -> Outcome:
     """Run what the store lacks, in order; what another runner computes comes last, and is waited for.
 
     Whatever a run prints goes to ``<store>/output/<run_id>.log``; the traceback of one that fails goes to
-    ``<store>/failures/<run_id>.txt`` and the next run starts.
+    ``<store>/failures/<run_id>.txt`` and the next run starts. As long as that file is there the run is not tried again.
 
     Args:
         runs: the grid.
         store: where finished runs are looked for; each run writes its own results there.
         main: runs one argument list, as :func:`lightning_vlmq.cli.main`.
         console: where progress is shown, see :func:`screen`.
+        retry: whether runs that failed before are tried again.
+        samples: whether runs that were packed without their samples are run again for them.
 
     Raises:
         KeyboardInterrupt: somebody stopped a run (Ctrl-C, SIGTERM); what is stored stays, the run starts afresh next time.
         VLMQError: the store's folder cannot be written.
     """
-    pending = [run for run in runs if not store.has(run.run_id)]
+
+    def is_done(run: Run) -> bool:
+        return store.has(run.run_id) and (store.keeps_samples(run.run_id) or not samples)
+
+    pending = [run for run in runs if not is_done(run)]
     outcome = Outcome(skipped=len(runs) - len(pending))
     if outcome.skipped:
         console.print(f"{outcome.skipped} of {len(runs)} runs are stored already")
+    failed = [run for run in pending if _failure(store, run).exists()]
+    if retry:
+        for run in failed:
+            _failure(store, run).unlink(missing_ok=True)
+    elif failed:
+        pending = [run for run in pending if not _failure(store, run).exists()]
+        outcome.failed_before = len(failed)
+        console.print(
+            f"{len(failed)} runs failed before and are left out: status says why, retry=true tries them again"
+        )
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=28),
@@ -82,7 +112,7 @@ def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]]
     )
     # Without redirection of its own: it would catch what belongs into the run's log.
     with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as progress:
-        task = progress.add_task("starting", total=len(runs), completed=outcome.skipped, left="")
+        task = progress.add_task("starting", total=len(runs), completed=len(runs) - len(pending), left="")
         queue, claims, busy = deque(pending), Claims(store.root), dict[str, str]()
         while queue:
             run = queue.popleft()
@@ -99,11 +129,13 @@ def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]]
                         time.sleep(POLL_SECONDS)
                     continue
                 progress.update(task, description=escape(run.label), left=_time_left([run, *queue], outcome.seconds))
-                if store.has(run.run_id):
+                by = f"{escape(run.label)} [dim]by {escape(busy.get(run.run_id, 'another runner'))}[/]"
+                if is_done(run):
                     outcome.skipped += 1
-                    line = (
-                        f"[green]✓[/] {escape(run.label)} [dim]by {escape(busy.get(run.run_id, 'another runner'))}[/]"
-                    )
+                    line = f"[green]✓[/] {by}"
+                elif _failure(store, run).exists():
+                    outcome.failed_before += 1
+                    line = f"[red]✗[/] {by}"
                 else:
                     line = _execute_one(run, store, main, outcome)
             progress.advance(task)
@@ -113,8 +145,7 @@ def execute(runs: Sequence[Run], store: ResultsStore, main: Callable[[list[str]]
 
 
 def _execute_one(run: Run, store: ResultsStore, main: Callable[[list[str]], None], outcome: Outcome) -> str:
-    failure = store.root / "failures" / f"{run.run_id}.txt"
-    start = time.perf_counter()
+    failure, start = _failure(store, run), time.perf_counter()
     try:
         with _output_to(store.root / "output" / f"{run.run_id}.log"):
             main(list(run.arguments))
@@ -138,6 +169,11 @@ def _execute_one(run: Run, store: ResultsStore, main: Callable[[list[str]], None
     outcome.done += 1
     outcome.seconds[STAGES[run.kind]].append(taken)
     return f"[green]✓[/] {escape(run.label)} [dim]{taken:.1f} s[/]"
+
+
+def _failure(store: ResultsStore, run: Run) -> Path:
+    """Where the traceback of the run's last try is kept, if it failed."""
+    return store.root / "failures" / f"{run.run_id}.txt"
 
 
 def _was_stopped(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded import EmbeddedData
 from lightning_vlmq.data.filedata import FileData
 from lightning_vlmq.data.sets import EvalSet
+from lightning_vlmq.spectral import PUBLISHED_BANDS
 
 
 def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
@@ -93,6 +94,22 @@ def setting(arguments: Sequence[str], section: str, name: str, default: Any) -> 
         elif word.startswith(f"--{section}.{name}="):
             value = yaml.safe_load(word.partition("=")[2])
     return value
+
+
+def n_surgeries(arguments: Sequence[str]) -> int:
+    """How many models an :class:`~lightning_vlmq.callbacks.ErrorSurgery` makes of a quantized one, each filed and judged like it."""
+    made: set[str] = set()
+    found = setting(arguments, "trainer", "callbacks", None) or []
+    for callback in found if isinstance(found, list) else [found]:
+        about = callback if isinstance(callback, dict) else {"class_path": str(callback)}
+        if str(about.get("class_path")).rpartition(".")[2] == "ErrorSurgery":
+            bands = (about.get("init_args") or {}).get("bands") or PUBLISHED_BANDS
+            made |= {
+                "coherent",
+                "incoherent",
+                *(f"{kind} {tuple(band)}" for kind in ("heal", "hurt") for band in bands),
+            }
+    return len(made)
 
 
 def model_setting(arguments: Sequence[str], name: str) -> Any:

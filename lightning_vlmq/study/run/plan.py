@@ -24,7 +24,7 @@ from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.results.counting import evaluations_a_model
 from lightning_vlmq.study.run.grid import Run
-from lightning_vlmq.study.run.inputs import data_of, model_setting, sets_of, setting
+from lightning_vlmq.study.run.inputs import data_of, model_setting, n_surgeries, sets_of, setting
 
 PASSES: Mapping[str, float] = {"minmax": 1.22, "smoothquant": 1.17, "awq": 7.5, "gptq": 2.95}
 """Seconds to quantize, in forward passes over the calibration pairs: those that docs/benchmarks.md has of ViT-B-32, printed by
@@ -79,6 +79,7 @@ class Plan:
         n_scored: number of images that OOD scores are recorded of.
         has_patches: whether one of them compares patches, which takes another forward pass of these images.
         decoded_gb: room for images that are decoded once, ``--data.decoded_gb``; 0 where they are not kept.
+        surgeries: models that are made of each quantized one that is no control, with part of its error healed or hurt.
     """
 
     runs: Sequence[Run] = field(repr=False)
@@ -91,17 +92,23 @@ class Plan:
     n_scored: int
     has_patches: bool
     decoded_gb: float = 0.0
+    surgeries: int = 0
+
+    @property
+    def models(self) -> int:
+        """Models that are judged: full precision, quantized and tuned ones, and those of surgeries."""
+        operated = sum(run.kind != "fp32" and not find_method(run.method).is_control for run in self.runs)
+        return len(self.runs) * self.models_a_run + operated * self.surgeries
 
     @property
     def evaluations(self) -> int:
-        """Evaluation runs: models (full precision and tuned ones too) times data-set configurations times scores."""
-        return len(self.runs) * self.models_a_run * self.evaluations_a_model
+        """Evaluation runs: models times data-set configurations times scores."""
+        return self.models * self.evaluations_a_model
 
     def bytes_on_disk(self, costs: Costs, cache: str) -> dict[str, float]:
         """Bytes of the store, by what they are for."""
         n = sum(self.images.values())
         decoded = self._decoded(costs) * costs.pixels * n * len(costs.width)
-        models = len(self.runs) * self.models_a_run
         features = {
             vlm: 4.0 * costs.width[vlm] * (n + self.n_pairs + costs.patches[vlm] * self.n_scored) for vlm in costs.width
         }
@@ -110,8 +117,8 @@ class Plan:
         }
         kept = {"all": [vlm for vlm, *_ in towers], "reference": list(features), "none": []}[cache]
         return {
-            "results": ROW_BYTES * ROWS_A_SET * self.n_sets * models,
-            "samples": SAMPLE_BYTES * n * models,
+            "results": ROW_BYTES * ROWS_A_SET * self.n_sets * self.models,
+            "samples": SAMPLE_BYTES * n * self.models,
             "features": sum(features[vlm] for vlm in kept),
             **({"decoded images": decoded} if decoded else {}),
         }
@@ -176,7 +183,8 @@ def plan(runs: Sequence[Run], writes: bool = True) -> tuple[Plan, list[EvalSet]]
     epochs = int(setting(trained, "trainer", "max_epochs", 0) or 0)
     gb = float(setting(arguments, "data", "decoded_gb", 100.0)) if setting(arguments, "data", "decoded", None) else 0.0
     n_pairs = 0 if pairs is None else len(pairs)
-    about = (count, tuned, epochs, n_scored, has_patches, gb)
+    surgeries = n_surgeries(next((run.arguments for run in runs if run.kind != "fp32"), arguments))
+    about = (count, tuned, epochs, n_scored, has_patches, gb, surgeries)
     return Plan(runs, dict(images), len(sets), n_pairs, *about), sets
 
 
@@ -214,11 +222,11 @@ def plan_table(found: Plan, costs: Costs, cache: str) -> Table:
     table = Table(title="plan", title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
     table.add_column("")
     table.add_column("", justify="right")
-    n, models = sum(found.images.values()), len(found.runs) * found.models_a_run
+    n = sum(found.images.values())
     table.add_row("runs (one process's work each)", f"{len(found.runs):,}")
-    table.add_row(
-        "models judged" + (" (logit scale as it came, and tuned)" if found.models_a_run > 1 else ""), f"{models:,}"
-    )
+    how = ["logit scale as it came, and tuned"] * (found.models_a_run > 1)
+    how += [f"{found.surgeries} surgeries of each quantized one"] * (found.surgeries > 0)
+    table.add_row("models judged" + (f" ({'; '.join(how)})" if how else ""), f"{found.models:,}")
     table.add_row(f"images of {found.n_sets} sets", f"{n:,}")
     for role, count in found.images.items():
         table.add_row(f"  {ROLES[role].title}", f"{count:,}")

@@ -73,18 +73,21 @@ def status_of(root: Path, runs: Sequence[Run] | None = None) -> Status:
     failed = {}
     for path in sorted((root / "failures").glob("*.txt")):
         if path.stem not in filed and (ids is None or path.stem in ids):
-            lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            failed[path.stem] = lines[-1] if lines else ""
+            with suppress(OSError):  # no file, or gone meanwhile: the run was tried again
+                lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                failed[path.stem] = lines[-1] if lines else ""
     running = {name: str(holder) for name, holder in Claims(root).held().items() if ids is None or name in ids}
     dates, evaluations, hits, misses = [], 0, 0.0, 0.0
-    for name in store.run_ids():
-        if ids is not None and name not in ids and name.removesuffix(".lst") not in ids:
+    every = set(store.run_ids())
+    for name in every:
+        owner = name.rpartition(".")[0]  # of what is filed as part of a run: it tuned, or after surgery
+        if ids is not None and ids.isdisjoint((name, owner)):
             continue
         with suppress(VLMQError, OSError):
             facts = store.facts(name)
             evaluations += int(facts.get("evaluations", 0))
             hits, misses = hits + facts.get("cache_hits", 0), misses + facts.get("cache_misses", 0)
-            if not name.endswith(".lst"):
+            if owner not in every and not name.endswith(".lst"):
                 dates.append(facts.get("written", 0.0))
     done = len(dates) if ids is None else len(filed)
     share = hits / (hits + misses) if hits + misses else float("nan")

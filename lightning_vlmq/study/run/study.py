@@ -32,8 +32,8 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
 
     Args:
         config: ``study`` (see :class:`~lightning_vlmq.study.run.config.Study`), ``seed``, ``report_only``,
-            ``status`` (say where it stands, and stop), ``dry_run`` (say what it holds and costs, and stop) and ``compact`` (pack what is
-            stored, and stop).
+            ``status`` (say where it stands, and stop), ``dry_run`` (say what it holds and costs, and stop), ``compact`` (pack what is
+            stored, and stop), ``retry`` (try again what failed) and ``samples`` (run again what was packed without its samples).
         config_folder: the folder that the config came from.
         writes_report: build the report at the end; jobs of a multirun leave that to ``report_only=true``.
 
@@ -69,7 +69,7 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
             return outcome
         require_writable(Path(study.root))
         remove_leftovers(Path(study.root), below=True)
-        outcome = execute(own, ResultsStore(study.root), cli.main, console)
+        outcome = execute(own, ResultsStore(study.root), cli.main, console, plain["retry"], plain["samples"])
     if writes_report:
         report(study, outcome, console)
     else:
@@ -104,7 +104,7 @@ def say_status(study: Study, runs: list[Run], console: Console) -> None:
 
 def report(study: Study, outcome: Outcome, console: Console) -> None:
     """Write a study's report and show its main numbers, unless there is not a single result."""
-    if outcome.failures and not ResultsStore(study.root).run_ids():
+    if outcome.n_failed and not ResultsStore(study.root).run_ids():
         return
     start = time.perf_counter()
     analysis = analyse(StudyResults.load(Path(study.root)))

@@ -147,6 +147,8 @@ def test_a_small_study_with_a_failing_vlm(tmp_path, vlmq_study):
     code, output, _ = vlmq_study("study=demo", *arguments, "--status")
     assert code == 0 and f"2 of 4 runs done, 2 failed, 0 running, {int(planned[1]) // 2} evaluation runs" in output
     assert len(re.findall(r"failed +local_dir_nowhere", output)) == 2 and "running  " not in output
+    code, output, _ = vlmq_study("study=demo", *arguments)
+    assert code == 1 and "2 runs failed before and are left out" in output and "✗" not in output
     code, output, error = vlmq_study("study=demo", *arguments, "study.axes.vlm=[vit_clean]", "--dry-run")
     assert code == 0, error
     assert f"{int(planned[1]) // 2:,}" in output and "hours" in output and "disk, features (cache=all)" in output

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ import pytest
 from cases.store import make_curves, make_rows, make_samples
 from rich.console import Console
 
+from lightning_vlmq.core.atomic import MACHINE
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.run import claims as module
@@ -36,10 +36,10 @@ def alive():
     process.wait()
 
 
-def write_claim(root, run_id, pid, host=None, age=0.0, text=None):
+def write_claim(root, run_id, pid, machine=MACHINE, age=0.0, text=None):
     (root / "claims").mkdir(parents=True, exist_ok=True)
     path = root / "claims" / f"{run_id}.json"
-    content = {"host": host or platform.node(), "pid": pid, "since": 0.0, "token": "x"}
+    content = {"host": "somewhere", "machine": machine, "pid": pid, "since": 0.0, "token": "x"}
     path.write_text(json.dumps(content) if text is None else text)
     os.utime(path, (time.time() - age, time.time() - age))
     return path
@@ -61,8 +61,9 @@ def test_who_holds_a_claim(tmp_path, alive):
             return found
 
     assert holder(pid=alive.pid).pid == alive.pid
-    assert str(holder(pid=alive.pid, host="other")) == f"process {alive.pid} on other"
-    assert holder(pid=alive.pid, host="other", age=2 * module.STALE_SECONDS) is None
+    assert str(holder(pid=alive.pid, machine="other")) == f"process {alive.pid} on somewhere"
+    assert holder(pid=4194303, machine="other").pid == 4194303  # may be there, in a container of this machine too
+    assert holder(pid=alive.pid, machine="other", age=2 * module.STALE_SECONDS) is None
     assert holder(pid=alive.pid, age=2 * module.STALE_SECONDS) is None  # another process may have its number by now
     assert holder(pid=os.getpid()) is None  # of a runner with this number, before a restart
     for damaged in ("", "{", "[]", '{"pid": "x"}', "[" * 100_000):
@@ -112,7 +113,7 @@ def test_what_another_runner_computes_is_waited_for_and_taken(tmp_path, alive, m
     assert called == ["run-2", "run-1"]  # run-0 was filed by the other, run-1 was left by it
     assert (outcome.done, outcome.skipped) == (2, 1) and store.run_ids() == ["run-0", "run-1", "run-2"]
     screen = (tmp_path / "screen").read_text()
-    assert screen.count(f"process {alive.pid} on {platform.node()}") == 3 and not list((tmp_path / "claims").iterdir())
+    assert screen.count(f"process {alive.pid} on somewhere") == 3 and not list((tmp_path / "claims").iterdir())
 
 
 def test_a_run_that_was_filed_meanwhile_is_not_run_again(tmp_path):

@@ -87,9 +87,39 @@ def test_a_failure_keeps_its_traceback_and_the_rest_runs(store, console):
     assert path == store.root / "failures" / "minmax-1.txt"
     assert text.startswith("vlmq validate --method=minmax\n") and "Traceback" in text and "on the device" in text
     commands.instead.clear()
-    assert execute(RUNS, store, commands, console).done == 2
-    assert commands.called[4:] == ["minmax", "gptq"]
-    assert not list((store.root / "failures").iterdir())
+    again = execute(RUNS, store, commands, console)
+    assert commands.called[4:] == [] and (again.done, again.skipped, again.n_failed) == (0, 2, 2)
+    console.file.flush()
+    said = Path(console.file.name).read_text()
+    assert said.count("2 runs failed before and are left out: status says why, retry=true tries them again") == 1
+    commands.instead["gptq"] = fail(SystemExit(2))
+    again = execute(RUNS, store, commands, console, retry=True)
+    assert commands.called[4:] == ["minmax", "gptq"] and (again.done, again.n_failed) == (1, 1)
+    assert [path.name for path in (store.root / "failures").iterdir()] == ["gptq-1.txt"]
+
+
+def test_what_fails_under_another_runner_is_not_tried_again(store, console):
+    """A failure that is filed while this runner is busy with other runs."""
+    path = store.root / "failures" / "mse-1.txt"
+
+    def other() -> None:
+        path.parent.mkdir()
+        path.write_text("ValueError: no")
+
+    commands = Commands(store, {"minmax": other})
+    outcome = execute(RUNS, store, commands, console, retry=True)
+    assert commands.called == ["fp32", "minmax", "gptq"] and (outcome.failed_before, outcome.n_failed) == (1, 2)
+
+
+def test_runs_packed_without_samples_are_run_again_on_request(store, console):
+    commands = Commands(store)
+    execute(RUNS, store, commands, console)
+    store.compact(keeps_samples=False)
+    assert execute(RUNS, store, commands, console).skipped == 4
+    outcome = execute(RUNS[:2], store, commands, console, samples=True)
+    assert commands.called[4:] == ["fp32", "minmax"] and outcome.done == 2
+    assert store.compact() == 2 and store.keeps_samples("minmax-1") and not store.keeps_samples("mse-1")
+    assert execute(RUNS[:2], store, commands, console, samples=True).skipped == 2
 
 
 def test_bad_input_is_said_as_it_is(store, console):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -134,6 +136,37 @@ def test_shards_are_disjoint_and_together_the_grid(demo, n):
         assert part == [run for run in grid if run in part]
     assert max(map(len, parts)) - min(map(len, parts)) <= 2 + len(grid) // n // 2
     assert shard_of(grid, None) == grid
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 10, 11, 30])
+def test_every_beginning_of_a_shard_is_balanced_over_vlms_and_methods(n):
+    grid = _embedded()
+    vlms, first = sorted({run.vlm for run in grid}), [run for run in grid if run.scope != "vision_text"]
+    shards = {run: number for number in range(1, n + 1) for run in shard_of(grid, f"{number}/{n}")}
+    assert len(vlms) == 10 and set(shards) == set(grid)
+    counts = np.zeros((n, len(vlms)), int)
+    for start in range(0, len(first), len(vlms)):
+        row = first[start : start + len(vlms)]
+        assert len({(run.method, run.bits, run.seed) for run in row}) == 1  # one method, every VLM
+        for run in row:
+            counts[shards[run] - 1, vlms.index(run.vlm)] += 1
+        assert np.ptp(counts) <= 1, (start, counts)
+        each = Counter(shards[run] for run in row)  # so methods are balanced too
+        assert len(each) == min(n, len(vlms)) and max(each.values()) - min(each.values()) <= 1
+    assert np.ptp(counts.sum(1)) <= 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_shards_of_one_vlm(demo, n):
+    grid = runs(demo | {"axes": demo["axes"] | {"vlm": ["vit_clean"]}})
+    sizes = [len(shard_of(grid, f"{number}/{n}")) for number in range(1, n + 1)]
+    assert sum(sizes) == len(grid) and max(sizes) - min(sizes) <= 1
+
+
+@cache
+def _embedded() -> list:
+    study = Study.from_config(config("study=embedded"))
+    return compose(study, study.seeds_or(0), CONFIGS)
 
 
 @pytest.mark.parametrize("shard", ["0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])

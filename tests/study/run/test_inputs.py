@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 
@@ -11,7 +12,7 @@ from cases.files import write_image, write_tree
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.study.run.grid import Run
-from lightning_vlmq.study.run.inputs import data_digest, model_setting, setting
+from lightning_vlmq.study.run.inputs import data_digest, model_setting, n_surgeries, setting
 from lightning_vlmq.study.run.plan import Costs, Plan, measure, plan
 
 CONFIG = """
@@ -64,6 +65,33 @@ def test_settings_come_from_the_command_line_then_configs_then_defaults(argument
     assert model_setting([*arguments, "--model.scores=[mcm]"], "scores") == ["mcm"]
     assert model_setting(["validate"], "lst") is False
     assert setting(arguments, "trainer", "max_epochs", 1) == 5 and setting(["fit"], "trainer", "max_epochs", 1) == 1
+
+
+def test_surgeries_count_where_they_are_made(arguments):
+    """By hand: three bands healed, three hurt, two parts of the error; of minmax alone."""
+    several = ["{class_path: ErrorSurgery, init_args: {bands: [[0, 4], [4, null]]}}"]
+    several += ["{class_path: x.ErrorSurgery, init_args: {bands: [[0, null]]}}"]
+    words = (
+        "[lightning_vlmq.callbacks.CoveragePrinter,lightning_vlmq.callbacks.ErrorSurgery]",
+        f"[{', '.join(several)}]",
+        "[x.Other]",
+        "null",
+    )
+    counts = [n_surgeries([*arguments, f"--trainer.callbacks={word}"]) for word in words]
+    assert counts == [8, 8, 0, 0] and n_surgeries(arguments) == 0
+    runs = [
+        Run("vit_clean", "vision", method, "W4A8", kind, 0, method, (*arguments, f"--trainer.callbacks={words[0]}"))
+        for method, kind in (("fp32", "fp32"), ("minmax", "ptq"), ("matched_noise(seed=1)", "ptq"))
+    ]
+    found, _ = plan(runs)
+    assert found.models == 3 * 2 + 8 and found.evaluations == (3 * 2 + 8) * (1 + 1 * 3)
+    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
+    without = plan([dataclasses.replace(run, arguments=tuple(arguments)) for run in runs])[0]
+    ratio = [
+        found.bytes_on_disk(costs, "none")[kind] / without.bytes_on_disk(costs, "none")[kind]
+        for kind in ("results", "samples")
+    ]
+    assert ratio == pytest.approx([14 / 6] * 2)
 
 
 def test_a_plan_counts_without_decoding(arguments, monkeypatch):

@@ -61,6 +61,15 @@ def test_done_failed_and_running_of_this_grid_alone(store, tmp_path):
     assert status_of(tmp_path / "nowhere", [a_run("a")]).done == 0
 
 
+def test_what_is_filed_as_part_of_a_run_counts_with_it(store, tmp_path):
+    for part in ("a.lst", "a.heal_0-8", "a.64_up", "a.x.lst", "stranger.lst"):
+        store.write(part, *make_run(KEY, part, size=0.01), statistics=QUICK)
+    found = status_of(tmp_path, [a_run("a"), a_run("b")])
+    assert (found.done, found.evaluations) == (1, 4 * 28)
+    everything = status_of(tmp_path)
+    assert (everything.done, everything.evaluations) == (2, 7 * 28)
+
+
 def test_rate_and_time_left():
     now = 1e9
     assert rate([now - 1800, now - 900, now - 60, now - 7200], now) == pytest.approx(3600 * 2 / 1800)
