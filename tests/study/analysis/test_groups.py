@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from cases.study import grid, write_study
 from scipy import stats
 
 from lightning_vlmq.study.analysis.comparison import analyse
-from lightning_vlmq.study.analysis.groups import architecture_of, group_effects
+from lightning_vlmq.study.analysis.groups import architecture_of, group_effects, source_of
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.tradeoffs import group_table
 
@@ -55,3 +57,22 @@ def test_a_name_says_the_family():
     }
     assert {name: architecture_of(name) for name in names} == names
     assert architecture_of("RN50") == ""
+
+
+@pytest.mark.parametrize(
+    ("vlm", "pretrained", "source"),
+    [
+        ("ViT-B-32", "laion2b_s34b_b79k", "noisy"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "", "noisy"),
+        ("vit_noisy", "noisy", "noisy"),
+        ("ViT-B-32", "openai", "clean"),
+        ("ViT-L-14", "dfn2b", "clean"),
+        ("ViT-B-16", "metaclip_400m", "clean"),
+        ("ViT-B-16", "datacomp_xl_s13b_b90k", ""),
+        ("switch_base", "with_text", ""),  # neither is WIT
+        ("twitter", "unclean", ""),
+    ],
+)
+def test_a_whole_part_of_a_name_says_the_source(vlm, pretrained, source):
+    run = SimpleNamespace(key=SimpleNamespace(pretrained=pretrained))
+    assert source_of(SimpleNamespace(results=SimpleNamespace(runs_of=lambda _: ([run], []))), vlm) == source
