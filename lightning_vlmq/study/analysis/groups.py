@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,7 +24,7 @@ figures show it."""
 ARCHITECTURES = ("siglip", "align", "coca", "convnext", "vit")
 """Words in the names of VLMs that say their family; the first that fits, for a SigLIP or a CoCa has a ViT too."""
 SOURCES = {"noisy": ("noisy", "laion"), "clean": ("clean", "dfn", "metaclip", "wit", "openai")}
-"""Words in the names of VLMs or of their weights that say what captions they were trained on."""
+"""Parts of the names of VLMs or of their weights that say what captions they were trained on; a size may follow (``laion2b``)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +98,8 @@ def architecture_of(vlm: str) -> str:
 def source_of(analysis: StudyAnalysis, vlm: str) -> str:
     """``"noisy"`` or ``"clean"``, by the name of the VLM or of its weights; empty where these say nothing."""
     name = f"{vlm} {analysis.results.runs_of(vlm)[0][0].key.pretrained}".lower()
-    return next((source for source, words in SOURCES.items() if any(word in name for word in words)), "")
+    parts = {re.sub(r"(?<=[a-z])\d+[kmb]?$", "", part) for part in re.split(r"[^a-z0-9]+", name)}
+    return next((source for source, words in SOURCES.items() if parts & set(words)), "")
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,45 @@
 """The published claims held against a study: the same query on anyone's store, its effect over VLMs, and a verdict.
 
 Published: *Less Precise Can Be More Reliable: A Systematic Evaluation of Quantization's Impact on VLMs Beyond Accuracy* (ICML 2026,
-arXiv 2509.21173), on other models, data and scales than a study here; agreement is not expected of any line.
+arXiv 2509.21173), and its neighbours where a claim names one, on other models, data and scales than a study here; agreement is not
+expected of any line. Not queried: how much faster real INT8 encoders are, for a store holds fake-quantized models, see docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import numpy as np
-from scipy.stats import t as student
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from lightning_vlmq.evaluation.measures import Measure
-from lightning_vlmq.statistics import ClusteredMean, clustered_mean
-from lightning_vlmq.study.analysis.change import FULL, Comparison
+from lightning_vlmq.study.analysis.change import FULL
+from lightning_vlmq.study.analysis.claims import Claim, Expectation
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.groups import Cell, Kind, architecture_of, by_vlm, source_of
-from lightning_vlmq.study.analysis.setting import Setting
+from lightning_vlmq.study.analysis.groups import Cell, architecture_of, source_of
+from lightning_vlmq.study.analysis.queries import (
+    GRID,
+    Cells,
+    Query,
+    count,
+    difference,
+    in_grid,
+    joint_share,
+    largest_growth,
+    mean,
+    share_of_groups,
+    shares_by_vlm,
+    tested_gains,
+)
+from lightning_vlmq.study.analysis.recorded import (
+    BLOCK,
+    OUTPUT,
+    Recorded,
+    beside,
+    block_noise,
+    falls_over,
+    shift_growth,
+    stable_rank_growth,
+)
+from lightning_vlmq.study.analysis.runs import SHIFT_SETS
 
 ECE = Measure("ece", "id")
 SIGN = Measure("signed_calibration_error", "id")
@@ -28,103 +48,8 @@ SHIFT = Measure("top1", "shift")
 RSG = Measure("rsg", "spurious")
 VULNERABILITY = Measure("vuln_add", "spurious")
 
-Expectation = Literal["rises", "falls", "stays", "some"] | float
-"""What is published: a direction, no change (within :data:`NEGLIGIBLE`), that it happens at all, or about this share."""
-
-NEGLIGIBLE = 0.02
-"""A change within which the published "not significant" counts as met."""
-SHARE_MARGIN = 0.15
-"""Half width of an interval above which it is too wide to agree with a share."""
-
-
-@dataclass(frozen=True)
-class Query:
-    """Which numbers a claim is about: one of each VLM and quantized setting that it names; controls and surgeries never count.
-
-    Attributes:
-        measure: what is compared with full precision; the OOD score is the study's main one.
-        of: ``"growth"`` (A_q - A_f) / A_f, ``"change"`` in the measure's unit, or ``"better"``, 1 where it got better and else 0.
-        where: fields of a setting and their values.
-        is_tuned: settings with the logit scale tuned.
-    """
-
-    measure: Measure
-    of: Kind = "growth"
-    where: tuple[tuple[str, Any], ...] = ()
-    is_tuned: bool = False
-
-    def __str__(self) -> str:
-        parts = [f"{self.measure.metric} on {self.measure.role}", *(f"{name}={value}" for name, value in self.where)]
-        return f"{self.of} of {', '.join(parts)}{', logit scale tuned' if self.is_tuned else ''}"
-
-    def cells(self, analysis: StudyAnalysis) -> dict[str, list[Cell]]:
-        """The numbers by VLM; a VLM without any is left out."""
-        measure = self.measure
-        if measure.metric == "auroc":
-            measure = Measure(measure.metric, measure.role, measure.dataset, analysis.score)
-        found: dict[str, list[Cell]] = {}
-        for vlm, setting, comparison in _compared(analysis, measure):
-            if setting.is_tuned == self.is_tuned and all(getattr(setting, name) == value for name, value in self.where):
-                found.setdefault(vlm, []).append(Cell.of(measure, comparison, self.of))
-        return found
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One published claim beside the study's own figure.
-
-    Attributes:
-        claim: what is claimed.
-        published: the published figure.
-        expects: what would agree.
-        found: this study's, with a 95 % interval over VLMs and test samples; over samples alone where there is one VLM, and over VLMs
-            alone of a share in which several measures count together.
-        unit: ``"%"`` or ``"points"``, of hundredths.
-        n_cells: VLMs and settings behind it.
-        query: which numbers they are.
-    """
-
-    claim: str
-    published: str
-    expects: Expectation
-    found: ClusteredMean
-    unit: str
-    n_cells: int
-    query: str
-
-    @property
-    def verdict(self) -> str:
-        """``"agrees"``, ``"disagrees"`` or ``"undecided"``: by where the interval lies, never by the estimate alone."""
-        _, _, low, high, _ = self.found
-        if math.isnan(low):
-            return "undecided"
-        if isinstance(self.expects, float):
-            if not low <= self.expects <= high:
-                return "disagrees"
-            return "agrees" if high - low <= 2 * SHARE_MARGIN else "undecided"
-        if self.expects == "stays":
-            if low > 0 or high < 0:
-                return "disagrees"
-            return "agrees" if max(-low, high) <= NEGLIGIBLE else "undecided"
-        sign = -1 if self.expects == "falls" else 1
-        if min(sign * low, sign * high) > 0:
-            return "agrees"
-        return (
-            "disagrees" if max(sign * low, sign * high) < 0 or (self.expects == "some" and high <= 0) else "undecided"
-        )
-
-
-def held_against(analysis: StudyAnalysis) -> list[Claim]:
-    """Every published claim that the study has numbers for, in the order of the paper's figures."""
-    found = []
-    for claim, published, expects, query in _MEANS:
-        if cells := query.cells(analysis):
-            unit = "points" if query.of == "change" else "%"
-            found.append(_claim(claim, published, expects, cells, unit, str(query)))
-    for special in (_worst_text_tower, _sources, _sign, _architectures, _ood_without_calibration, _all_three):
-        if (own := special(analysis)) is not None:
-            found.append(own)
-    return found
+Line = tuple[str, str, Expectation, Query | Recorded]
+"""A claim, its published figure, what would agree, and the numbers whose mean over VLMs is held against it."""
 
 
 def _where(**fields: Any) -> tuple[tuple[str, Any], ...]:
@@ -132,6 +57,21 @@ def _where(**fields: Any) -> tuple[tuple[str, Any], ...]:
 
 
 _W8A8, _W4A8 = {"weight_bits": 8, "act_bits": 8}, {"weight_bits": 4, "act_bits": 8}
+_BOTH, _TRAINED = _where(scope="vision_text"), _where(is_trained=True)
+_INT8 = _where(method="minmax", **_W8A8)
+
+_CALIBRATION: list[Line] = [
+    ("share of W8A8 models whose calibration improves", "about 40 %", 0.4, Query(ECE, "better", _where(**_W8A8))),
+    (
+        "ECE, both towers quantized and logit scale tuned, against full precision",
+        "1.1 % against 6.9 %",
+        "falls",
+        Query(ECE, "growth", _BOTH, is_tuned=True),
+    ),
+    ("– ECE of these models", "1.1 %", None, Query(ECE, "value", _BOTH, is_tuned=True)),
+    ("– ECE of their full precision", "6.9 %", None, Query(ECE, "reference", _BOTH, is_tuned=True)),
+    ("confidence minus accuracy", "overconfident when quantized (arXiv 2602.13289)", "rises", Query(SIGN, "change")),
+]
 _GAPS: tuple[tuple[str, str, dict[str, int], str, str, Expectation], ...] = (
     ("simple PTQ, W8A8", "minmax", _W8A8, "+2.6", "+3.0", "rises"),
     ("QAT contrastive, W8A8", "lsq_contrastive", _W8A8, "+1.6", "+1.9", "rises"),
@@ -139,127 +79,186 @@ _GAPS: tuple[tuple[str, str, dict[str, int], str, str, Expectation], ...] = (
     ("simple PTQ, W4A8", "minmax", _W4A8, "+12.5", "+10.3", "rises"),
     ("Rot+LSQ, W4A8", "rot_lsq_contrastive", _W4A8, "+4.0", "+4.4", "rises"),
 )
-_MEANS: list[tuple[str, str, Expectation, Query]] = [
-    ("share of W8A8 models whose calibration improves", "about 40 %", 0.4, Query(ECE, "better", _where(**_W8A8))),
-    (
-        "ECE, both towers quantized and logit scale tuned, against full precision",
-        "1.1 % against 6.9 %",
-        "falls",
-        Query(ECE, "growth", _where(scope="vision_text"), is_tuned=True),
-    ),
-    ("accuracy under synthetic corruption", "+8.9 %, almost all architectures", "rises", Query(CORRUPTION)),
-    ("accuracy under semantic shift", "falls (ImageNet-A/R/Sketch)", "falls", Query(SHIFT)),
+_SPURIOUS: list[Line] = [
+    (f"{name}, {title}", figure, expects, Query(measure, "change", _where(method=method, **bits)))
+    for title, method, bits, gap, vulnerability, expects in _GAPS
+    for name, measure, figure in (("ΔRSG", RSG, gap), ("added vulnerability", VULNERABILITY, vulnerability))
 ]
-"""Claims that are a mean over VLMs of one query."""
-for _title, _method, _bits, _gap, _vulnerability, _expects in _GAPS:
-    for _name, _measure, _figure in (("ΔRSG", RSG, _gap), ("added vulnerability", VULNERABILITY, _vulnerability)):
-        _query = Query(_measure, "change", _where(method=_method, **_bits))
-        _MEANS.append((f"{_name}, {_title}", _figure, _expects, _query))
+_BANDS = ("0-8", "8-64", "64+")
+_OWN, _FULL = "top1_keep_own_zero_{}", "top1_keep_full_zero_{}_full"
 
 
-def _compared(analysis: StudyAnalysis, measure: Measure) -> Iterator[tuple[str, Setting, Comparison]]:
-    """Every comparison of a measure that is known, of quantizations: no controls, no surgeries."""
-    for vlm, setting, comparison in analysis.comparisons.of(measure):
-        if setting.is_quantization:
-            yield vlm, setting, comparison
+def _in_band(band: str) -> Recorded:
+    """Accuracy inside a band of each model's own ranks, around zero as in the published study."""
+    own, full = _OWN.format(band), _FULL.format(band)
+    return Recorded(f"{own} minus {full}", (own, full), beside(own, full, OUTPUT), where=_TRAINED)
 
 
-def _claim(
-    claim: str, published: str, expects: Expectation, cells: Mapping[str, Sequence[Cell]], unit: str, query: str
-) -> Claim:
-    found = by_vlm(cells)
-    if query.startswith(("share", "better")):  # an interval of a share ends where shares do
-        found = found._replace(low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
-    return Claim(claim, published, expects, found, unit, sum(map(len, cells.values())), query)
+def _noise(which: str) -> Recorded:
+    unit = "points" if "minus" in which else "%"
+    return Recorded(f"noise / signal of vision blocks, {which}", ("mean_sqnr_db",), block_noise(which), unit, _INT8)
+
+
+_LOW = ("low_frequency_share", "low_frequency_share_full")
+_SQNR = tuple(f"sqnr_db_{band}" for band in _BANDS)
+_SPECTRA: list[Line] = [
+    (
+        "share of models whose SQNR falls with rank, from band to band",
+        "falls monotonically",
+        "almost all",
+        Recorded(f"share with falling {', '.join(_SQNR)}", _SQNR, falls_over(*_SQNR), "%", is_share=True),
+    ),
+    ("accuracy of trained models inside ranks 0–8", "better than full precision", "rises", _in_band("0-8")),
+    ("accuracy of trained models inside ranks 64+", "worse than full precision", "falls", _in_band("64+")),
+    (
+        "share of low spatial frequencies in features, trained models",
+        "rises",
+        "rises",
+        Recorded("change of low_frequency_share, mean over vision blocks", _LOW, beside(*_LOW, BLOCK), where=_TRAINED),
+    ),
+    (
+        "stable rank of quantized weights",
+        "rises (arXiv 2602.00969)",
+        "rises",
+        Recorded("growth of stable_rank, mean over layer groups", ("stable_rank",), stable_rank_growth, "%"),
+    ),
+    (
+        "noise over signal, last vision block against the first half's, simple PTQ W8A8",
+        "grows with depth (INT8 ViT-B/32, arXiv 2605.26415)",
+        "rises",
+        _noise("last minus first half"),
+    ),
+    ("– in the first half of blocks", "below 10 % (shallow)", None, _noise("first half")),
+    ("– in the last block", "52 % (layer 11)", None, _noise("last")),
+]
+
+
+def held_against(analysis: StudyAnalysis) -> list[Claim]:
+    """Every published claim that the study has numbers for: calibration, robustness, spurious cues, OOD detection, spectra."""
+    return [
+        *_means(analysis, _CALIBRATION),
+        *_worst_text_tower(analysis),
+        *_sources(analysis),
+        *_signs(analysis),
+        *_robustness(analysis),
+        *_means(analysis, _SPURIOUS),
+        *_architectures(analysis),
+        *_joint(analysis),
+        *_means(analysis, _SPECTRA),
+    ]
+
+
+def _means(analysis: StudyAnalysis, lines: Sequence[Line]) -> Iterator[Claim]:
+    for claim, published, expects, query in lines:
+        if cells := query.cells(analysis):
+            found = mean(cells, query.is_share)
+            yield Claim(claim, published, expects, found, query.unit, count(cells), str(query))
+
+
+def _worst_text_tower(analysis: StudyAnalysis) -> Iterator[Claim]:
+    query = Query(ECE, "growth", _BOTH)
+    compared = list(query.compared(analysis))
+    if compared:
+        found, vlm = largest_growth(compared)
+        title = f"largest growth of ECE with the text tower quantized: here {vlm}'s; interval over samples, for the largest of all"
+        yield Claim(title, "up to +98 %", "rises", found, "%", len(compared), f"largest {query}")
 
 
 def _contrast(
-    claim: str, published: str, expects: Expectation, groups: Sequence[Mapping[str, Sequence[Cell]]], query: str
-) -> Claim | None:
-    """The first group of VLMs minus the second, by Welch's interval; samples are common to both and cancel."""
-    if not all(groups):
-        return None
-    means = [clustered_mean(np.array([np.mean([cell.point for cell in own]) for own in g.values()])) for g in groups]
-    point, variances = means[0].estimate - means[1].estimate, [m.stderr**2 for m in means]
-    n = min(m.n_clusters for m in means)
-    stderr = math.sqrt(sum(variances)) if n > 1 else math.nan
-    terms = sum(v**2 / (m.n_clusters - 1) for v, m in zip(variances, means)) if n > 1 else math.nan
-    half = float(student.ppf(0.975, stderr**4 / terms)) * stderr if terms and not math.isnan(terms) else math.nan
-    found = ClusteredMean(point, stderr, point - half, point + half, sum(m.n_clusters for m in means))
-    return Claim(claim, published, expects, found, "points", sum(len(own) for g in groups for own in g.values()), query)
+    title: str, figure: str, groups: Sequence[tuple[str, str, Expectation, Cells]], unit: str, query: str
+) -> Iterator[Claim]:
+    """Two groups of VLMs, each by itself and the first minus the second."""
+    for name, published, expects, cells in groups:
+        if cells:
+            yield Claim(f"{title}: {name}", published, expects, mean(cells), unit, count(cells), query)
+    (first, _, _, ours), (second, _, _, theirs) = groups
+    if ours and theirs:
+        found = difference(ours, theirs)
+        yield Claim(f"{title}: {first}, minus {second}", figure, "rises", found, "points", count(ours, theirs), query)
 
 
-def _worst_text_tower(analysis: StudyAnalysis) -> Claim | None:
-    query = Query(ECE, "growth", _where(scope="vision_text"))
+def _sources(analysis: StudyAnalysis) -> Iterator[Claim]:
+    """Noisy and clean pre-training, where VLMs' names (or weights) say so."""
+    query = Query(ECE)
     cells = query.cells(analysis)
-    if not cells:
-        return None
-    vlm, worst = max(((vlm, cell) for vlm, own in cells.items() for cell in own), key=lambda found: found[1].point)
-    title = f"largest growth of ECE with the text tower quantized: here {vlm}'s; not corrected for being chosen"
-    return _claim(title, "up to +98 %", "rises", {vlm: [worst]}, "%", f"largest {query}")
-
-
-def _sources(analysis: StudyAnalysis) -> Claim | None:
-    """Noisy against clean pre-training, where VLMs' names (or weights) say so."""
-    cells = Query(ECE).cells(analysis)
-
-    groups = [
-        {vlm: own for vlm, own in cells.items() if source_of(analysis, vlm) == source} for source in ("noisy", "clean")
+    noisy, clean = ({v: own for v, own in cells.items() if source_of(analysis, v) == s} for s in ("noisy", "clean"))
+    groups: list[tuple[str, str, Expectation, Cells]] = [
+        ("VLMs from noisy captions, LAION", "+49 %", "rises", noisy),
+        ("those from clean ones, WIT or DFN", "falls", "falls", clean),
     ]
-    title = "growth of ECE, VLMs from noisy captions (LAION) minus those from clean ones (WIT, DFN)"
-    return _contrast(title, "+49 % on LAION; falls on clean sources", "rises", groups, "growth of ece on id, by source")
+    yield from _contrast("growth of ECE", "rises on LAION, falls on clean sources", groups, "%", str(query))
 
 
-def _sign(analysis: StudyAnalysis) -> Claim | None:
+def _signs(analysis: StudyAnalysis) -> Iterator[Claim]:
     """The driver that version 3's abstract names: underconfident models improve, overconfident ones degrade."""
-    cells = Query(ECE, "change").cells(analysis)
+    query = Query(ECE, "change")
+    cells = query.cells(analysis)
     signs = {vlm: analysis.comparisons.get((vlm, FULL, SIGN)) for vlm in cells}
-    groups = [
-        {vlm: cells[vlm] for vlm, sign in signs.items() if sign is not None and way * sign.value > 0} for way in (1, -1)
+    over, under = ({v: cells[v] for v, s in signs.items() if s is not None and way * s.value > 0} for way in (1, -1))
+    groups: list[tuple[str, str, Expectation, Cells]] = [
+        ("VLMs overconfident in full precision", "they often degrade", "rises", over),
+        ("underconfident ones", "they improve", "falls", under),
     ]
-    title = "change of ECE, VLMs overconfident in full precision minus underconfident ones"
-    return _contrast(
-        title,
-        "underconfident models improve, overconfident ones degrade",
-        "rises",
-        groups,
-        "change of ece on id, by sign",
+    yield from _contrast("change of ECE", "the sign is the driver", groups, "points", str(query))
+
+
+def _robustness(analysis: StudyAnalysis) -> Iterator[Claim]:
+    """Synthetic corruption, and semantic shift: the published sets where there are any of them, else all of the role's."""
+    query = Query(CORRUPTION)
+    if cells := query.cells(analysis):
+        title = "accuracy under synthetic corruption"
+        yield Claim(title, "+8.9 %", "rises", mean(cells), "%", count(cells), str(query))
+        found, families = share_of_groups(cells, architecture_of)
+        title = f"share of architectures ({', '.join(families)}) whose accuracy under synthetic corruption rises"
+        if families:
+            yield Claim(title, "almost all", "almost all", found, "%", count(cells), f"share of positive {query}")
+    rows = analysis.results.about("top1")
+    sets = sorted(rows.loc[rows["role"] == "shift", "dataset"].unique())
+    own = [name for name in sets if name in SHIFT_SETS]
+    which = f"{', '.join(own) if own else 'all sets of the role: ' + ', '.join(filter(None, sets))}"
+    recorded = Recorded("growth of top1 on these sets of shift", ("top1",), shift_growth, "%")
+    line = ("accuracy under semantic shift", "falls (ImageNet-A/R/Sketch)", recorded if own else Query(SHIFT))
+    yield from _means(analysis, [(f"{line[0]} ({which})", line[1], "falls", line[2])])
+
+
+def _architectures(analysis: StudyAnalysis) -> Iterator[Claim]:
+    groups: dict[str, dict[str, list[Cell]]] = {"convnext": {}, "vit": {}}
+    for role in ("near_ood", "far_ood"):
+        for vlm, own in Query(Measure("auroc", role)).cells(analysis).items():
+            if architecture_of(vlm) in groups:
+                groups[architecture_of(vlm)].setdefault(vlm, []).extend(own)
+    ours, theirs = groups.values()
+    if ours and theirs:
+        found, query = difference(ours, theirs), f"growth of auroc on near_ood and far_ood, by architecture; {GRID}"
+        title = "growth of AUROC (near and far OOD), ConvNeXt minus ViT"
+        yield Claim(title, "ConvNeXt gains more", "rises", found, "points", count(ours, theirs), query)
+
+
+def _joint(analysis: StudyAnalysis) -> Iterator[Claim]:
+    """What improves and worsens together: significantly where something is claimed, and by signs as they are."""
+    gains = tested_gains(analysis)
+    trained = {key: own for key, own in gains.items() if key[1].is_trained}
+    named = (
+        ("models whose AUROC rises while their ECE worsens", "it happens", gains, {"auroc": 1, "ece": -1}),
+        (
+            "trained models that gain in accuracy, calibration and OOD detection at once",
+            "some do",
+            trained,
+            {"top1": 1, "ece": 1, "auroc": 1},
+        ),
     )
-
-
-def _architectures(analysis: StudyAnalysis) -> Claim | None:
-    groups = []
-    for family in ("convnext", "vit"):
-        merged: dict[str, list[Cell]] = {}
-        for role in ("near_ood", "far_ood"):
-            for vlm, own in Query(Measure("auroc", role)).cells(analysis).items():
-                if architecture_of(vlm) == family:
-                    merged.setdefault(vlm, []).extend(own)
-        groups.append(merged)
-    title = "growth of AUROC (near and far OOD), ConvNeXt minus ViT"
-    return _contrast(
-        title, "ConvNeXt gains more", "rises", groups, "growth of auroc on near_ood and far_ood, by architecture"
-    )
-
-
-def _share(analysis: StudyAnalysis, holds: Callable[[dict[str, float]], bool], trained: bool) -> dict[str, list[Cell]]:
-    """1 where it holds of a setting's gains in accuracy, ECE and AUROC, else 0; by VLM. What samples do to it is not known."""
-    found: dict[str, list[Cell]] = {}
-    for (vlm, setting), gains in analysis.joint_gains().items():
-        if setting.is_trained or not trained:
-            found.setdefault(vlm, []).append(Cell(float(holds(gains))))
-    return found
-
-
-def _ood_without_calibration(analysis: StudyAnalysis) -> Claim | None:
-    cells = _share(analysis, lambda gain: gain["auroc"] > 0 > gain["ece"], trained=False)
-    title = "share of models whose AUROC rises while their ECE worsens"
-    query = "share with a gain in auroc (mean of near and far) and a loss in ece"
-    return _claim(title, "it happens", "some", cells, "%", query) if cells else None
-
-
-def _all_three(analysis: StudyAnalysis) -> Claim | None:
-    cells = _share(analysis, lambda gain: min(gain["top1"], gain["ece"], gain["auroc"]) > 0, trained=True)
-    title = "share of trained models that gain in accuracy, calibration and OOD detection at once"
-    query = "share of trained methods with a gain in top1, ece and auroc (mean of near and far)"
-    return _claim(title, "some do", "some", cells, "%", query) if cells else None
+    for title, published, own, signs in named:
+        if own:
+            parts = ", ".join(f"{name} {'better' if sign > 0 else 'worse'}" for name, sign in signs.items())
+            query = f"share with {parts}: from those that surely are to those that may be; {GRID}"
+            yield Claim(
+                f"share of {title}, significantly", published, "some", joint_share(own, signs), "%", len(own), query
+            )
+    raw = {key: own for key, own in analysis.joint_gains().items() if in_grid(*key)}
+    for ece in (True, False):
+        for auroc in (True, False):
+            shares = shares_by_vlm({k: float((g["ece"] > 0, g["auroc"] > 0) == (ece, auroc)) for k, g in raw.items()})
+            if shares:
+                title = f"– ECE {'better' if ece else 'not better'}, AUROC {'better' if auroc else 'not better'}"
+                query = f"share by the signs of gains in ece and auroc (mean of near and far), noise included; {GRID}"
+                yield Claim(title, "no figure", None, mean(shares, is_share=True), "%", len(raw), query)

@@ -29,6 +29,8 @@ MANY_OF_ONE_VLM = 600
 images a gigabyte), and each run takes half a second."""
 CLOCK_TOLERANCE = timedelta(days=1)
 """How far ahead of this machine's clock another's may be."""
+SHIFT_SETS = ("imagenet_a", "imagenet_r", "imagenet_sketch")
+"""Sets of semantic shift that the published study's claim is about."""
 _DESCRIBES_SET = ("dataset", "role", "corruption", "severity")
 
 
@@ -84,8 +86,7 @@ class StudyResults:
     Attributes:
         root: the study's folder.
         runs: full precision first, then by method, bits and scope; a run whose key was written again later is left out.
-        rows: the results rows of these runs, text columns categorical; of more than :data:`MANY_RUNS` runs without those of single sets,
-            but of full precision, of the in-distribution set, and of AUROC.
+        rows: the results rows of these runs, text columns categorical; of more than :data:`MANY_RUNS` runs those of :func:`needed_rows`.
         n_rows: number of all their rows.
         superseded: how many runs were left out, not counting tuned ones: they come and go with the run they belong to.
         problems: one line for each part of the store that is damaged, incomplete or foreign, and left out.
@@ -209,10 +210,15 @@ class StudyResults:
 
 
 def needed_rows() -> pc.Expression:
-    """Which rows a study of many runs is analysed from: of whole roles, of the in-distribution set, of full precision, and AUROC."""
+    """Which rows a study of many runs is analysed from.
+
+    Those of whole roles, of the in-distribution set (what runs recorded about their spectra among them), of full precision, of AUROC, and
+    of accuracy on :data:`SHIFT_SETS`.
+    """
     is_full = (pc.field("method") == FULL_PRECISION) & ~pc.field("is_tuned")
     of_roles = (pc.field("dataset") == "") | (pc.field("role") == "id")
-    return of_roles | is_full | pc.field("metric").isin(["auroc", "delta_auroc"])
+    is_shifted = pc.field("dataset").isin(list(SHIFT_SETS)) & (pc.field("metric") == "top1")
+    return of_roles | is_full | is_shifted | pc.field("metric").isin(["auroc", "delta_auroc"])
 
 
 def reference_of(run: StoredRun, references: list[StoredRun]) -> StoredRun | None:

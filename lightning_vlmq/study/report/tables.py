@@ -12,8 +12,8 @@ from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison, average_effect
+from lightning_vlmq.study.analysis.claims import Claim
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.published import Claim
 from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.cells import comparison_cell, heading, html_table, interval_cell, stars
 from lightning_vlmq.study.report.notation import percent_interval

@@ -13,7 +13,7 @@ from scipy import stats
 from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.statistics import Interval
 from lightning_vlmq.study.analysis.comparison import analyse
-from lightning_vlmq.study.analysis.groups import Cell, architecture_of, by_vlm, group_effects, sign_error
+from lightning_vlmq.study.analysis.groups import Cell, architecture_of, by_vlm, group_effects, sign_error, source_of
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.tradeoffs import group_table
 
@@ -127,3 +127,22 @@ def test_whether_it_got_better_is_as_sure_as_its_sign():
     bare = Cell.of(Measure("ece", "id"), c, "better")
     assert found.point == bare.point == 1 and found.replicates.mean() == pytest.approx(stats.norm.cdf(1), abs=0.01)
     assert bare.stderr == pytest.approx(found.stderr, abs=0.01) and not len(bare.replicates)
+
+
+@pytest.mark.parametrize(
+    ("vlm", "pretrained", "source"),
+    [
+        ("ViT-B-32", "laion2b_s34b_b79k", "noisy"),
+        ("hf-hub:laion/CLIP-ViT-B-32", "", "noisy"),
+        ("vit_noisy", "noisy", "noisy"),
+        ("ViT-B-32", "openai", "clean"),
+        ("ViT-L-14", "dfn2b", "clean"),
+        ("ViT-B-16", "metaclip_400m", "clean"),
+        ("ViT-B-16", "datacomp_xl_s13b_b90k", ""),
+        ("switch_base", "with_text", ""),  # neither is WIT
+        ("twitter", "unclean", ""),
+    ],
+)
+def test_a_whole_part_of_a_name_says_the_source(vlm, pretrained, source):
+    run = SimpleNamespace(key=SimpleNamespace(pretrained=pretrained))
+    assert source_of(SimpleNamespace(results=SimpleNamespace(runs_of=lambda _: ([run], []))), vlm) == source
