@@ -52,7 +52,7 @@ def test_the_numbers_are_the_store_s(made):
     assert set(verdicts["control"]) == {"matched_noise", "spectral_shrink", "heal 64+", "hurt 64+"}
     reproduced = verdicts[(verdicts["vlm"] == "all VLMs") & (verdicts["verdict"] == "reproduces")]
     assert set(reproduced["control"]) == {"matched_noise", "heal 64+"}
-    assert "3 VLMs (convnext_noisy, siglip_clean, vit_clean): 9 quantized models, 18 controls, 6 surgeries" in text
+    assert "3 VLMs (convnext_noisy, siglip_clean, vit_clean): 9 quantized models, 18 controls, 9 surgeries" in text
     assert "`heal 64+` | `hurt 64+`" in text and text.index("`matched_noise`") < text.index("`heal 64+`")
 
 

@@ -75,7 +75,7 @@ def mechanism_section(analysis: StudyAnalysis) -> str:
         verdict_summary(found),
         "Share of quantized settings by verdict, for each control and each surgery, by dimension",
         "Does it do what quantization does? Shares of the quantized settings that change a dimension (their number at the bar's end); "
-        "controls, then the quantized model with its error healed, or left, in some ranks alone.",
+        "controls, then the error of the image features healed, or left, in some ranks alone, beside that whole error.",
     )
     each = as_html(
         verdict_overview(found),
