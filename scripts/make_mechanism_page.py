@@ -11,24 +11,30 @@ table (gains, verdicts, predictions); its metadata hold command, hardware and du
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from datetime import timedelta
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 from matplotlib.figure import Figure
 
+from lightning_vlmq.core.calls import parse_call
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.mechanism import (
     Verdict,
     control_order,
     first_rank,
+    options_of,
     unjudged,
     verdict_frame,
     verdicts,
@@ -37,9 +43,11 @@ from lightning_vlmq.study.analysis.prediction import prediction_table, predictor
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.figures.mechanism import verdict_summary
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, PALETTE, as_png, new_figure, styled
-from lightning_vlmq.study.report.markdown import END, START, around_results, hardware
+from lightning_vlmq.study.report.markdown import END, START, around_results, hardware, worked
 from lightning_vlmq.study.report.mechanism import MARKS, NO_MATCH, tally
+from lightning_vlmq.study.run.grid import every_vlm
 
+CONFIG = Path(__file__).parents[1] / "configs" / "study" / "mechanism.yaml"
 SITE = "vision/output"
 MOST = 4
 """Predictors shown of each outcome, beside the baselines."""
@@ -125,10 +133,25 @@ def strongest(predictions: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts) if parts else predictions
 
 
-def duration(root: Path) -> str:
-    """Time between the first and the last run that the store got, as hours and minutes."""
-    times = [path.stat().st_mtime for path in (root / "results").glob("*.parquet")]
-    return str(timedelta(seconds=round(max(times) - min(times)))) if times else "0:00:00"
+def command(analysis: StudyAnalysis) -> str:
+    """The study's command, with what is there of each axis that the store does not hold the whole of."""
+    settings = [s for s in analysis.settings if s.method != FULL_PRECISION]
+    there: dict[str, set[Any]] = {"vlm": set(analysis.vlms), "bits": {s.bits for s in settings}}
+    there |= {"scope": {s.scope for s in settings}, "method": {_called(s.method, options_of(s)) for s in settings}}
+    words = ["vlmq-study", "study=mechanism"]
+    for axis, entries in yaml.safe_load(CONFIG.read_text(encoding="utf-8"))["axes"].items():
+        every = every_vlm(entries) if axis == "vlm" else entries
+        own = [e for e in every if (_called(*parse_call(e, "method")) if axis == "method" else e) in there[axis]]
+        if 0 < len(own) < len(every):
+            listed = ",".join(f'"{entry}"' if "(" in entry else entry for entry in own)
+            words.append(f"study.axes.{axis}=[{listed}]")
+    return shlex.join(words)
+
+
+def _called(method: str, options: Mapping[str, Any]) -> tuple[str, frozenset[tuple[str, str]]]:
+    """A method and its options as text, without those that have their default."""
+    usual = METHODS[method]
+    return method, frozenset((k, str(v)) for k, v in options.items() if str(v) != str(getattr(usual, k)))
 
 
 def composition(analysis: StudyAnalysis) -> str:
@@ -152,7 +175,7 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
     lines = [
         START,
         "",
-        f"`{about['command']}` on {about['hardware']}: {about['duration']} (h:m:s) from the first run filed to the last; ",
+        f"`{about['command']}` on {about['hardware']}: {about['duration']} of work (h:m:s, of one process); ",
     ]
     lines += [f"{about['runs']}. All numbers: `data/mechanism.parquet`.", ""]
     lines += [
@@ -211,7 +234,7 @@ def results_text(gains: pd.DataFrame, found: Sequence[Verdict], shown: pd.DataFr
     return "\n".join([*(line.rstrip() for line in lines), "", END])
 
 
-def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
+def write(analysis: StudyAnalysis, page: Path) -> list[Path]:
     """Write figures, Parquet and the page's section between its markers; returns what was written.
 
     Raises:
@@ -222,7 +245,7 @@ def write(analysis: StudyAnalysis, root: Path, page: Path) -> list[Path]:
         raise VLMQError(f"'{root}' has {reason}")
     gains, found, predictions = gain_frame(analysis), verdicts(analysis), prediction_table(analysis)
     shown = strongest(predictions[predictions["n"] > 0]) if len(predictions) else predictions
-    about = {"command": "vlmq-study study=mechanism", "hardware": hardware(), "duration": duration(root)}
+    about = {"command": command(analysis), "hardware": hardware(), "duration": str(worked(analysis.results))}
     about |= {"vlms": ", ".join(analysis.vlms), "runs": composition(analysis)}
     images, data = page.parent / "images", page.parent / "data" / "mechanism.parquet"
     drawn = {"gain": gain_figure(gains), "verdicts": verdict_summary(found)}
@@ -253,7 +276,7 @@ def main() -> None:
     parser.add_argument("page", type=Path, help="the Markdown page, docs/mechanism.md")
     options = parser.parse_args()
     try:
-        written = write(analyse(StudyResults.load(options.root)), options.root, options.page)
+        written = write(analyse(StudyResults.load(options.root)), options.page)
     except (VLMQError, OSError) as error:
         print(f"make_mechanism_page: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -14,7 +14,6 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 
 from lightning_vlmq.core.errors import VLMQError
@@ -31,17 +30,11 @@ from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.robustness import corruption_changes
 from lightning_vlmq.study.report.figures.style import as_png
-from lightning_vlmq.study.report.markdown import END, START, around_results, hardware
+from lightning_vlmq.study.report.markdown import END, START, around_results, hardware, worked
 from lightning_vlmq.study.report.notation import percent_interval
 
 MOST_BYTES = 15e6
 """The compact store may be as large as this."""
-
-
-def worked(results: StudyResults) -> timedelta:
-    """Time that the runs took together, one after another."""
-    facts = [run.store.facts(run.run_id) for run in results.runs if not run.key.is_tuned]
-    return timedelta(seconds=round(sum(own.get("seconds", 0.0) for own in facts)))
 
 
 def claims_text(claims: Sequence[Claim]) -> list[str]:

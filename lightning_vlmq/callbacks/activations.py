@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from lightning import Callback, Trainer
 
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
+from lightning_vlmq.callbacks.sharing import dealt_out
 from lightning_vlmq.callbacks.spectrum import CURVE_COLUMNS
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
@@ -47,7 +48,7 @@ class ActivationSpectrum(Callback):
 
     In every validation (but the sanity check) and test, the first images of the in-distribution set go through both models,
     and the text prompts of its classes where the text tower is quantized. Only second moments are kept. Under DDP every
-    process takes its share of the images, and the sums are added up.
+    process takes its share of the images, the sums are added up, and each decomposes its share of the sites.
 
     ``curves()`` holds, by site, kinds ``sqnr_db``, ``gain`` (with its standard error as kind ``gain_stderr``),
     ``eigenvalues`` (quantized beside full precision) over rank and ``fourier_power`` over frequency in cycles per patch;
@@ -123,15 +124,9 @@ class ActivationSpectrum(Callback):
             self._watchers["text"].update(self._prompts(trainer, pl_module))
         for watcher in self._watchers.values():
             watcher.synchronise()
-        if not trainer.is_global_zero:
-            return
-        kept = getattr(pl_module, "cache", FeatureCache(None))
-        self._found = {
-            site: SiteSpectra.of(moments, kept)
-            for watcher in self._watchers.values()
-            for site, moments in watcher.moments.items()
-        }
-        if takes_figures(trainer):
+        moments = {site: own for watcher in self._watchers.values() for site, own in watcher.moments.items()}
+        self._found = shared_site_spectra(moments, getattr(pl_module, "cache", FeatureCache(None)))
+        if trainer.is_global_zero and takes_figures(trainer):
             tables = self.tables()
             for tower in self._watchers:
                 own = {site: table for site, table in tables.items() if site.startswith(f"{tower}/")}
@@ -153,7 +148,7 @@ class ActivationSpectrum(Callback):
         self._full = {}
 
     def tables(self) -> dict[str, RankTable]:
-        """The table of ranks of every site, around the mean; empty for a model without a reference (and but in rank zero)."""
+        """The table of ranks of every site, around the mean; empty for a model without a reference."""
         return {site: found.table for site, found in self._found.items()}
 
     def _fourier(self) -> dict[str, tuple[RadialSpectrum, RadialSpectrum]]:
@@ -207,7 +202,7 @@ class ActivationSpectrum(Callback):
 
 @dataclass(frozen=True, eq=False)
 class SiteSpectra:
-    """What is told of one site.
+    """What is told of one site, on the CPU.
 
     Attributes:
         table: by rank, around the mean.
@@ -231,7 +226,19 @@ class SiteSpectra:
         values, vectors = eigenbasis(moments.quantized())
         k = min(LEADING, moments.dim)
         angle = math.degrees(float(principal_angles(basis[:, :k], vectors[:, :k])[0]))
-        return cls(rank_table(moments, basis=basis), values, angle, _dimensions(values), full_dimensions)
+        table = rank_table(moments, basis=basis).on_cpu()
+        return cls(table, values.cpu(), angle, _dimensions(values), full_dimensions)
+
+
+def shared_site_spectra(moments: Mapping[str, SecondMoments], cache: FeatureCache) -> dict[str, SiteSpectra]:
+    """What is told of every site, each process of the default group decomposing its share of them.
+
+    Args:
+        moments: by site, those of all processes.
+        cache: where full precision's side is kept.
+    """
+    sizes = {site: own.dim**3 for site, own in moments.items()}
+    return dealt_out(sizes, lambda sites: {site: SiteSpectra.of(moments[site], cache) for site in sites})
 
 
 def _full_side(moment: torch.Tensor, cache: FeatureCache) -> tuple[dict[str, float], torch.Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from lightning_vlmq.callbacks.loggers import log_figure, takes_figures
+from lightning_vlmq.callbacks.sharing import dealt_out
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import tensors_digest
 from lightning_vlmq.evaluation.digests import SPECTRA
@@ -221,22 +222,8 @@ def shared_weight_spectra(weights: Mapping[str, Tensor]) -> dict[str, Spectrum]:
     Raises:
         VLMQError: in every process, naming the layer whose weight is no finite matrix.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return weight_spectra(weights)
-    order = sorted(
-        weights, key=lambda name: -weights[name].numel()
-    )  # large ones dealt out first: shares cost about the same
-    own = order[dist.get_rank() :: dist.get_world_size()]
-    parts: list[Any] = [None] * dist.get_world_size()
-    try:
-        found: Any = weight_spectra({name: weights[name] for name in own})
-    except VLMQError as error:
-        found = str(error)  # raised once all have it: the others would wait for ever
-    dist.all_gather_object(parts, found)
-    if errors := [part for part in parts if isinstance(part, str)]:
-        raise VLMQError(errors[0])
-    merged = {name: spectrum for part in parts for name, spectrum in part.items()}
-    return {name: merged[name] for name in weights}
+    sizes = {name: weight.numel() for name, weight in weights.items()}
+    return dealt_out(sizes, lambda names: weight_spectra({name: weights[name] for name in names}))
 
 
 def kept_spectra(weights: Mapping[str, Tensor], digest: str, cache: FeatureCache) -> dict[str, Spectrum]:

@@ -167,14 +167,14 @@ class Judged:
         known: dict[str, Tensor] = {}
         for variant in self.variants:
             own = inputs if variant is self.own else replace(inputs, logits=variant.scale.logits(inputs.cosine))
-            columns = self._columns(s, own, batch["target"], known) | {"kl": kl_divergence(full, own.logits)}
-            known = {name: columns[name] for name in self._scores_of(s) if "logits" not in self._scores[name].needs}
+            columns = self._columns(s, variant, own, batch["target"], known) | {"kl": kl_divergence(full, own.logits)}
+            known = {name: columns[name] for name in _scores_of(variant, s) if "logits" not in self._scores[name].needs}
             variant.update(s, batch["index"], own.logits, batch["target"], columns)
         return inputs
 
     def columns(self, s: EvalSet, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The record columns of one batch that follow from this model alone (all but ``kl``), each ``[b]``."""
-        return self._columns(s, self._inputs(s, batch), batch["target"])
+        return self._columns(s, self.own, self._inputs(s, batch), batch["target"])
 
     def features(self, s: EvalSet) -> Tensor | None:
         """Image features ``[n, dim]`` of a whole set, where this process has them; see :meth:`~.set_features.SetFeatures.whole`."""
@@ -185,9 +185,10 @@ class Judged:
         return self._classifiers[s.name]
 
     def variant(self, sets: Sequence[EvalSet], settings: Statistics) -> Variant:
-        """One more variant with the model's own scale, to be filled by :meth:`record_features`."""
+        """One more variant with the model's own scale, to be filled by :meth:`record_features`; without scores of patches."""
         classes = {name: len(classifier) for name, classifier in self._classifiers.items()}
-        return Variant(self.own.scale, list(self._scores), classes, sets, settings, self.vlm.mean.device)
+        scores = [name for name, score in self._scores.items() if "local_cosine" not in score.needs]
+        return Variant(self.own.scale, scores, classes, sets, settings, self.vlm.mean.device)
 
     def logits(self, s: EvalSet, features: Tensor) -> Tensor:
         """Logits ``[n, C]`` of unit-norm image features ``[n, dim]`` for a set's classes, with the model's own scale."""
@@ -212,7 +213,7 @@ class Judged:
         pairs = None if self._pairs is None else self._pairs.to(cosine)
         inputs = ScoreInputs(cosine, variant.scale.logits(cosine), features, None, calibration_features=pairs)
         index = torch.arange(len(features), device=classifier.device)
-        columns = self._columns(s, inputs, target) | {"kl": kl_divergence(reference, inputs.logits)}
+        columns = self._columns(s, variant, inputs, target) | {"kl": kl_divergence(reference, inputs.logits)}
         variant.update(s, index, inputs.logits, target, columns)
 
     def gather(self) -> None:
@@ -250,16 +251,17 @@ class Judged:
             features.drop_part(process)
 
     def _columns(
-        self, s: EvalSet, inputs: ScoreInputs, target: Tensor, known: Mapping[str, Tensor] = MappingProxyType({})
+        self,
+        s: EvalSet,
+        variant: Variant,
+        inputs: ScoreInputs,
+        target: Tensor,
+        known: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> dict[str, Tensor]:
-        """The columns of a batch; ``known`` are scores that another logit scale leaves as they are."""
+        """The columns of a variant's batch; ``known`` are scores that another logit scale leaves as they are."""
         columns = {"target": target, **per_sample(inputs.logits, target)}
-        fresh = [name for name in self._scores_of(s) if name not in known]
+        fresh = [name for name in _scores_of(variant, s) if name not in known]
         return columns | {name: self._scores[name](inputs) for name in fresh} | dict(known)
-
-    def _scores_of(self, s: EvalSet) -> Sequence[str]:
-        """Names of the scores that are recorded of a set."""
-        return tuple(self._scores) if ROLES[s.role].is_scored else ()
 
     def _inputs(self, s: EvalSet, batch: Mapping[str, Any]) -> ScoreInputs:
         classifier, image, local = self._classifiers[s.name], batch["image"], None
@@ -276,3 +278,8 @@ class Judged:
         cosine = features @ classifier.T
         pairs = None if self._pairs is None else self._pairs.to(cosine)
         return ScoreInputs(cosine, self.own.scale.logits(cosine), features, local, calibration_features=pairs)
+
+
+def _scores_of(variant: Variant, s: EvalSet) -> Sequence[str]:
+    """Names of the scores that are recorded of a set."""
+    return variant.scores if ROLES[s.role].is_scored else ()

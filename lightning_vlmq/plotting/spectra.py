@@ -7,7 +7,7 @@ diverging map. Line style or position repeats what colour says.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -22,6 +22,8 @@ from lightning_vlmq.plotting.base import DASHED, DPI, GREY, PANELS_PER_ROW, draw
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
 HEATMAP_COLUMNS = 64
+UNROLLED = "of convolutions: of the unrolled kernel matrix"
+"""What the singular values of a convolution are; said wherever they are shown."""
 _CONTAINERS = {"model", "visual", "text", "transformer", "trunk", "resblocks", "encoder", "stages", "blocks", "layers"}
 
 
@@ -32,6 +34,11 @@ def short_layer_name(name: str) -> str:
     """
     parts = name.split(".")
     return ".".join([*(part for part in parts[:-1] if part not in _CONTAINERS), parts[-1]])
+
+
+def has_convolutions(groups: Iterable[str]) -> bool:
+    """Whether layers of a convolution's group, ``<tower>/conv``, are among those of these groups."""
+    return any(group.endswith("/conv") for group in groups)
 
 
 def _role(name: str) -> str:
@@ -62,7 +69,8 @@ def singular_value_curves(layers: Sequence[LayerSpectrum], title: str, label: st
         bottom = (0.42 + 2.2 * (n_rows - 1 - row)) / height
         share = len(members) / n_columns
         _curve_row(figure.add_axes((0.6 / width, bottom, (1 - 0.7 / width) * share, 1.6 / height)), members)
-    figure.text(0.5, 0.05 / height, "rank", fontsize=8.5, ha="center", va="bottom")
+    of_what = " of the unrolled kernel matrix" if has_convolutions(layer.group for layer in layers) else ""
+    figure.text(0.5, 0.05 / height, f"rank{of_what}", fontsize=8.5, ha="center", va="bottom")
     figure.text(0.06 / width, 0.5, "singular value σ", fontsize=8.5, ha="left", va="center", rotation=90)
     figure.text(0.5, 1 - 0.08 / height, title, fontsize=10, ha="center", va="top")
     handles = [Line2D([], [], color=GREY, label=label)]
@@ -165,9 +173,10 @@ def log_ratio_heatmap(layers: Sequence[LayerSpectrum], title: str, label: str, r
     axes.set_xticks(np.linspace(0, HEATMAP_COLUMNS - 1, 5), ["0", "0.25", "0.5", "0.75", "1"], fontsize=7)
     axes.set_yticks([])
     axes.tick_params(length=2)
-    figure.text(
-        0.595, 0.06 / height, "relative rank (0: largest σ, 1: smallest σ)", fontsize=8, ha="center", va="bottom"
-    )
+    ranks = "relative rank (0: largest σ, 1: smallest σ)"
+    if has_convolutions(layer.group for layer in layers):
+        ranks += f"; {UNROLLED}"
+    figure.text(0.595, 0.06 / height, ranks, fontsize=8, ha="center", va="bottom")
     quantity = (
         f"log2(σ {label} / σ {reference_label})"  # here, not along the bar: a model of few layers has a short one
     )

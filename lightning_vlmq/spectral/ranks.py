@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,11 @@ class RankTable:
     def __len__(self) -> int:
         """Number of ranks r."""
         return len(self.energy)
+
+    def on_cpu(self) -> RankTable:
+        """The same with its tensors on the CPU."""
+        tensors = {name: getattr(self, name).cpu() for name in ("basis", "energy", "noise", "coherent")}
+        return replace(self, **tensors)
 
     @property
     def sqnr_db(self) -> Tensor:

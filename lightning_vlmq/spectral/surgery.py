@@ -17,6 +17,9 @@ from lightning_vlmq.spectral.bands import PUBLISHED_BANDS, Band, band_directions
 from lightning_vlmq.spectral.moments import SecondMoments, eigenbasis
 from lightning_vlmq.spectral.ranks import rank_table
 
+WHOLE = "whole"
+"""The surgery that leaves the error as it is: what the others are parts of."""
+
 
 @dataclass(frozen=True, eq=False)
 class Surgery:
@@ -47,7 +50,7 @@ class Surgery:
     def names(self) -> tuple[str, ...]:
         """What :meth:`operate` makes, in order."""
         each = [f"{kind} {band_name(band)}" for kind in ("heal", "hurt") for band in self.bands]
-        return (*each, "coherent", "incoherent")
+        return (*each, "coherent", "incoherent", WHOLE)
 
     def operate(self, name: str, full: Tensor, quantized: Tensor) -> Tensor:
         """Features with part of the error ``D = Q - Z`` left in.
@@ -56,6 +59,7 @@ class Surgery:
         * ``hurt 0-8``: ``Z + D V V^T``: error there alone.
         * ``coherent``: ``Z + (Z - mean) V diag(gain - 1) V^T``, the filter without the noise.
         * ``incoherent``: ``Q`` less what ``coherent`` adds to ``Z``, the noise without the filter.
+        * ``whole``: ``Q``.
 
         Args:
             name: one of :attr:`names`.
@@ -75,6 +79,8 @@ class Surgery:
             )
         z = full.to(self.directions)
         d = quantized.to(self.directions) - z
+        if name == WHOLE:
+            return (z + d).to(full)
         if name in ("coherent", "incoherent"):
             filtered = (z - self.mean) @ (self.directions * (self.gain - 1)) @ self.directions.mT
             return (z + filtered if name == "coherent" else z + d - filtered).to(full)

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_vlmq.callbacks import ActivationSpectrum, ResultsWriter, activations
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
+from lightning_vlmq.evaluation.features import FeatureCache
 from lightning_vlmq.modules import EvaluationModule, Quantization
 from lightning_vlmq.plotting.activations import rank_curves, rank_maps
 from lightning_vlmq.quant.blocks import KeptActivations, run_tower
@@ -150,3 +151,38 @@ def test_figures_show_every_site():
 def test_bad_use_is_refused(arguments):
     with pytest.raises(VLMQError):
         ActivationSpectrum(**arguments)
+
+
+def _decompose(rank, size, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
+    made, of = [], activations.SiteSpectra.of
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(activations.SiteSpectra, "of", lambda *given: made.append(given) or of(*given))
+        found = activations.shared_site_spectra(_site_moments(), FeatureCache(folder / "cache"))
+    torch.save(
+        (len(made), list(found), {s: (own.table.gain, own.eigenvalues) for s, own in found.items()}),
+        folder / f"{rank}.pt",
+    )
+    torch.distributed.destroy_process_group()
+
+
+def _site_moments():
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for k in range(5):
+        z = torch.randn(60, 4 + k % 3, generator=generator, dtype=torch.float64)
+        found[f"vision/block {k}"] = SecondMoments(z.shape[1])
+        found[f"vision/block {k}"].update(z, 0.9 * z + 0.1 * torch.randn(z.shape, generator=generator))
+    return found
+
+
+def test_processes_share_the_sites_out(tmp_path):
+    torch.multiprocessing.spawn(_decompose, (2, tmp_path), nprocs=2)
+    moments = _site_moments()
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    assert sorted(made for made, _, _ in shares) == [2, 3]
+    for _, sites, found in shares:  # both have all
+        assert sites == list(moments)
+        for site, own in moments.items():
+            torch.testing.assert_close(found[site][0], rank_table(own).gain)
+            torch.testing.assert_close(found[site][1], eigenbasis(own.quantized())[0])

@@ -26,7 +26,7 @@ def _write(
             for metric, value in new.items()
         ]
         rows = pd.concat([rows, *own], ignore_index=True)
-    store.write(run_id, rows, samples, curves)
+    store.write(run_id, rows, samples, curves, facts={"seconds": 60.0})
 
 
 def write_mechanism(root: Path) -> None:
@@ -47,3 +47,4 @@ def write_mechanism(root: Path) -> None:
             store, replace(key, variant="surgery=heal 64+"), f"r{number}h", like=key
         )  # the change is all in low ranks
         _write(store, replace(key, variant="surgery=hurt 64+"), f"r{number}k", like=full)
+        _write(store, replace(key, variant="surgery=whole"), f"r{number}w", like=key)

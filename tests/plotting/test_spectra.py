@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from lightning_vlmq.plotting.spectra import log_ratio_heatmap, singular_value_curves
+from lightning_vlmq.plotting.spectra import UNROLLED, log_ratio_heatmap, singular_value_curves
 from lightning_vlmq.spectral import LayerSpectrum, Spectrum
 
 
@@ -51,3 +51,16 @@ def test_curves_draw_every_value_of_every_layer():
 def test_many_roles_wrap_into_rows():
     layers = [layer_spectrum(f"role{chr(97 + i)}", "vision/conv", [1.0, 0.5], None) for i in range(6)]
     assert [len(axes.texts) for axes in singular_value_curves(layers, "title", "model", "FP32").axes] == [4, 2]
+
+
+def test_what_convolutions_spectra_are_is_said():
+    """In both figures, where there are any; and nothing is cut."""
+    convolution = layer_spectrum("model.visual.stem", "vision/conv", [4.0, 2.0], [1.0, 1.0])
+    other = layer_spectrum("model.visual.proj", "vision/projection", [4.0, 2.0], [1.0, 1.0])
+    for draw, words in ((log_ratio_heatmap, UNROLLED), (singular_value_curves, "unrolled kernel matrix")):
+        for layers in ([convolution], [other]):
+            figure = draw(layers, "title", "quantized", "FP32")
+            assert any(words in text.get_text() for text in figure.texts) == (convolution in layers)
+            figure.canvas.draw()
+            boxes = [text.get_window_extent() for text in figure.texts]
+            assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)

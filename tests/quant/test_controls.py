@@ -122,6 +122,17 @@ def test_seeds_repeat_and_differ(start):
     assert (features[0] - features[2]).abs().max() > 1e-4
 
 
+def test_noise_is_that_of_a_place_in_the_batch(start):
+    """So that numbers depend on the batch size, as the docstring says: an image alone has the noise of the first one."""
+    images, control = start[1][0]["image"][:2], controlled(start, MatchedNoise())
+    with torch.no_grad():
+        both, first, second = (control.encode_image(x) for x in (images, images[:1], images[1:]))
+        swapped = control.encode_image(images.flip(0))
+    torch.testing.assert_close(both[:1], first, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(swapped[:1], second, rtol=1e-4, atol=1e-5)
+    assert (both[1:] - second).norm() > 1e-3
+
+
 def test_noise_drawn_at_each_forward_changes_and_repeats_from_the_start(start):
     images = start[1][0]["image"]
     one, two = (controlled(start, MatchedNoise(draw="each_forward", tolerance_db=2.0)) for _ in range(2))
@@ -223,8 +234,10 @@ def test_controls_are_covered_like_their_pattern(method):
         layer for layer in quantized_layers(vlm).values() if isinstance(layer, QuantConv2d) and layer.groups > 1
     ]
     assert depthwise
-    if method == "rank_truncation":
+    if method != "matched_noise":  # they have no singular directions across their channels
         assert all(torch.equal(layer.effective_weight(), layer.weight) for layer in depthwise)
+    others = [layer for layer in quantized_layers(vlm).values() if layer not in depthwise]
+    assert others and not any(torch.equal(layer.effective_weight(), layer.weight) for layer in others)
     assert METHODS[method].is_control
 
 

@@ -1,14 +1,17 @@
 """The page about the mechanism says what the store holds."""
 
 import importlib.util
+import shlex
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 from cases.mechanism import VLMS, write_mechanism
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
 from lightning_vlmq.core.errors import VLMQError
@@ -55,12 +58,12 @@ def test_the_numbers_are_the_store_s(made):
     assert set(verdicts["control"]) == {"matched_noise", "spectral_shrink", "heal 64+", "hurt 64+"}
     reproduced = verdicts[(verdicts["vlm"] == "all VLMs") & (verdicts["verdict"] == "reproduces")]
     assert set(reproduced["control"]) == {"matched_noise", "heal 64+"}
-    assert "3 VLMs (convnext_noisy, siglip_clean, vit_clean): 9 quantized models, 18 controls, 6 surgeries" in text
+    assert "3 VLMs (convnext_noisy, siglip_clean, vit_clean): 9 quantized models, 18 controls, 9 surgeries" in text
     assert "`heal 64+` | `hurt 64+`" in text and text.index("`matched_noise`") < text.index("`heal 64+`")
 
 
 def test_page_and_files_are_whole_and_small(made):
-    _, page = made
+    root, page = made
     text = page.read_text()
     assert text.count(script.START) == text.count(script.END) == 1 and "results were stated" not in text
     assert text.split(script.START)[0] == (REPOSITORY / "docs" / "mechanism.md").read_text().split(script.START)[0]
@@ -71,7 +74,9 @@ def test_page_and_files_are_whole_and_small(made):
     path = page.parent / "data" / "mechanism.parquet"
     about = pq.read_schema(path).metadata
     assert path.stat().st_size < 1e6
-    assert about[b"command"] == b"vlmq-study study=mechanism" and about[b"hardware"] and about[b"duration"]
+    n_runs = len(list((root / "results").glob("*.parquet")))
+    assert about[b"hardware"] and about[b"duration"].decode() == str(timedelta(minutes=n_runs))  # as long as runs took
+    assert f"{timedelta(minutes=n_runs)} of work" in text
     for line in text.split(script.START)[1].split("\n"):
         assert not line.startswith("|") or line.count("|") >= 4
 
@@ -85,9 +90,22 @@ def test_controls_that_cannot_be_judged_are_no_page(made, monkeypatch):
     assert "\n" not in str(said.value) and page.read_text() == before
 
 
-def test_what_cannot_be_written_is_one_line(made, tmp_path):
-    root, _ = made
+def test_the_command_says_what_was_run_of_the_study(made):
+    """Methods of the store that the study has, under its own names and in its order; the shell and Hydra read them."""
+    _, page = made
+    command = pq.read_schema(page.parent / "data" / "mechanism.parquet").metadata[b"command"].decode()
+    program, study, *words = shlex.split(command)
+    assert (program, study) == ("vlmq-study", "study=mechanism") and f"`{command}` on " in page.read_text()
+    axes = {o.key_or_group: [str(v) for v in o.value()] for o in OverridesParser.create().parse_overrides(words)}
+    assert axes.pop("study.axes.vlm") == sorted(VLMS)
+    assert axes.pop("study.axes.bits") == ["W4A8"]
+    noises = [f"matched_noise(seed={k})" for k in range(1, 5)]
+    assert axes.pop("study.axes.method") == ["minmax", "gptq", "matched_noise", "spectral_shrink", *noises]
+    assert not axes  # the scope is not one of the study's
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path):
     page = tmp_path / "other.md"
     page.write_text("# No place")
     with pytest.raises(VLMQError, match="no place for results"):
-        script.write(None, root, page)
+        script.write(None, page)

@@ -23,7 +23,7 @@ class SpectralShrink(PTQMethod):
 
     ``g_k = u_k^T W_q v_k / s_k``, smoothed over log-spaced windows of ranks, see
     :func:`~lightning_vlmq.spectral.filter_gains`; never the ratio of singular values, which noise makes grow. Activations are
-    left as they are.
+    left as they are. A grouped or depth-wise convolution has no singular directions across its channels and keeps its weight.
 
     Attributes:
         pattern: the quantization whose damping is taken over.
@@ -41,7 +41,10 @@ class SpectralShrink(PTQMethod):
         with torch.no_grad():
             patterns = quantized_layers(twin)
             for name, layer in imitate(vlm, twin).items():
-                gains, _ = filter_gains(layer.weight, patterns[name].effective_weight())
                 assert isinstance(layer.weight_fake_quant, Imitation)
-                layer.weight_fake_quant.change = shrink_spectrum(layer.weight, gains) - layer.weight
+                changed = layer.weight
+                if getattr(layer, "groups", 1) == 1:
+                    gains, _ = filter_gains(layer.weight, patterns[name].effective_weight())
+                    changed = shrink_spectrum(layer.weight, gains)
+                layer.weight_fake_quant.change = changed - layer.weight
         return vlm

@@ -13,6 +13,7 @@ import pandas as pd
 
 from lightning_vlmq.evaluation.measures import Dimension, dimensions
 from lightning_vlmq.quant.methods import METHODS
+from lightning_vlmq.spectral.surgery import WHOLE
 from lightning_vlmq.statistics.equivalence import Reproduction, over_seeds, reproduction
 from lightning_vlmq.study.analysis.change import Comparison, beyond
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
@@ -40,7 +41,7 @@ class Verdict:
             ``"heal 0-8"``.
         quantized: the setting that it imitates.
         dimension: the reliability dimension.
-        change: the quantization's effect.
+        change: the quantization's effect; for a surgery that of the image features' whole error alone, of which it leaves a part.
         control_change: the control's, mean over seeds.
         n_seeds: independent draws of the control's noise: settings that differ by its own ``seed`` alone. Runs of one of them with several
             seeds of the study have the same noise, on other calibration data, and count once; so do those of a control without noise.
@@ -89,6 +90,11 @@ def pattern_of(setting: Setting) -> Setting | None:
     return replace(setting, method=own.get("pattern", "minmax"), variant=scheme)
 
 
+def whole_of(setting: Setting) -> Setting:
+    """The surgery that leaves the whole error of the image features, of which another surgery leaves a part."""
+    return replace(setting, variant=setting.variant.removesuffix(setting.surgery) + WHOLE)
+
+
 def control_name(setting: Setting) -> str:
     """A control's method with its options but pattern and seed, e.g. ``"rank_truncation(keep=bottom)"``; a surgery's name."""
     if setting.surgery:
@@ -118,8 +124,9 @@ def control_order(name: str) -> tuple[int, int, str]:
 
 
 def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
-    """Does each control, and each surgery, reproduce its quantization's change? Paired bootstrap over samples and seeds of noise.
+    """Does each control, and each surgery, reproduce the change beside it? Paired bootstrap over samples and seeds of noise.
 
+    Beside a control stands its quantization, beside a surgery the image features' whole error (without it the surgery is passed over).
     A control reproduces a change that it is equivalent to within half of it, see
     :func:`~lightning_vlmq.statistics.equivalence.reproduction`. One that draws noise needs :data:`LEAST_SEEDS` seeds of its
     own, else the verdict is "undecided"; VLMs with fewer (draws are refused that are no match) do not count among all VLMs. What
@@ -127,7 +134,7 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
     is more than :data:`MATCH_DB` from the quantization's output SQNR is "no match", and does not count among all VLMs either.
 
     Args:
-        analysis: a study with controls or surgeries and what they start from; settings of neither kind are passed over.
+        analysis: a study with controls or surgeries and what they are compared with; settings of neither kind are passed over.
         seed: of the draws of seeds.
 
     Returns:
@@ -140,9 +147,10 @@ def verdicts(analysis: StudyAnalysis, seed: int = 0) -> list[Verdict]:
         cells: dict[tuple[Setting, str], dict[str, _Cell]] = {}
         for vlm, setting, comparison in analysis.comparisons.of(dimension.measure):
             pattern = None if setting.is_tuned else pattern_of(setting)
-            if pattern is None:
+            if pattern is None or setting.surgery == WHOLE:
                 continue
-            imitated = analysis.comparisons.get((vlm, pattern, dimension.measure))
+            beside = whole_of(setting) if setting.surgery else pattern
+            imitated = analysis.comparisons.get((vlm, beside, dimension.measure))
             if imitated is not None and imitated.effect is not None and len(comparison.effects):
                 own = cells.setdefault((pattern, control_name(setting)), {}).setdefault(vlm, _Cell(imitated, [], []))
                 own.controls.append(comparison)

@@ -1,12 +1,14 @@
-"""The part of a committed Markdown page that a study's results are written into, and where they were made."""
+"""The part of a committed Markdown page that a study's results are written into, and where and in what time they were made."""
 
 from __future__ import annotations
 
 import os
 import platform
+from datetime import timedelta
 from pathlib import Path
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.study.analysis.runs import StudyResults
 
 
 def markers(part: str = "results") -> tuple[str, str]:
@@ -36,3 +38,9 @@ def hardware() -> str:
     with open("/proc/cpuinfo", encoding="utf-8") if os.path.exists("/proc/cpuinfo") else open(os.devnull) as lines:
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
     return f"{model}, {os.cpu_count()} cores"
+
+
+def worked(results: StudyResults) -> timedelta:
+    """Time that the runs took together, one after another, as each was timed; pauses between them do not count."""
+    facts = [run.store.facts(run.run_id) for run in results.runs if not run.key.is_tuned]
+    return timedelta(seconds=round(sum(own.get("seconds", 0.0) for own in facts)))

@@ -52,9 +52,10 @@ def summary_table(found: Sequence[Verdict]) -> str:
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     note = (
         "<p class='note'>Number of quantized settings by verdict: does the change of the control, or of the model whose error was healed "
-        f"or hurt in these ranks, equal quantization's own within half of it? {marks} ({NO_MATCH}). Were "
-        "the damping of high ranks the cause, then <code>rank_truncation</code>, <code>spectral_shrink</code> and <code>hurt</code> of the "
-        "high ranks would reproduce the change, and <code>heal</code> of them would not.</p>"
+        f"or hurt in these ranks, equal quantization's own within half of it? (For a surgery: that of the image features' error alone, "
+        f"classes being full precision's.) {marks} ({NO_MATCH}). Were the damping of high ranks the cause, then "
+        "<code>rank_truncation</code>, <code>spectral_shrink</code> and <code>hurt</code> of the high ranks would reproduce the change, "
+        "and <code>heal</code> of them would not.</p>"
     )
     return note + html_table([["dimension", *map(escape, columns)]], body)
 
@@ -81,8 +82,9 @@ def verdict_table(found: Sequence[Verdict]) -> str:
         )
     marks = ", ".join(f"{mark} {verdict}" for verdict, mark in MARKS.items())
     note = (
-        "<p class='note'>Change: as in the overview, in percent or points. Cells: the control's change as a share of "
-        f"quantization's, with the 90 % interval of two one-sided 5 % tests. {marks}; equivalent means within half of it; {NO_MATCH}.</p>"
+        "<p class='note'>Change: as in the overview, in percent or points; for surgeries that of the image features' whole error alone, "
+        "classes being full precision's. Cells: the control's (or surgery's) change as a share of "
+        f"it, with the 90 % interval of two one-sided 5 % tests. {marks}; equivalent means within half of it; {NO_MATCH}.</p>"
     )
     return note + html_table([["setting", "dimension", "change", *map(escape, controls)]], body)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from lightning_vlmq.plotting.spectra import UNROLLED, has_convolutions
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.mechanism import unjudged, verdicts
 from lightning_vlmq.study.analysis.prediction import prediction_table
@@ -35,16 +36,18 @@ def spectra_section(analysis: StudyAnalysis) -> str:
 
 
 def _weight_spectra(spectra: Spectra, vlm: str, where: str) -> str:
+    groups = {layer.group for layers in spectra.values() for layer in layers.values()}
+    unrolled = f" Singular values {UNROLLED}, not of the map." if has_convolutions(groups) else ""
     lines = as_html(
         singular_value_ratios(spectra),
         f"Singular values of {vlm} by layer group",
         f"Singular values of the weights, mean over the layers of a group ({where}). Above: relative to the largest of "
-        "full precision; below: relative to full precision at the same rank.",
+        f"full precision; below: relative to full precision at the same rank.{unrolled}",
     )
     heatmap = as_html(
         singular_value_heatmaps(spectra),
         f"Change of singular values of {vlm} by layer and rank",
-        f"log₂ ratio of quantized to full-precision singular values by layer and relative rank, 0 the largest ({where}).",
+        f"log₂ ratio of quantized to full-precision singular values by layer and relative rank, 0 the largest ({where}).{unrolled}",
     )
     return lines + heatmap
 
@@ -79,7 +82,7 @@ def mechanism_section(analysis: StudyAnalysis) -> str:
         verdict_summary(found),
         "Share of quantized settings by verdict, for each control and each surgery, by dimension",
         "Does it do what quantization does? Shares of the quantized settings that change a dimension (their number at the bar's end); "
-        "controls, then the quantized model with its error healed, or left, in some ranks alone.",
+        "controls, then the error of the image features healed, or left, in some ranks alone, beside that whole error.",
     )
     each = as_html(
         verdict_overview(found),

@@ -19,6 +19,7 @@ from lightning_vlmq.study.analysis.mechanism import (
     unjudged,
     verdict_frame,
     verdicts,
+    whole_of,
 )
 from lightning_vlmq.study.analysis.prediction import prediction_table
 from lightning_vlmq.study.analysis.runs import StudyResults
@@ -46,6 +47,8 @@ def test_settings_know_what_they_imitate():
     operated = Setting("gptq", 4, 8, "vision", "act_granularity=per_token, surgery=heal 0-8")
     assert pattern_of(operated) == Setting("gptq", 4, 8, "vision", "act_granularity=per_token")
     assert control_name(operated) == "heal 0-8" and not operated.is_quantization
+    assert whole_of(operated) == Setting("gptq", 4, 8, "vision", "act_granularity=per_token, surgery=whole")
+    assert whole_of(replace(operated, variant="surgery=coherent")).variant == "surgery=whole"
     assert (
         pattern_of(Setting("spectral_shrink", 4, 8, "vision", "surgery=heal 0-8")) is None
     )  # a control's error is nobody's
@@ -76,6 +79,21 @@ def test_the_same_reproduces_and_nothing_does_not(analysis):
         "no match",
     }
     assert frame["sqnr_gap_db"].isna().all()  # none stored
+
+
+def test_a_surgery_is_compared_with_the_image_features_whole_error(analysis):
+    """Not with the quantized model, whose text tower has an error of its own; without the whole there is nothing to compare with."""
+    nothing = {(vlm, s.surgery, m): c for (vlm, s, m), c in analysis.comparisons.items() if s.surgery == "hurt 64+"}
+    swapped, lacking = {}, {}
+    for (vlm, setting, measure), comparison in analysis.comparisons.items():
+        is_whole = setting.surgery == "whole"
+        swapped[vlm, setting, measure] = nothing[vlm, "hurt 64+", measure] if is_whole else comparison
+        if not is_whole:
+            lacking[vlm, setting, measure] = comparison
+    found = verdicts(replace(analysis, comparisons=Comparisons.gathered(swapped)))
+    assert {v.found.verdict for v in found if v.is_surgery} == {"nothing to reproduce"}
+    assert "reproduces" in {v.found.verdict for v in found if not v.is_surgery}  # controls go on as before
+    assert not any(v.is_surgery for v in verdicts(replace(analysis, comparisons=Comparisons.gathered(lacking))))
 
 
 def test_controls_and_surgeries_are_no_quantizations(analysis):

@@ -16,7 +16,8 @@ from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report.figures.ranks import rank_curves, rank_maps, read_ranks
-from lightning_vlmq.study.report.spectral import spectra_section
+from lightning_vlmq.study.report.figures.spectra import LayerCurve
+from lightning_vlmq.study.report.spectral import _weight_spectra, spectra_section
 
 SITES = ("vision/block 0", "vision/block 1", "vision/output", "text/output")
 
@@ -101,3 +102,11 @@ def test_they_stand_in_the_section_of_spectra(analysis):
     html = spectra_section(analysis)
     assert html.count("<figure>") == 5  # weights: ratios and heatmaps; activations: a tower each, and maps
     assert "the gain is below 1 only where a rank is damped" in html
+
+
+def test_captions_say_what_convolutions_spectra_are_of():
+    values = np.linspace(2.0, 1.0, 5)
+    for group in ("vision/conv", "vision/mlp"):
+        spectra = {Setting("minmax", 4, 8, "vision"): {"model.visual.stem": LayerCurve(group, 1.1 * values, values)}}
+        html = _weight_spectra(spectra, "convnext_clean", "where")
+        assert html.count("unrolled kernel matrix") == (2 if group == "vision/conv" else 0)
