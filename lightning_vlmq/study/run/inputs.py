@@ -101,7 +101,7 @@ def n_surgeries(arguments: Sequence[str]) -> int:
     made: set[str] = set()
     found = setting(arguments, "trainer", "callbacks", None) or []
     for callback in found if isinstance(found, list) else [found]:
-        about = callback if isinstance(callback, dict) else {"class_path": str(callback)}
+        about: dict[str, Any] = callback if isinstance(callback, dict) else {"class_path": str(callback)}
         if str(about.get("class_path")).rpartition(".")[2] == "ErrorSurgery":
             bands = (about.get("init_args") or {}).get("bands") or PUBLISHED_BANDS
             made |= {
