@@ -242,7 +242,7 @@ def write(analysis: StudyAnalysis, page: Path) -> list[Path]:
     """
     before, after = around_results(page)
     if reason := unjudged(analysis):
-        raise VLMQError(f"'{root}' has {reason}")
+        raise VLMQError(f"'{analysis.results.root}' has {reason}")
     gains, found, predictions = gain_frame(analysis), verdicts(analysis), prediction_table(analysis)
     shown = strongest(predictions[predictions["n"] > 0]) if len(predictions) else predictions
     about = {"command": command(analysis), "hardware": hardware(), "duration": str(worked(analysis.results))}

@@ -86,7 +86,7 @@ def test_controls_that_cannot_be_judged_are_no_page(made, monkeypatch):
     before = page.read_text()
     monkeypatch.setattr(runs, "MANY_OF_ONE_VLM", 3)
     with pytest.raises(VLMQError, match="no verdicts on controls") as said:
-        script.write(analyse(StudyResults.load(root)), root, page)
+        script.write(analyse(StudyResults.load(root)), page)
     assert "\n" not in str(said.value) and page.read_text() == before
 
 
