@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lightning_vlmq.study.run import plan
+from lightning_vlmq.study.run.grid import Run
 
 PAGE = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 FORWARD = (
@@ -24,6 +25,19 @@ def test_passes_of_methods():
     found = {method: float(ours[method]) / (images * FORWARD) for method in plan.PASSES}
     assert pytest.approx(found, rel=0.02) == plan.PASSES
     assert pytest.approx(np.mean(list(plan.PASSES.values())), rel=0.02) == plan.TYPICAL
+
+
+def test_noise_that_is_matched_costs_its_rounds():
+    """By hand: a second an image, four pairs."""
+    costs = plan.Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
+    for method, passes in (
+        ("matched_noise(seed=1)", plan.MATCHED_NOISE),
+        ("matched_noise(pattern='gptq')", plan.MATCHED_NOISE + plan.PASSES["gptq"] - plan.PASSES["minmax"]),
+        ("hqq", plan.TYPICAL),
+    ):
+        run = Run("vit_clean", "vision", method, "W4A8", "ptq", 0, method, ())
+        found = plan.Plan([run], {"id": 10}, 1, 4, 1, 1, 0, 10, False).seconds(costs, "all")
+        assert found["quantizing and training"] == pytest.approx(passes * 4)
 
 
 def test_fake_quantized_passes_and_steps():
