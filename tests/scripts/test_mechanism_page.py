@@ -10,11 +10,14 @@ from pathlib import Path
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from cases.mechanism import VLMS, write_mechanism
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from PIL import Image
 
+from lightning_vlmq import callbacks
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.spectral import PUBLISHED_BANDS
 from lightning_vlmq.study.analysis import runs
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
@@ -102,6 +105,14 @@ def test_the_command_says_what_was_run_of_the_study(made):
     noises = [f"matched_noise(seed={k})" for k in range(1, 5)]
     assert axes.pop("study.axes.method") == ["minmax", "gptq", "matched_noise", "spectral_shrink", *noises]
     assert not axes  # the scope is not one of the study's
+
+
+def test_the_study_measures_what_the_page_asks_in_the_same_ranks():
+    (words,) = (w for w in yaml.safe_load(script.CONFIG.read_text())["arguments"]["extra"] if "callbacks" in w)
+    names = [name.rsplit(".", 1)[1] for name in words.partition("=[")[2].rstrip("]").split(",")]
+    made = [getattr(callbacks, name)() for name in names]
+    assert {"ActivationSpectrum", "BandAccuracies", "ErrorSurgery"} <= set(names)
+    assert {callback.bands for callback in made if hasattr(callback, "bands")} == {PUBLISHED_BANDS}
 
 
 def test_what_cannot_be_written_is_one_line(tmp_path):
