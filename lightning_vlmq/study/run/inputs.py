@@ -10,7 +10,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from lightning_vlmq.core.errors import VLMQError, first_line
+from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded import EmbeddedData
@@ -38,8 +38,10 @@ def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
     made = parser()
     try:
         found: ReliabilityDataModule = made.instantiate(made.parse_args(words)).data
-    except jsonargparse.ArgumentError as error:
-        raise VLMQError(f"the study's data cannot be set up: {first_line(error)}") from error
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        if not isinstance(error, jsonargparse.ArgumentError) and own_error(error) is None:
+            raise
+        raise VLMQError(f"the study's data cannot be set up: {of_the_parser(error)}") from error
     return found
 
 

@@ -86,7 +86,7 @@ def test_argument_lists(demo):
     "path", sorted(p.stem for p in (CONFIGS / "study").glob("*.yaml") if PART not in p.read_text())
 )
 def test_committed_studies_are_complete(path):
-    plain = config(f"study={path}", *(["study.data_root=/datasets"] if path == "paper" else []))
+    plain = config(f"study={path}", *(["study.data_root=/datasets"] if path in ("paper", "real") else []))
     unknown_methods = [name for name in plain["axes"]["method"] if name.partition("(")[0] not in METHODS]
     assert not unknown_methods
     grid = runs(plain)
