@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 from torch import nn
 
-from lightning_vlmq.core.errors import VLMQError, first_line
+from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import digest, tensors_digest
-from lightning_vlmq.core.preprocessing import Framing, Preprocessing
+from lightning_vlmq.core.preprocessing import Framing, Preprocessing, ResizeMode
 from lightning_vlmq.models.fetching import download, one_line_errors
 from lightning_vlmq.models.provenance import RANDOM, Provenance
 from lightning_vlmq.models.recipes import Activation, Recipe, is_quick, recipe_of_file, recipe_of_tag
@@ -21,6 +22,8 @@ from lightning_vlmq.models.weights import fit
 
 CONFIG = "open_clip_config.json"
 SCHEMAS = ("hf-hub:", "local-dir:")
+PREPROCESS = tuple(field.name for field in fields(open_clip.transform.PreprocessCfg))
+"""Entries of open_clip's preprocessing configs."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
 
@@ -126,11 +129,22 @@ def preprocessing(model: Any, preprocess: Mapping[str, Any], name: str) -> Prepr
     height, width = sizes if isinstance(sizes, (tuple, list)) else (sizes, sizes)
     if height != width:
         raise VLMQError(f"model '{name}' takes images of {height} x {width} pixels; only square ones are supported")
+    _require_known(preprocess, name)
     config = open_clip.transform.merge_preprocess_dict(open_clip.transform.PreprocessCfg(), dict(preprocess))
     mean, std = (v if isinstance(v, (tuple, list)) else (v,) * 3 for v in (config["mean"], config["std"]))
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"  # "random" is for training
     framing = Framing(int(height), config["resize_mode"], interpolation, config["fill_color"])  # type: ignore[arg-type]
     return Preprocessing(framing, tuple(mean), tuple(std))
+
+
+def _require_known(preprocess: Mapping[str, Any], name: str) -> None:
+    """Refuse entries that open_clip's preprocessing config does not have, or values that its transform does not take."""
+    known = {"interpolation": ("bicubic", "bilinear", "random"), "mode": ("RGB",), "resize_mode": get_args(ResizeMode)}
+    for entry, value in preprocess.items():
+        if entry not in PREPROCESS:
+            raise unknown(f"entry of preprocess_cfg in the config of '{name}':", str(entry), PREPROCESS)
+        if value is not None and entry in known and value not in known[entry]:
+            raise unknown(f"{entry} in the config of '{name}':", str(value), known[entry])
 
 
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:

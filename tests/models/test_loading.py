@@ -212,3 +212,22 @@ def test_identity_is_of_the_content_not_the_place(tiny):
     assert digest(first.identity()) == digest(second.identity())
     with pytest.raises(VLMQError, match="load_vlm"):
         zoo.build("vit_clean").identity()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"interpolation": "nearest"}, "unknown interpolation in the config of 'tiny': 'nearest'"),
+        ({"interpolation": "bicubik"}, "did you mean bicubic"),
+        ({"mode": "L"}, "unknown mode in the config of 'tiny': 'L'; known: RGB"),
+        ({"resize_mode": "longst"}, "did you mean longest"),
+        ({"interpolations": "bicubic"}, "unknown entry of preprocess_cfg in the config of 'tiny': 'interpolations'"),
+    ],
+)
+def test_preprocessing_that_open_clip_does_not_know_is_refused(entries, said):
+    model = open_clip.CLIP(**CONFIG)
+    with pytest.raises(VLMQError) as caught:
+        openclip.preprocessing(model, entries, "tiny")
+    assert said in str(caught.value)
+    taken = openclip.preprocessing(model, {"size": 32, "mode": "RGB", "interpolation": "random", "mean": None}, "tiny")
+    assert taken.framing.interpolation == "bicubic"
