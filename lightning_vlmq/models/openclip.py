@@ -90,14 +90,15 @@ def load_folder(name: str, folder: Path, revision: str = "") -> VLM:
     """
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config = dict(content["model_cfg"])
+        config, preprocess = dict(content["model_cfg"]), dict(content.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model ({first_line(error)})") from error
+    _require_known(preprocess, name)
     path = _weights_in(folder)
     tokenize = tokenizer_of(f"local-dir:{folder}")
     model = build(name, config)
     fit(model, path)
-    return _finish(model, tokenize, name, path.name, content.get("preprocess_cfg") or {}, config, revision)
+    return _finish(model, tokenize, name, path.name, preprocess, config, revision)
 
 
 def _finish(
@@ -129,7 +130,6 @@ def preprocessing(model: Any, preprocess: Mapping[str, Any], name: str) -> Prepr
     height, width = sizes if isinstance(sizes, (tuple, list)) else (sizes, sizes)
     if height != width:
         raise VLMQError(f"model '{name}' takes images of {height} x {width} pixels; only square ones are supported")
-    _require_known(preprocess, name)
     config = open_clip.transform.merge_preprocess_dict(open_clip.transform.PreprocessCfg(), dict(preprocess))
     mean, std = (v if isinstance(v, (tuple, list)) else (v,) * 3 for v in (config["mean"], config["std"]))
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"  # "random" is for training
