@@ -230,7 +230,7 @@ def _preprocessing(config: Any, processor: Any, folder: Path) -> Preprocessing:
     if config.model_type == "siglip2":
         size = math.isqrt(int(get("max_num_patches"))) * int(config.vision_config.patch_size)
         log.warning("'%s' takes images of any ratio; here each is squashed to %d x %d pixels", folder, size, size)
-        framing = Framing(size, "squash", how)
+        framing = Framing(size, "squash", how, rgb_first=True)
     else:
         crop = dict(get("crop_size") or {}) if get("do_center_crop") else {}
         framing = _framing(dict(get("size") or {}), crop, how, refuse)
@@ -265,4 +265,4 @@ def _framing(size: dict[str, Any], crop: dict[str, Any], how: Interpolation, ref
     mode: ResizeMode = "shortest" if shortest else "squash"
     if final > side:
         raise refuse(f"cuts {final} pixels out of {side}")
-    return Framing(final, mode, how, resize_to=side if side != final else None)
+    return Framing(final, mode, how, resize_to=side if side != final else None, rgb_first=True)

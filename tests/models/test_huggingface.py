@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.images import Preprocess
 from lightning_vlmq.models import huggingface, load_vlm
 from lightning_vlmq.quant import QuantScheme, quantize
 from lightning_vlmq.quant.attention import attention_products
@@ -120,6 +121,20 @@ def test_pixels_are_those_of_the_image_processor(saved, kind):
     pixels = torch.from_numpy(np.array(vlm.preprocessing.framing(photo()))).permute(2, 0, 1)[None]
     theirs = processor(photo(), return_tensors="pt")["pixel_values"]
     # Pillow and torchvision round differently when they resize
+    assert (vlm.preprocess(pixels) - theirs).abs().max() < 2.01 / 255 / min(vlm.preprocessing.std)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("mode", ["P", "RGBA", "1"])
+def test_pixels_of_palette_and_transparent_images_too(saved, kind, mode):
+    """transformers makes them RGB before it resizes, on white."""
+    folder, _, processor, _ = saved[kind]
+    vlm = load_vlm(f"local-dir:{folder}")
+    picture = photo().quantize(8) if mode == "P" else photo().convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(Image.fromarray((np.arange(50 * 75).reshape(50, 75) % 256).astype(np.uint8)))
+    pixels = Preprocess.of(vlm.preprocessing.framing)(picture)[None]
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
     assert (vlm.preprocess(pixels) - theirs).abs().max() < 2.01 / 255 / min(vlm.preprocessing.std)
 
 
