@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
@@ -247,8 +248,24 @@ def _fit_big_vision(model: nn.Module, path: Path) -> None:
             "it was trained as"
         ) from error
     kept = [n for n, t in model.state_dict().items() if t.ndim > 1 and torch.equal(t, before[n])]
+    _say_resampled(model.state_dict(), path)
     if kept:
         raise VLMQError(f"checkpoint '{path}' has nothing for {len(kept)} weights of the model ({kept[0]}, …)")
+
+
+def _say_resampled(own: Mapping[str, Tensor], path: Path) -> None:
+    """A line where open_clip resamples big_vision's patches or positions, which it does without a word."""
+    patches, positions = own.get("visual.trunk.patch_embed.proj.weight"), own.get("visual.trunk.pos_embed")
+    with np.load(path) as arrays:
+        for name in arrays.files:
+            if name.endswith("img/embedding/kernel") and patches is not None:
+                there, here, what = arrays[name].shape[0], patches.shape[-1], "patches of another size"
+            elif name.endswith("img/pos_embedding") and positions is not None:
+                there, here, what = arrays[name].shape[-2], positions.shape[-2], "another image size"
+            else:
+                continue
+            if there != here:
+                log.warning("'%s' was trained with %s: '%s' is resampled from %d to %d", path, what, name, there, here)
 
 
 def _shape(tensor: Tensor) -> str:
