@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lightning_vlmq.core.configs import find_config
+from lightning_vlmq.core.configs import find_config, read_config
 from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import code_digest, file_digest, library_versions
 from lightning_vlmq.models import known_vlm, split_name, zoo
@@ -258,6 +258,6 @@ def _config_content(path: Path) -> Any:
         return node
 
     try:
-        return expand(yaml.safe_load(path.read_text()))
+        return expand(yaml.safe_load(read_config(path)))
     except yaml.YAMLError as error:
         raise VLMQError(f"{path} is not valid YAML ({first_line(error)}); repair it") from error

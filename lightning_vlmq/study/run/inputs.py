@@ -10,6 +10,7 @@ from typing import Any
 import jsonargparse
 import yaml
 
+from lightning_vlmq.core.configs import read_config
 from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
@@ -88,7 +89,7 @@ def setting(arguments: Sequence[str], section: str, name: str, default: Any) -> 
     value = default
     for position, word in enumerate(arguments):
         if word == "--config":
-            content = yaml.safe_load(Path(arguments[position + 1]).read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(read_config(Path(arguments[position + 1]))) or {}
             own = content.get(section) or {}
             own = own if isinstance(own, dict) else {}
             value = {**own, **(own.get("init_args") or {})}.get(name, value)
