@@ -65,7 +65,7 @@ def test_argument_lists(demo):
         *extra,
         *("--results.root=logs/demo", f"--results.run_id={full.run_id}"),
         *(
-            "--model.kept_features=all",
+            "--model.kept_features=reference",
             "--trainer.logger.init_args.save_dir=logs/demo/tensorboard",
             "--trainer.logger.init_args.name=vit_clean-fp32-s3",
         ),
