@@ -19,6 +19,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,10 @@ from lightning import Trainer
 from PIL import Image
 from torch import Tensor
 
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.core.preprocessing import Framing
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
+from lightning_vlmq.data.images.pixels import Preprocess
 from lightning_vlmq.data.sets import EvalSet, TensorImages
 from lightning_vlmq.models import VLM, load_vlm
 from lightning_vlmq.modules import EvaluationModule, Quantization
@@ -43,7 +45,7 @@ __all__ = ["Images", "QuantizedVLM", "evaluate", "load_vlm", "quantize"]
 
 Images = Tensor | np.ndarray | Sequence[Image.Image | str | Path]
 """Images: uint8 ``[n, 3, height, width]`` (tensor) or ``[n, height, width, 3]`` (NumPy), or pictures or files of any size, which
-are brought to the model's input as it was trained to see them."""
+are brought to the model's input as it was trained to see them; what such files may hold is read as docs/data.md says."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,13 +212,17 @@ def _pixels(images: Images, framing: Framing) -> Tensor:
                 f"images must be uint8 [n, 3, height, width] (NumPy: [n, height, width, 3]), got {images.dtype} {tuple(images.shape)}"
             )
         return images
-    decoded = []
+    decoded, preprocess = [], Preprocess.of(framing)
     for number, image in enumerate(images):
         try:
-            with Image.open(image) if isinstance(image, str | Path) else image as picture:
-                decoded.append(torch.from_numpy(np.array(framing(picture).convert("RGB"))).permute(2, 0, 1))
-        except OSError as error:
-            raise VLMQError(f"image {number} cannot be read: {error}") from error
+            with Image.open(image) if isinstance(image, str | Path) else nullcontext(image) as picture:
+                decoded.append(preprocess(picture))
+        except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+            name = f"'{image}'" if isinstance(image, str | Path) else f"a {type(image).__name__}"
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+            raise VLMQError(
+                f"image {number} ({name}) cannot be read: {reason}; give pictures or files that Pillow reads"
+            ) from error
     if not decoded:
         raise VLMQError("there are no images; give at least one")
     return torch.stack(decoded)

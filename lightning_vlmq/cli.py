@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from importlib import metadata
 from itertools import groupby
 
 import lightning_vlmq
 from lightning_vlmq.commands import COMMANDS, GROUPS
-from lightning_vlmq.core.errors import VLMQError, in_one_line, unknown
+from lightning_vlmq.core.errors import VLMQError, in_one_line, of_the_parser, own_error, unknown
 from lightning_vlmq.core.stopping import stoppable
 
 _USAGE = """usage: vlmq COMMAND [--config NAME]... [options]
@@ -73,11 +72,11 @@ def main(args: list[str] | None = None) -> None:
 
     try:
         COMMANDS[name].run(rest)
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        if (own := _own_error(error)) is not None:
+    except jsonargparse.ArgumentError as error:
+        raise of_the_parser(error) from error
+    except ValueError as error:
+        if (own := own_error(error)) is not None:
             raise own from error
-        if isinstance(error, jsonargparse.ArgumentError):
-            raise VLMQError(_one_line(str(error))) from error
         raise
 
 
@@ -91,24 +90,3 @@ def entry_point() -> None:
                 raise
             print(f"vlmq: error: {said}", file=sys.stderr)
             sys.exit(2)
-
-
-def _own_error(error: BaseException | None) -> VLMQError | None:
-    """The package's own error behind one that the parser wrapped around it."""
-    while error is not None and not isinstance(error, VLMQError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-_FRAME = re.compile(
-    r"^\s*(-\s)?(Parser key \"[^\"]*\":\s*$|Does not validate|Subtypes:|Errors:|Problem with given class_path|Given value)"
-)
-
-
-def _one_line(message: str) -> str:
-    """The innermost reason in a parser's message, which nests one explanation a level of the config, and where it applies."""
-    keys = ".".join(re.findall(r'Parser key "([^"]+)"', message))
-    reasons = [line for line in message.splitlines() if line.strip() and not _FRAME.match(line)]
-    reason = max(reasons, key=lambda line: len(line) - len(line.lstrip(" -")), default="see vlmq --help").strip(" -")
-    reason = re.sub(r'^Parser key "[^"]+": ', "", reason)
-    return f"{keys}: {reason}" if keys else reason

@@ -74,6 +74,44 @@ def test_files_and_pictures_of_any_size(vlm, tmp_path):
     assert tables[0].equals(tables[1])
 
 
+def test_pictures_are_read_as_files_of_data_sets_are(vlm, tmp_path):
+    """16 bits are scaled, EXIF is followed, and of palettes and transparency open_clip's pixels are taken."""
+    framing = vlm.preprocessing.framing
+    grey = np.arange(48 * 48, dtype=np.uint16).reshape(48, 48) * 25
+    Image.fromarray(grey).save(tmp_path / "16.png")
+    rng = np.random.default_rng(0)
+    stored = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored.save(tmp_path / "turned.png", exif=exif)
+    stored.quantize(8).save(tmp_path / "palette.png", transparency=3)
+    read = api._pixels([tmp_path / f"{name}.png" for name in ("16", "turned", "palette")], framing)
+    scaled = Image.fromarray(np.rint(grey / 257).astype(np.uint8))
+    palette = Image.open(tmp_path / "palette.png")
+    for pixels, shown in zip(read, (scaled, stored.transpose(Image.Transpose.ROTATE_270), palette)):
+        assert np.array_equal(pixels.permute(1, 2, 0), np.array(framing(shown).convert("RGB")))
+    assert len(read[0].unique()) > 50
+    picture = Image.open(tmp_path / "turned.png")
+    assert torch.equal(api._pixels([picture, picture], framing)[1], read[1])  # a picture stays open
+
+
+def test_what_is_no_picture_is_named(vlm, tmp_path):
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "two.gif", save_all=True, append_images=frames[1:])
+    whole = Image.fromarray(np.zeros((32, 32, 3), np.uint8))
+    whole.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:45])
+    for bad, reason in (
+        (tmp_path / "two.gif", r"two\.gif'\) cannot be read: it has 2 frames"),
+        (Image.fromarray(np.zeros((32, 32), np.float32)), "floating-point"),
+        (tmp_path / "cut.png", r"cut\.png'\) cannot be read"),
+        (7, "a int"),
+    ):
+        with pytest.raises(VLMQError, match=reason) as caught:
+            api._pixels([whole, bad], vlm.preprocessing.framing)
+        assert "image 1 (" in str(caught.value) and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -81,7 +119,7 @@ def test_files_and_pictures_of_any_size(vlm, tmp_path):
         ({"labels": [0, 1]}, "every image needs one label"),
         ({"images": torch.rand(4, 3, 8, 8)}, "images must be uint8"),
         ({"images": []}, "no images"),
-        ({"images": ["no/such.png"] * 4}, "image 0 cannot be read"),
+        ({"images": ["no/such.png"] * 4}, r"image 0 \('no/such.png'\) cannot be read"),
         ({"scores": ["mcn"]}, "mcm"),
     ],
 )

@@ -6,18 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from lightning_vlmq.api import evaluate, load_vlm, quantize
 from lightning_vlmq.cli import main
+from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.evaluation.measures import METRICS
 from lightning_vlmq.metrics import OOD_SCORES
 from lightning_vlmq.metrics.scores import ScoreInputs
+from lightning_vlmq.models import known_vlm
 from lightning_vlmq.quant import METHODS
+from lightning_vlmq.study.run import grid
 from lightning_vlmq.study.run.app import WORDS
 from lightning_vlmq.study.run.config import Study
+from lightning_vlmq.study.run.inputs import data_of
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *(REPOSITORY / "docs").glob("*.md")])
@@ -34,23 +39,37 @@ def commands(program):
     return found
 
 
+def with_models(words, folder):
+    """The words of a command with ``folder`` in place of ``/models``, where the files and folders that they name then lie."""
+    for place in re.findall(r"/models/([^\s,\]]+)", " ".join(words)):
+        if Path(place).suffix:
+            (folder / place).touch()
+        else:
+            (folder / place).mkdir(parents=True, exist_ok=True)
+    return [word.replace("/models", str(folder)) for word in words]
+
+
 @pytest.mark.parametrize("command", commands("vlmq"), ids=" ".join)
-def test_vlmq_command_is_accepted(command, monkeypatch, capsys):
+def test_vlmq_command_is_accepted(command, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(REPOSITORY)
     if "--help" in command:
         pytest.skip("help is tested with the command line")
     if command[1:2] == [] or command[1] not in ("validate", "fit", "test", "predict", "convert", "data"):
         pytest.skip("has no config; docs/first-hour.md runs it")
     with pytest.raises(SystemExit) as ended:
-        main([*command[1:], "--print_config"])
+        main([*with_models(command[1:], tmp_path), "--print_config"])
     assert ended.value.code == 0
     printed = capsys.readouterr().out
+    model = (yaml.safe_load(printed).get("model") or {}).get("init_args") or {}
+    if "vlm" in model:
+        known_vlm(model["vlm"], model.get("pretrained"))
     assert "class_path: lightning_vlmq" in printed or (command[1] == "convert" and "checkpoint: " in printed)
 
 
 @pytest.mark.parametrize("command", commands("vlmq-study"), ids=" ".join)
-def test_study_command_composes(command):
-    words = [WORDS.get(word, word) for word in command[1:]]
+def test_study_command_composes(command, tmp_path):
+    """Its axes name what there is, and its runs' data can be set up."""
+    words = [WORDS.get(word, word) for word in with_models(command[1:], tmp_path)]
     overrides = [word for word in words if not word.startswith(("-", "hydra/"))]
     if "-m" in command:  # commas outside brackets separate the jobs of a multirun: take the first
         overrides = [re.split(r",(?![^\[]*\])", word)[0] for word in overrides]
@@ -58,7 +77,10 @@ def test_study_command_composes(command):
     with initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
         config = compose("sweep", overrides)
     plain = OmegaConf.to_container(config, resolve=True)
-    assert Study.from_config(plain["study"]).axes["vlm"]
+    study = Study.from_config(plain["study"])
+    runs = grid.compose(study, study.seeds_or(plain["seed"]), REPOSITORY / "configs")
+    for run in {run.kind: run for run in runs}.values():
+        assert isinstance(data_of(run.arguments), ReliabilityDataModule)
 
 
 @pytest.mark.parametrize("command", commands("python"), ids=" ".join)

@@ -59,6 +59,19 @@ def find_config(name: str, first: Path | None = None) -> Path:
     raise VLMQError(f"config '{name}' is neither a file nor a config of the package; {hint}")
 
 
+def read_config(path: Path) -> str:
+    """A config file's text, UTF-8 with or without a byte order mark.
+
+    Raises:
+        VLMQError: another encoding, with file and line.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise VLMQError(f"line {line} of '{path}' is not in UTF-8; save the file as UTF-8") from error
+
+
 def config_summary(path: Path) -> str:
     """What a config is for: its first line, a comment. Empty where it has none."""
     with open(path, encoding="utf-8") as text:
@@ -66,11 +79,17 @@ def config_summary(path: Path) -> str:
     return first.lstrip("# ").strip().rstrip(":") if first.startswith("#") else ""
 
 
+def _readable(name: str) -> Path:
+    path = find_config(name)
+    read_config(path)
+    return path
+
+
 def with_config_files(args: list[str]) -> list[str]:
     """A command line in which every ``--config`` (``-c``) names a file. YAML written out after the option stays as it is.
 
     Raises:
-        VLMQError: as :func:`find_config`.
+        VLMQError: as :func:`find_config` and :func:`read_config`.
     """
     found = list(args)
     for position, word in enumerate(args):
@@ -78,7 +97,7 @@ def with_config_files(args: list[str]) -> list[str]:
         if option not in ("--config", "-c"):
             continue
         if equals and "\n" not in value and not value.lstrip().startswith("{"):
-            found[position] = f"{option}={find_config(value)}"
+            found[position] = f"{option}={_readable(value)}"
         elif not equals and position + 1 < len(args) and not args[position + 1].lstrip().startswith("{"):
-            found[position + 1] = str(find_config(args[position + 1]))
+            found[position + 1] = str(_readable(args[position + 1]))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 from collections.abc import Iterable
 
 from lightning_vlmq.core.names import one_line
@@ -76,3 +77,29 @@ def in_one_line(error: BaseException) -> str | None:
     else:
         return None
     return one_line(text)
+
+
+def of_the_parser(error: Exception) -> VLMQError:
+    """What a parser's error comes down to: the package's own behind it, else the innermost reason and where it applies."""
+    return own_error(error) or VLMQError(_innermost(str(error)))
+
+
+def own_error(error: BaseException | None) -> VLMQError | None:
+    """The package's own error behind one that the parser wrapped around it."""
+    while error is not None and not isinstance(error, VLMQError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+_FRAME = re.compile(
+    r"^\s*(-\s)?(Parser key \"[^\"]*\":\s*$|Does not validate|Subtypes:|Errors:|Problem with given class_path|Given value)"
+)
+
+
+def _innermost(message: str) -> str:
+    """The innermost reason in a parser's message, which nests one explanation a level of the config, and where it applies."""
+    keys = ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    reasons = [line for line in message.splitlines() if line.strip() and not _FRAME.match(line)]
+    reason = max(reasons, key=lambda line: len(line) - len(line.lstrip(" -")), default="see vlmq --help").strip(" -")
+    reason = re.sub(r'^Parser key "[^"]+": ', "", reason)
+    return f"{keys}: {reason}" if keys else reason

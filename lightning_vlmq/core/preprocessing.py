@@ -30,6 +30,8 @@ class Framing:
         interpolation: ``bicubic``, ``bilinear`` (both antialiased) or ``nearest``.
         fill: grey level 0..255 of what is added in mode ``longest``.
         resize_to: side resized to before the centre of ``size`` is cut out, where that is larger than ``size``.
+        rgb_first: pictures become RGB before they are resized, on white where they are transparent, as transformers does; open_clip
+            makes them RGB afterwards and drops their transparency.
     """
 
     size: int
@@ -37,6 +39,7 @@ class Framing:
     interpolation: Interpolation = "bicubic"
     fill: int = 0
     resize_to: int | None = None
+    rgb_first: bool = False
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -65,6 +68,8 @@ class Framing:
         Returns:
             Of the same kind, ``size`` x ``size``. Bicubic interpolation of a float tensor may overshoot 0..1.
         """
+        if self.rgb_first and isinstance(image, Image.Image):
+            image = _on_white(image)
         return self._framed(image, F)
 
     def quickly(self, pixels: Tensor) -> Tensor:
@@ -97,6 +102,14 @@ class Framing:
             edges = [wide // 2, tall // 2, (wide + 1) // 2, (tall + 1) // 2]
             return F.pad(image, edges, fill=fill)  # type: ignore[no-any-return]
         return F.center_crop(image, [self.size, self.size])  # type: ignore[no-any-return]
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """A picture in RGB, on a white ground where it is transparent."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,14 @@ def fetch_repository(place: str) -> tuple[Path, str]:
     return folder, folder.name
 
 
+def cached_commit(repository: str) -> str:
+    """Commit of a repository's ``main`` among those fetched before; empty where there is none."""
+    from huggingface_hub import constants
+
+    reference = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / "main"
+    return reference.read_text(encoding="utf-8").strip() if reference.is_file() else ""
+
+
 class NotHere(VLMQError):
     """What is asked for would have to be fetched, and may not be."""
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import digest, tensors_digest
-from lightning_vlmq.core.preprocessing import Framing, Interpolation, Preprocessing
+from lightning_vlmq.core.preprocessing import Framing, Interpolation, Preprocessing, ResizeMode
 from lightning_vlmq.models.provenance import Provenance
 from lightning_vlmq.models.vlm import VLM
 
@@ -223,18 +223,17 @@ def _preprocessing(config: Any, processor: Any, folder: Path) -> Preprocessing:
 
     if not get("do_resize", True) or not get("do_rescale", True):
         raise refuse("does not resize or rescale")
-    resample = int(get("resample"))
+    resample = get("resample")
     if resample not in INTERPOLATIONS:
         raise refuse(f"resizes by Pillow's method {resample}")
     how = INTERPOLATIONS[resample]
     if config.model_type == "siglip2":
         size = math.isqrt(int(get("max_num_patches"))) * int(config.vision_config.patch_size)
         log.warning("'%s' takes images of any ratio; here each is squashed to %d x %d pixels", folder, size, size)
-        framing = Framing(size, "squash", how)
+        framing = Framing(size, "squash", how, rgb_first=True)
     else:
-        framing = _framing(
-            dict(get("size")), dict(get("crop_size") or {}) if get("do_center_crop") else {}, how, refuse
-        )
+        crop = dict(get("crop_size") or {}) if get("do_center_crop") else {}
+        framing = _framing(dict(get("size") or {}), crop, how, refuse)
         wanted = config.vision_config.image_size
         if framing.size != wanted:
             raise refuse(f"makes images of {framing.size} pixels for a model of {wanted}")
@@ -252,15 +251,18 @@ def _preprocessing(config: Any, processor: Any, folder: Path) -> Preprocessing:
 
 
 def _framing(size: dict[str, Any], crop: dict[str, Any], how: Interpolation, refuse: Any) -> Framing:
-    sides = {key: value for key, value in size.items() if value is not None}
-    shortest = sides.get("shortest_edge")
-    if shortest is None and sides.get("height") != sides.get("width"):
-        raise refuse(f"resizes to {sides}")
-    if crop and crop.get("height") != crop.get("width"):
+    """From a processor's sizes: a square is squashed to, or the shortest edge resized to and a square cut out."""
+    size, crop = ({key: value for key, value in sides.items() if value is not None} for sides in (size, crop))
+    shortest = set(size) == {"shortest_edge"}
+    if not shortest and (set(size) != {"height", "width"} or size["height"] != size["width"]):
+        raise refuse(f"resizes to {size or 'no size'}")
+    if crop and (set(crop) != {"height", "width"} or crop["height"] != crop["width"]):
         raise refuse(f"cuts out {crop}")
-    side = int(shortest if shortest is not None else sides["height"])
-    if shortest is not None and not crop:
+    if shortest and not crop:
         raise refuse("keeps the ratio and cuts nothing out")
+    side = int(next(iter(size.values())))
     final = int(crop["height"]) if crop else side
-    mode = "squash" if shortest is None else "shortest"
-    return Framing(final, mode, how, resize_to=side if side != final else None)  # type: ignore[arg-type]
+    mode: ResizeMode = "shortest" if shortest else "squash"
+    if final > side:
+        raise refuse(f"cuts {final} pixels out of {side}")
+    return Framing(final, mode, how, resize_to=side if side != final else None, rgb_first=True)

@@ -122,13 +122,17 @@ def load_origin(described: Mapping[str, Any], with_weights: bool = True, typed: 
 
 
 def known_vlm(name: str, pretrained: str | None) -> None:
-    """Refuse a name or weights that no loader knows, without loading anything; folders and repositories are not looked into.
+    """Refuse a name, weights or a folder that no loader knows, without loading anything; repositories are not looked for.
 
     Raises:
         VLMQError: as :func:`load_vlm`.
     """
     if name.startswith(SCHEMAS):
-        return _refuse(name, pretrained=pretrained)
+        _refuse(name, pretrained=pretrained)
+        schema, place = _parts(name)
+        if schema == "local-dir":
+            _folder(name, place)
+        return
     if name not in zoo.buildable() and name not in open_clip.list_models():
         raise unknown("VLM", name, [*zoo.names(), *open_clip.list_models()])
     tags = [] if name in zoo.buildable() else open_clip.list_pretrained_tags_by_model(name)
@@ -136,7 +140,6 @@ def known_vlm(name: str, pretrained: str | None) -> None:
         raise VLMQError(f"model '{name}' needs weights: write {name}@<tag>, @<file>, or @{RANDOM} for random ones")
     if pretrained and pretrained != RANDOM and not Path(pretrained).is_file() and pretrained not in tags:
         raise unknown(f"weights of {name}", pretrained, [*tags, RANDOM])
-    return None
 
 
 def split_name(text: str) -> tuple[str, str | None]:
@@ -166,15 +169,24 @@ def _load_embedded(name: str, pretrained: str | None) -> VLM:
     return vlm
 
 
-def _load_by_schema(name: str) -> VLM:
+def _parts(name: str) -> tuple[str, str]:
     schema, _, place = name.partition(":")
     if not place:
         raise VLMQError(
             f"'{name}' names no {'folder' if schema == 'local-dir' else 'repository'}; put one after the colon"
         )
-    folder, revision = (Path(place).expanduser(), "") if schema == "local-dir" else fetch_repository(place)
-    if not folder.is_dir():
+    return schema, place
+
+
+def _folder(name: str, place: str) -> Path:
+    if not (folder := Path(place).expanduser()).is_dir():
         raise VLMQError(f"folder '{folder}' of '{name}' does not exist; check the path")
+    return folder
+
+
+def _load_by_schema(name: str) -> VLM:
+    schema, place = _parts(name)
+    folder, revision = (_folder(name, place), "") if schema == "local-dir" else fetch_repository(place)
     if (folder / openclip.CONFIG).is_file():
         return openclip.load_folder(name, folder, revision)
     if (folder / huggingface.CONFIG).is_file():

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import open_clip
 from torch import nn
 
-from lightning_vlmq.core.errors import VLMQError, first_line
+from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import digest, tensors_digest
-from lightning_vlmq.core.preprocessing import Framing, Preprocessing
+from lightning_vlmq.core.preprocessing import Framing, Preprocessing, ResizeMode
 from lightning_vlmq.models.fetching import download, one_line_errors
 from lightning_vlmq.models.provenance import RANDOM, Provenance
 from lightning_vlmq.models.recipes import Activation, Recipe, is_quick, recipe_of_file, recipe_of_tag
@@ -21,6 +22,8 @@ from lightning_vlmq.models.weights import fit
 
 CONFIG = "open_clip_config.json"
 SCHEMAS = ("hf-hub:", "local-dir:")
+PREPROCESS = tuple(field.name for field in fields(open_clip.transform.PreprocessCfg))
+"""Entries of open_clip's preprocessing configs."""
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz")
 
 
@@ -87,14 +90,15 @@ def load_folder(name: str, folder: Path, revision: str = "") -> VLM:
     """
     try:
         content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config = dict(content["model_cfg"])
+        config, preprocess = dict(content["model_cfg"]), dict(content.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model ({first_line(error)})") from error
+    _require_known(preprocess, name)
     path = _weights_in(folder)
     tokenize = tokenizer_of(f"local-dir:{folder}")
     model = build(name, config)
     fit(model, path)
-    return _finish(model, tokenize, name, path.name, content.get("preprocess_cfg") or {}, config, revision)
+    return _finish(model, tokenize, name, path.name, preprocess, config, revision)
 
 
 def _finish(
@@ -131,6 +135,16 @@ def preprocessing(model: Any, preprocess: Mapping[str, Any], name: str) -> Prepr
     interpolation = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"  # "random" is for training
     framing = Framing(int(height), config["resize_mode"], interpolation, config["fill_color"])  # type: ignore[arg-type]
     return Preprocessing(framing, tuple(mean), tuple(std))
+
+
+def _require_known(preprocess: Mapping[str, Any], name: str) -> None:
+    """Refuse entries that open_clip's preprocessing config does not have, or values that its transform does not take."""
+    known = {"interpolation": ("bicubic", "bilinear", "random"), "mode": ("RGB",), "resize_mode": get_args(ResizeMode)}
+    for entry, value in preprocess.items():
+        if entry not in PREPROCESS:
+            raise unknown(f"entry of preprocess_cfg in the config of '{name}':", str(entry), PREPROCESS)
+        if value is not None and entry in known and value not in known[entry]:
+            raise unknown(f"{entry} in the config of '{name}':", str(value), known[entry])
 
 
 def build(name: str, config: Mapping[str, Any]) -> nn.Module:

@@ -6,10 +6,11 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict, load_big_vision_weights
@@ -22,6 +23,9 @@ from lightning_vlmq.core.errors import VLMQError, first_line
 from lightning_vlmq.models.archives import Inert, read_archive, script_tensors
 
 log = logging.getLogger(__name__)
+
+INDEX = ".index.json"
+"""How the name of an index of shards ends."""
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
 """Entries of a checkpoint that hold the weights, when they are not the checkpoint itself."""
@@ -51,7 +55,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise VLMQError(f"checkpoint '{path}' does not exist; give the path of a file of weights")
-    if path.name.endswith(".index.json"):
+    if path.name.endswith(INDEX):
         return _read_shards(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
@@ -202,15 +206,30 @@ def _read_legacy(path: Path) -> Any:
         ) from error
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def shards_of(path: Path) -> list[Path]:
+    """The files of weights beside an index of shards that it names; none for any other file.
+
+    Raises:
+        VLMQError: the file is called an index and is none.
+    """
+    if not path.name.endswith(INDEX):
+        return []
+    return [path.parent / name for name in sorted({Path(name).name for name in _weight_map(path).values()})]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
     try:
         shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names: Sequence[str] = sorted(set(shards.values()))
+        return {str(tensor): str(file) for tensor, file in shards.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise VLMQError(f"'{index}' is no index of weights ({first_line(error)}); fetch it again") from error
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    shards = _weight_map(index)
     state: dict[str, Tensor] = {}
-    for name in names:
-        state |= read_weights(index.parent / Path(name).name)
+    for path in shards_of(index):
+        state |= read_weights(path)
     if missing := sorted(shards.keys() - state.keys()):
         raise VLMQError(f"'{index}' names {len(missing)} tensors that its files lack ({missing[0]}, …); fetch it again")
     return state
@@ -229,8 +248,24 @@ def _fit_big_vision(model: nn.Module, path: Path) -> None:
             "it was trained as"
         ) from error
     kept = [n for n, t in model.state_dict().items() if t.ndim > 1 and torch.equal(t, before[n])]
+    _say_resampled(model.state_dict(), path)
     if kept:
         raise VLMQError(f"checkpoint '{path}' has nothing for {len(kept)} weights of the model ({kept[0]}, …)")
+
+
+def _say_resampled(own: Mapping[str, Tensor], path: Path) -> None:
+    """A line where open_clip resamples big_vision's patches or positions, which it does without a word."""
+    patches, positions = own.get("visual.trunk.patch_embed.proj.weight"), own.get("visual.trunk.pos_embed")
+    with np.load(path) as arrays:
+        for name in arrays.files:
+            if name.endswith("img/embedding/kernel") and patches is not None:
+                there, here, what = arrays[name].shape[0], patches.shape[-1], "patches of another size"
+            elif name.endswith("img/pos_embedding") and positions is not None:
+                there, here, what = arrays[name].shape[-2], positions.shape[-2], "another image size"
+            else:
+                continue
+            if there != here:
+                log.warning("'%s' was trained with %s: '%s' is resampled from %d to %d", path, what, name, there, here)
 
 
 def _shape(tensor: Tensor) -> str:

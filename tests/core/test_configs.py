@@ -62,3 +62,14 @@ def test_names_in_a_command_line_become_files():
     args = ["--config", "eval", "-c=eval", "--model.vlm", "eval", "--config", written_out, "--config"]
     found = configs.with_config_files(args)
     assert found == ["--config", file, f"-c={file}", "--model.vlm", "eval", "--config", written_out, "--config"]
+
+
+def test_configs_are_utf8_with_or_without_a_mark(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_bytes("a: 1\nname: Übung\n".encode("latin-1"))
+    for read in (lambda: configs.read_config(path), lambda: configs.with_config_files(["--config", str(path)])):
+        with pytest.raises(VLMQError, match=r"line 2 of '.*own\.yaml' is not in UTF-8; save"):
+            read()
+    path.write_bytes(b"\xef\xbb\xbfname: \xc3\x9cbung\n")
+    assert yaml.safe_load(configs.read_config(path)) == {"name": "Übung"}
+    assert configs.with_config_files([f"--config={path}"]) == [f"--config={path}"]

@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import load_vlm
+from lightning_vlmq.data.images import Preprocess
+from lightning_vlmq.models import huggingface, load_vlm
 from lightning_vlmq.quant import QuantScheme, quantize
 from lightning_vlmq.quant.attention import attention_products
 
@@ -123,6 +124,20 @@ def test_pixels_are_those_of_the_image_processor(saved, kind):
     assert (vlm.preprocess(pixels) - theirs).abs().max() < 2.01 / 255 / min(vlm.preprocessing.std)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("mode", ["P", "RGBA", "1"])
+def test_pixels_of_palette_and_transparent_images_too(saved, kind, mode):
+    """transformers makes them RGB before it resizes, on white."""
+    folder, _, processor, _ = saved[kind]
+    vlm = load_vlm(f"local-dir:{folder}")
+    picture = photo().quantize(8) if mode == "P" else photo().convert(mode)
+    if mode == "RGBA":
+        picture.putalpha(Image.fromarray((np.arange(50 * 75).reshape(50, 75) % 256).astype(np.uint8)))
+    pixels = Preprocess.of(vlm.preprocessing.framing)(picture)[None]
+    theirs = processor(picture, return_tensors="pt")["pixel_values"]
+    assert (vlm.preprocess(pixels) - theirs).abs().max() < 2.01 / 255 / min(vlm.preprocessing.std)
+
+
 @pytest.mark.parametrize("kind", ["clip", "siglip", "siglip2", "align"])
 @pytest.mark.parametrize("method", ["minmax", "gptq", "quarot"])
 def test_every_weight_is_quantized(saved, kind, method):
@@ -220,6 +235,38 @@ def test_a_processor_for_another_size_is_refused(saved, tmp_path):
     assert "48 pixels for a model of 32" in one_line(folder)
     path.write_text(json.dumps(config | {"do_resize": False}))
     assert "not supported" in one_line(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop", "said"),
+    [
+        ({"longest_edge": 32}, {}, "resizes to {'longest_edge': 32}"),
+        ({"max_height": 32, "max_width": 32}, {}, "resizes to {'max_height'"),
+        ({"shortest_edge": 32, "longest_edge": 64}, {"height": 32, "width": 32}, "resizes to {'shortest_edge'"),
+        ({"height": 32, "width": 40}, {}, "resizes to {'height'"),
+        ({}, {"height": 32, "width": 32}, "resizes to no size"),
+        ({"shortest_edge": 32}, {"shortest_edge": 32}, "cuts out {'shortest_edge'"),
+        ({"shortest_edge": 32}, {"height": 32, "width": None}, "cuts out {'height': 32}"),
+        ({"shortest_edge": 32}, {"height": 48, "width": 48}, "cuts 48 pixels out of 32"),
+        ({"shortest_edge": 32}, {}, "keeps the ratio"),
+    ],
+)
+def test_other_sizes_of_processors_are_refused(size, crop, said):
+    with pytest.raises(VLMQError) as caught:
+        huggingface._framing(size, crop, "bicubic", VLMQError)
+    assert said in str(caught.value)
+
+
+def test_a_processor_without_a_way_to_resize_or_a_size_is_refused(saved):
+    folder, model, processor, _ = saved["clip"]
+    for entry, said in (("resample", "resizes by Pillow's method None"), ("size", "resizes to no size")):
+        kept = getattr(processor, entry)
+        setattr(processor, entry, None)
+        try:
+            with pytest.raises(VLMQError, match=said):
+                huggingface._preprocessing(model.config, processor, folder)
+        finally:
+            setattr(processor, entry, kept)
 
 
 def test_without_transformers_the_message_says_what_to_install(saved, monkeypatch):

@@ -212,3 +212,20 @@ def test_identity_is_of_the_content_not_the_place(tiny):
     assert digest(first.identity()) == digest(second.identity())
     with pytest.raises(VLMQError, match="load_vlm"):
         zoo.build("vit_clean").identity()
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"interpolation": "nearest"}, "': 'nearest'"),
+        ({"interpolation": "bicubik"}, "did you mean bicubic"),
+        ({"mode": "L"}, "': 'L'; known: RGB"),
+        ({"resize_mode": "longst"}, "did you mean longest"),
+        ({"interpolations": "bicubic"}, "unknown entry of preprocess_cfg"),
+        ({"size": 32, "mode": "RGB", "interpolation": "random", "mean": None}, "holds no weights"),
+    ],
+)
+def test_preprocessing_that_open_clip_does_not_know_is_refused(tmp_path, entries, said):
+    content = {"model_cfg": CONFIG, "preprocess_cfg": entries}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
+    assert said in one_line(f"local-dir:{tmp_path}")

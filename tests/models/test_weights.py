@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import archives
+from lightning_vlmq.models import archives, weights
 from lightning_vlmq.models.weights import fit, is_script, read_weights
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
@@ -228,3 +228,19 @@ def test_other_tensors_beside_the_model_are_said(model, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "lightning_vlmq"):
         assert_loads(model, tmp_path / "w.ckpt")
     assert "not loss" in caplog.text
+
+
+def test_resampled_patches_of_big_vision_are_said(tmp_path, caplog):
+    own = {
+        "visual.trunk.patch_embed.proj.weight": torch.zeros(4, 3, 16, 16),
+        "visual.trunk.pos_embed": torch.zeros(1, 4, 4),
+    }
+    same = {"params/img/embedding/kernel": np.zeros((16, 16, 3, 4)), "params/img/pos_embedding": np.zeros((1, 4, 4))}
+    np.savez(tmp_path / "same.npz", **same)
+    other = {"params/img/embedding/kernel": np.zeros((14, 14, 3, 4)), "params/img/pos_embedding": np.zeros((1, 9, 4))}
+    np.savez(tmp_path / "other.npz", **other)
+    weights._say_resampled(own, tmp_path / "same.npz")
+    assert not caplog.records
+    weights._say_resampled(own, tmp_path / "other.npz")
+    said = [record.getMessage() for record in caplog.records]
+    assert "from 14 to 16" in said[0] and "from 9 to 4" in said[1]

@@ -92,10 +92,11 @@ class Preprocess:
 
     Attributes:
         size: height and width of the result, in pixels.
-        resize_mode: this and the next three as :class:`~lightning_vlmq.core.preprocessing.Framing` has them.
+        resize_mode: this and the next four as :class:`~lightning_vlmq.core.preprocessing.Framing` has them.
         interpolation: see there.
         fill: see there.
         resize_to: see there.
+        rgb_first: see there.
         border: pixels cut off at each edge first (ObjectNet's red frame).
         orientation: see :func:`as_shown`.
         decoder: ``"pillow"`` gives open_clip's pixels; ``"torchvision"`` reads JPEGs more than twice as fast, within two grey levels
@@ -107,6 +108,7 @@ class Preprocess:
     interpolation: Interpolation = "bicubic"
     fill: int = 0
     resize_to: int | None = None
+    rgb_first: bool = False
     border: int = 0
     orientation: Orientation = "exif"
     decoder: Decoder = "pillow"
@@ -125,7 +127,7 @@ class Preprocess:
     @property
     def framing(self) -> Framing:
         """How the image is framed."""
-        return Framing(self.size, self.resize_mode, self.interpolation, self.fill, self.resize_to)
+        return Framing(self.size, self.resize_mode, self.interpolation, self.fill, self.resize_to, self.rgb_first)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Pixels, uint8 ``[3, size, size]``. Raises as :func:`as_shown` does."""
@@ -137,5 +139,7 @@ class Preprocess:
         image = as_shown(image, self.orientation)
         if self.border:
             image = ImageOps.crop(image, self.border)
-        image = self.framing(image).convert("RGB")  # converted last, as open_clip does
+        image = self.framing(image).convert(
+            "RGB"
+        )  # converted last, as open_clip does, unless the framing converts first
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)

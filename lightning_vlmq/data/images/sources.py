@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import logging
-import mimetypes
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
@@ -107,7 +107,7 @@ class FileTree(EncodedSource):
     def scan(cls, folder: Path, below: str = "") -> FileTree:
         """Every image in ``folder/below``, by suffix, in the order of the paths; what systems leave there is passed over.
 
-        Images of another kind (``.gif``, ``.heic``) are passed over too, with a warning that counts them.
+        Images of another kind (``.gif``, ``.heic``, without a suffix) are passed over too, with a warning that counts them.
 
         Raises:
             VLMQError: a folder or file that cannot be read, or a folder that contains itself by a link.
@@ -117,10 +117,10 @@ class FileTree(EncodedSource):
         for path, status in _walk(folder, f"{below}/" if below else "", ()):
             if status is not None:
                 files.append((path, status.st_size, status.st_mtime_ns))
-            elif (mimetypes.guess_type(path)[0] or "").startswith("image/"):
+            elif _is_image(folder / path):
                 others.append(path)
         if others:
-            kinds = ", ".join(sorted({Path(path).suffix for path in others}))
+            kinds = ", ".join(sorted({Path(path).suffix or "files without a suffix" for path in others}))
             log.warning(
                 "%d images under '%s' are passed over, as %s are not read: '%s' is one; convert them, or move them away",
                 *(len(others), folder / below, kinds, min(others)),
@@ -222,6 +222,28 @@ _LITTER = {
     "__macosx", "__pycache__", "@eadir", "#recycle", "$recycle.bin", "system volume information", "lost+found", "thumbs.db",
     "ehthumbs.db", "desktop.ini",
 }  # fmt: skip
+
+
+_OTHER_IMAGES = {
+    ".apng", ".arw", ".avif", ".cr2", ".cr3", ".dib", ".dng", ".eps", ".exr", ".gif", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jfif",
+    ".jp2", ".jpe", ".jxl", ".nef", ".orf", ".pbm", ".pcx", ".pfm", ".pnm", ".psd", ".raf", ".raw", ".rw2", ".svg", ".tga", ".xcf",
+}  # fmt: skip
+_NO_IMAGES = {
+    ".bz2", ".csv", ".gz", ".html", ".json", ".jsonl", ".log", ".md", ".npy", ".npz", ".parquet", ".pdf", ".pickle", ".pkl", ".pt", ".py",
+    ".tar", ".tsv", ".txt", ".xml", ".yaml", ".yml", ".zip",
+}  # fmt: skip
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file that is not read holds an image: by its suffix, or where that tells nothing, because Pillow recognises it."""
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_IMAGES or suffix in _NO_IMAGES:
+        return suffix in _OTHER_IMAGES
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path):
+            return True
+    except Exception:  # no image, or one too damaged to be told from none
+        return False
 
 
 def _walk(folder: Path, below: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, os.stat_result | None]]:

@@ -225,7 +225,7 @@ def read_list(path: Path, published: bool = False) -> tuple[list[str], list[int]
         VLMQError: a line that is not so, by its number, an image that is named twice, or an empty list.
     """
     paths, labels = [], []
-    seen: dict[str, tuple[int, int]] = {}
+    seen: dict[str, tuple[int, int]] = {}  # by the place that a path means: ./a.png is a.png
     for number, line in read_lines(path):
         name, *last = line.rsplit(maxsplit=1)
         label = whole_number(last[0]) if last else None
@@ -234,7 +234,7 @@ def read_list(path: Path, published: bool = False) -> tuple[list[str], list[int]
                 f"line {number} of '{path}' is not 'path label' with a whole number (0, not 00 or 0.0) for a label: "
                 f"'{line[:80]}'; repair the list"
             )
-        first, other = seen.setdefault(name, (number, label))
+        first, other = seen.setdefault(os.path.normpath(name), (number, label))
         if first != number and not (published and other == label):
             said = "and would count twice" if other == label else f"where its label is {other}, not {label}"
             raise VLMQError(

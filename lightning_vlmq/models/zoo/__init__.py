@@ -48,7 +48,7 @@ class WordTokenizer:
 
     def __init__(self, context_length: int) -> None:
         self.context_length = context_length
-        words: list[str] = json.loads((FOLDER / "words.json").read_text())
+        words: list[str] = json.loads((FOLDER / "words.json").read_text(encoding="utf-8"))
         self._ids = {word: i for i, word in enumerate(words, start=2)}
         self.vocab_size = len(words) + 4
 
@@ -80,7 +80,7 @@ def build(name: str) -> VLM:
     """A zoo model with freshly initialised weights (torch's global generator), in training mode. Raises for an unknown name."""
     if name not in buildable():
         raise unknown("model", name, names())
-    return assemble(json.loads((FOLDER / f"{name.rsplit('_', 1)[0]}.json").read_text()), name)
+    return assemble(json.loads((FOLDER / f"{name.rsplit('_', 1)[0]}.json").read_text(encoding="utf-8")), name)
 
 
 def assemble(config: dict[str, Any], name: str) -> VLM:

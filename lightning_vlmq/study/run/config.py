@@ -54,7 +54,7 @@ class Study:
     data_root: str | None = None
     seeds: Sequence[int] | None = None
     shard: str | None = None
-    cache: str = "all"
+    cache: str = "reference"
     outermost: str | None = None
 
     @classmethod
@@ -87,7 +87,7 @@ class Study:
             )
         if config.get("outermost") is not None and config["outermost"] not in AXES:
             raise unknown("axis for study.outermost", str(config["outermost"]), AXES)
-        if config.get("cache", "all") not in KEPT:
+        if config.get("cache", "reference") not in KEPT:
             raise unknown("study.cache", str(config["cache"]), KEPT)
         return cls(**config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -14,15 +15,22 @@ from typing import Any
 
 import yaml
 
-from lightning_vlmq.core.configs import find_config
+from lightning_vlmq.core.configs import find_config, read_config
 from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import code_digest, file_digest, library_versions
 from lightning_vlmq.models import known_vlm, split_name, zoo
+from lightning_vlmq.models.fetching import cached_commit
+from lightning_vlmq.models.weights import shards_of
 from lightning_vlmq.quant.methods import find_method
 from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 from lightning_vlmq.study.run.config import Study
 
+log = logging.getLogger(__name__)
+
 NONE_PLANTED = "1"
+LOCAL, HUB = "local-dir:", "hf-hub:"
+WEIGHTS = ("--model.pretrained", "--model.checkpoint")
+"""Arguments whose value may be a file or folder without a ``/``."""
 EMBEDDED = "embedded"
 """On the ``vlm`` axis: every embedded model that is there."""
 
@@ -121,6 +129,17 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
     return runs
 
 
+def say_unpinned(names: Sequence[str]) -> None:
+    """Say of which repositories a study names no revision: a run's name tells nothing of their weights."""
+    for name in every_vlm(names):
+        if name.startswith(HUB) and "@" not in name:
+            here = cached_commit(name.removeprefix(HUB))
+            log.warning(
+                "'%s' names no revision, and a stored run counts whatever the repository holds later; write %s@%s",
+                *(name, name, here or "<commit>"),
+            )
+
+
 def _run(
     study: Study,
     command: Sequence[str],
@@ -197,17 +216,29 @@ def _digest(words: Sequence[str], known: dict[str, Any]) -> str:
 
 
 def _file_content(word: str) -> str | None:
-    """Digest of the file that an argument's value names; of a folder's files, where it is a saved model's."""
-    value = word.partition("=")[2]
-    if not word.startswith("--") or "/" not in value:
+    """Digest of what an argument's value names: a file, with its shards where it is their index, a model's folder."""
+    option, _, value = word.partition("=")
+    if not option.startswith("--"):
         return None
+    if option == "--model.vlm" and value.startswith(LOCAL):
+        return f"{word} {_content(Path(value.removeprefix(LOCAL)).expanduser())}"
     path = Path(value)
-    with suppress(OSError):
+    if option not in WEIGHTS and "/" not in value:
+        return None
+    with suppress(OSError):  # a value that is too long to be a path
         if path.is_file():
-            return f"{word} {file_digest(path)}"
+            return " ".join([word, *(_content(file) for file in (path, *shards_of(path)))])
         if (path / "quant.json").is_file():
-            return f"{word} {file_digest(path)}"
+            return f"{word} {_content(path)}"
     return None
+
+
+def _content(path: Path) -> str:
+    """Digest of a file's bytes, or of a folder's files. Raises :class:`VLMQError` where it cannot be read."""
+    try:
+        return file_digest(path)
+    except OSError as error:
+        raise VLMQError(f"'{error.filename or path}' cannot be read ({error.strerror}); check its rights") from error
 
 
 def _config_content(path: Path) -> Any:
@@ -227,6 +258,6 @@ def _config_content(path: Path) -> Any:
         return node
 
     try:
-        return expand(yaml.safe_load(path.read_text()))
+        return expand(yaml.safe_load(read_config(path)))
     except yaml.YAMLError as error:
         raise VLMQError(f"{path} is not valid YAML ({first_line(error)}); repair it") from error

@@ -10,7 +10,8 @@ from typing import Any
 import jsonargparse
 import yaml
 
-from lightning_vlmq.core.errors import VLMQError, first_line
+from lightning_vlmq.core.configs import read_config
+from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded import EmbeddedData
@@ -39,8 +40,10 @@ def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
     made = parser()
     try:
         found: ReliabilityDataModule = made.instantiate(made.parse_args(words)).data
-    except jsonargparse.ArgumentError as error:
-        raise VLMQError(f"the study's data cannot be set up: {first_line(error)}") from error
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        if not isinstance(error, jsonargparse.ArgumentError) and own_error(error) is None:
+            raise
+        raise VLMQError(f"the study's data cannot be set up: {of_the_parser(error)}") from error
     return found
 
 
@@ -87,7 +90,7 @@ def setting(arguments: Sequence[str], section: str, name: str, default: Any) -> 
     value = default
     for position, word in enumerate(arguments):
         if word == "--config":
-            content = yaml.safe_load(Path(arguments[position + 1]).read_text(encoding="utf-8")) or {}
+            content = yaml.safe_load(read_config(Path(arguments[position + 1]))) or {}
             own = content.get(section) or {}
             own = own if isinstance(own, dict) else {}
             value = {**own, **(own.get("init_args") or {})}.get(name, value)

@@ -20,7 +20,7 @@ from lightning_vlmq.study.report.page import write_report
 from lightning_vlmq.study.report.terminal import summary_table, timing_table
 from lightning_vlmq.study.run.config import Study
 from lightning_vlmq.study.run.execute import Outcome, execute, screen
-from lightning_vlmq.study.run.grid import Run, compose
+from lightning_vlmq.study.run.grid import Run, compose, say_unpinned
 from lightning_vlmq.study.run.inputs import data_digest
 from lightning_vlmq.study.run.plan import measure, plan, plan_table
 from lightning_vlmq.study.run.shards import shard_of
@@ -89,6 +89,7 @@ def grid_of(study: Study, seed: Any, config_folder: Path) -> list[Run]:
         VLMQError: the config names something unknown, or data are missing.
     """
     seeds = study.seeds_or(seed)
+    say_unpinned(study.axes["vlm"])
     runs = compose(study, seeds, config_folder)
     return compose(study, seeds, config_folder, data_digest(runs[0].arguments)) if study.data else runs
 

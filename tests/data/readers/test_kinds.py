@@ -86,6 +86,18 @@ class TestEmptyClasses:
         (record,) = caplog.records
         assert "1 images" in record.getMessage() and "cat/b.gif" in record.getMessage()
 
+    def test_images_without_a_known_suffix_are_told_whatever_the_system_knows(self, tmp_path, rng, caplog, monkeypatch):
+        monkeypatch.setattr("mimetypes.guess_type", lambda path: (None, None))
+        write_tree(tmp_path / "mine", rng, ["cat/a.png"])
+        for name in ("b", "c.tga", "d.frame"):
+            (tmp_path / "mine" / "cat" / name).write_bytes((tmp_path / "mine" / "cat" / "a.png").read_bytes())
+        for name in ("e.dng", "notes", "thumbs.idx", "f.txt"):
+            (tmp_path / "mine" / "cat" / name).write_bytes(b"of no concern")
+        assert names_and_targets(folder(tmp_path)) == (["a.png"], [0])
+        (record,) = caplog.records
+        said = record.getMessage()
+        assert "4 images" in said and ".dng, .frame, .tga, files without a suffix are not read" in said
+
     def test_when_unreadable_images_are_left_out(self, tmp_path, rng):
         write_tree(tmp_path / "mine", rng, ["cat/a.png", "dog/b.png", "dog/c.png"])
         how = reading(tmp_path, on_bad_image="skip")
@@ -142,6 +154,7 @@ class TestLists:
         write_tree(tmp_path, rng, ["a.png", "b.png"])
         refused(lambda: self.read(tmp_path, "a.png 0\nb.png 1\na.png 0\n"), "line 3", "'a.png'", "line 1", "twice")
         refused(lambda: self.read(tmp_path, "a.png 0\na.png 1\n"), "line 2", "label is 0, not 1")
+        refused(lambda: self.read(tmp_path, "a.png 0\n./a.png 0\n"), "line 2", "'./a.png'", "line 1", "twice")
 
 
 class TestParquetLabels:

@@ -116,10 +116,12 @@ def test_help_shows_studies_and_config(vlmq_study):
 
 def test_a_small_study_with_a_failing_vlm(tmp_path, vlmq_study):
     """Two VLMs, one of which cannot be loaded: its runs fail and are named, the others end in the report."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
     quoted = ",".join(f'"--data.{key}={value}"'.replace("'", "").replace(" ", "") for key, value in SMALL_DATA.items())
     arguments = [
         f"study.root={tmp_path}",
-        "study.axes.vlm=[vit_clean,'local-dir:/nowhere']",
+        f"study.axes.vlm=[vit_clean,'local-dir:{empty}']",
         "study.axes.method=[minmax]",
         "study.axes.bits=[W4A8]",
         "study.axes.scope=[vision]",
@@ -136,7 +138,7 @@ def test_a_small_study_with_a_failing_vlm(tmp_path, vlmq_study):
     assert (
         done.stdout.count("✓") == 2
         and done.stdout.count("✗") == 2
-        and done.stdout.count("failed local-dir:/nowhere") == 2
+        and done.stdout.count(f"failed local-dir:{empty}") == 2
     )
     assert "minmax W4A8 vision" in done.stdout and "Traceback" not in done.stdout + done.stderr
     assert list((tmp_path / "tensorboard" / "vit_clean-fp32-s0").rglob("events.out.*"))
@@ -146,9 +148,9 @@ def test_a_small_study_with_a_failing_vlm(tmp_path, vlmq_study):
     assert store.rows(sorted(own)).query("metric == 'output_sqnr_db'")["value"].between(5, 60).sum() == 1
     code, output, _ = vlmq_study("study=demo", *arguments, "--status")
     assert code == 0 and f"2 of 4 runs done, 2 failed, 0 running, {int(planned[1]) // 2} evaluation runs" in output
-    assert len(re.findall(r"failed +local_dir_nowhere", output)) == 2 and "running  " not in output
+    assert len(re.findall(r"failed +local_dir_", output)) == 2 and "running  " not in output
     code, output, _ = vlmq_study("study=demo", *arguments)
     assert code == 1 and "2 runs failed before and are left out" in output and "✗" not in output
     code, output, error = vlmq_study("study=demo", *arguments, "study.axes.vlm=[vit_clean]", "--dry-run")
     assert code == 0, error
-    assert f"{int(planned[1]) // 2:,}" in output and "hours" in output and "disk, features (cache=all)" in output
+    assert f"{int(planned[1]) // 2:,}" in output and "hours" in output and "disk, features (cache=reference)" in output

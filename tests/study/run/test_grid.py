@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from collections import Counter
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import zoo
 from lightning_vlmq.quant import METHODS
 from lightning_vlmq.study.run.config import Study
-from lightning_vlmq.study.run.grid import compose, every_vlm
+from lightning_vlmq.study.run.grid import compose, every_vlm, say_unpinned
 from lightning_vlmq.study.run.shards import shard_of
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -66,7 +67,7 @@ def test_argument_lists(demo):
         *extra,
         *("--results.root=logs/demo", f"--results.run_id={full.run_id}"),
         *(
-            "--model.kept_features=all",
+            "--model.kept_features=reference",
             "--trainer.logger.init_args.save_dir=logs/demo/tensorboard",
             "--trainer.logger.init_args.name=vit_clean-fp32-s3",
         ),
@@ -87,7 +88,7 @@ def test_argument_lists(demo):
     "path", sorted(p.stem for p in (CONFIGS / "study").glob("*.yaml") if PART not in p.read_text())
 )
 def test_committed_studies_are_complete(path):
-    plain = config(f"study={path}", *(["study.data_root=/datasets"] if path == "paper" else []))
+    plain = config(f"study={path}", *(["study.data_root=/datasets"] if path in ("paper", "real") else []))
     unknown_methods = [name for name in plain["axes"]["method"] if name.partition("(")[0] not in METHODS]
     assert not unknown_methods
     grid = runs(plain)
@@ -347,3 +348,51 @@ def test_data_sets_in_files_join_every_run():
 def test_data_that_are_not_there_are_refused(change, message):
     with pytest.raises(VLMQError, match=message):
         runs(config("study=demo") | change)
+
+
+def test_weights_of_ones_own_count_by_their_content(demo, tmp_path, monkeypatch):
+    """Folders, files named without a folder, and shards: what lies there now decides, not what it is called."""
+    monkeypatch.chdir(tmp_path)
+    shards = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    for folder in ("clip", "shards"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "clip" / "model.safetensors").write_bytes(b"1")
+    (tmp_path / "w.pt").write_bytes(b"1")
+    (tmp_path / "shards" / "model.safetensors.index.json").write_text(json.dumps(shards))
+    for name in ("one", "two"):
+        (tmp_path / "shards" / f"{name}.safetensors").write_bytes(b"1")
+    demo["axes"]["vlm"] = [
+        *(f"local-dir:{tmp_path / 'clip'}", "ViT-B-32@w.pt", "ViT-B-32@shards/model.safetensors.index.json"),
+        *("vit_clean", "ViT-B-32@openai"),
+    ]
+
+    def ids() -> list[str]:
+        return [run.run_id for run in runs(demo)[:5]]
+
+    before = ids()
+    changed = ("clip/model.safetensors", "w.pt", "shards/two.safetensors")
+    for place, file in enumerate(changed):
+        (tmp_path / file).write_bytes(b"2")
+        after = ids()
+        assert [k for k in range(5) if after[k] != before[k]] == [place]
+        before = after
+
+
+def test_a_folder_that_is_not_there_is_refused_before_anything_runs(demo, tmp_path):
+    demo["axes"]["vlm"] = ["vit_clean", f"local-dir:{tmp_path / 'no'}"]
+    with pytest.raises(VLMQError, match=r"no' of 'local-dir:.*does not exist"):
+        runs(demo)
+
+
+def test_a_repository_without_a_revision_is_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    say_unpinned(["vit_clean", "hf-hub:a/b@c0ffee", "hf-hub:owner/name"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "'hf-hub:owner/name' names no revision, and a stored run counts whatever the repository holds later; "
+        "write hf-hub:owner/name@<commit>"
+    ]
+    refs = tmp_path / "models--owner--name" / "refs"
+    refs.mkdir(parents=True)
+    (refs / "main").write_text("abc123")
+    say_unpinned(["hf-hub:owner/name"])
+    assert caplog.records[-1].getMessage().endswith("hf-hub:owner/name@abc123")

@@ -12,7 +12,7 @@ from cases.files import write_image, write_tree
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.study.run.grid import Run
-from lightning_vlmq.study.run.inputs import data_digest, model_setting, n_surgeries, setting
+from lightning_vlmq.study.run.inputs import data_digest, data_of, model_setting, n_surgeries, setting
 from lightning_vlmq.study.run.plan import Costs, Plan, measure, plan
 
 CONFIG = """
@@ -58,6 +58,14 @@ def test_data_are_what_lies_there_not_where_it_lies(arguments, tmp_path):
     assert data_digest(arguments) not in (first, more)
     with pytest.raises(VLMQError, match="nowhere"):
         data_digest([*arguments[:-1], "--data.root=/nowhere"])
+
+
+def test_what_the_data_do_not_take_is_said_with_its_reason(arguments):
+    with pytest.raises(VLMQError, match=r"the study's data cannot be set up: .*n_id") as caught:
+        data_of([*arguments, "--data.n_id=964"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(VLMQError, match=r"the study's data cannot be set up: max_images must be at least 1"):
+        data_of([*arguments, "--data.max_images=0"])
 
 
 def test_settings_come_from_the_command_line_then_configs_then_defaults(arguments):
