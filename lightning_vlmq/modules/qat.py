@@ -16,9 +16,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.evaluation.digests import tower_digests
 from lightning_vlmq.evaluation.results import model_rows
+from lightning_vlmq.evaluation.subject import calibration
 from lightning_vlmq.evaluation.tuning import encode_pairs
 from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.quant import METHODS, QATMethod
+from lightning_vlmq.quant.quantized import measured_again
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.quant.training import default_rates
 from lightning_vlmq.quant.trajectory import GridRecord, GridWatch
@@ -154,23 +156,24 @@ class QATModule(EvaluationModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch, measure the loss on the held-out pairs; after the last update, go back to the best state."""
         is_over = self.global_step >= self._updates
-        if not len(self._held_out_rows) or not (is_over or self.trainer.is_last_batch):
-            return
-        self._measure()
-        self.log(
-            "train/held_out_loss",
-            self.held_out_losses[-1],
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(self._held_out_rows),
-        )
+        if pairs := len(self._held_out_rows) * (is_over or self.trainer.is_last_batch):
+            self._measure()
+            self.log("train/held_out_loss", self.held_out_losses[-1], on_step=False, on_epoch=True, batch_size=pairs)
         if is_over:
+            self._end()
+
+    def _end(self) -> None:
+        """Go back to the best state, and ask again what its grids clip, which training moved."""
+        if self.held_out_losses:
             self.vlm.load_state_dict(self._best)
             if min(self.held_out_losses) == self.held_out_losses[0]:
                 log.warning(
                     f"training did not lower the loss on held-out pairs ({self.held_out_losses[0]:.3g} at the start, "
                     f"{self.held_out_losses[-1]:.3g} at the end): the start is kept; change model.weight_lr or model.step_lr"
                 )
+        assert self.quantized is not None
+        self.vlm.eval()
+        self.quantized = measured_again(self.vlm, self.quantized, calibration(self.vlm, self.data))
 
     @torch.no_grad()
     def _measure(self) -> None:

@@ -13,6 +13,8 @@ from lightning_vlmq.callbacks import GridTrajectories
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import QATModule, Quantization
+from lightning_vlmq.quant.clipping import count_clipped
+from lightning_vlmq.quant.layers import weight_quantized_layers
 from lightning_vlmq.quant.training import contrastive_distillation
 
 
@@ -157,6 +159,31 @@ def test_what_is_logged(tmp_path):
         assert 0 < last.medians[kind] <= last.largest[kind] == max(map(abs, last.changes[kind]))
         # Adam moves by the rate at most: no step moves further than the sum of the rates
         assert last.medians[kind] <= module.step_lr * last.step * (2 if kind == "weight_steps" else 1)  # of 3 bits
+
+
+class Coverage(Callback):
+    """Keeps what is said to clip before training."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.clipped = pl_module.coverage.clipped
+
+
+@pytest.mark.parametrize("held_out", [0, 0.1])
+def test_what_clips_is_told_of_the_trained_model(held_out):
+    start = Coverage()
+    module, _ = fit(epochs=1, callbacks=[start], held_out=held_out, weight_lr=0.3, step_lr=0.05, limit_val_batches=1.0)
+    layers = weight_quantized_layers(module.vlm)
+    now = {
+        name: sum(map(int, count_clipped(layer.weight, layer.weight_fake_quant))) / layer.weight.numel()
+        for name, layer in layers.items()
+    }
+    told = {grid.layer: grid.share for grid in module.coverage.clipped if grid.side == "weight"}
+    expected = {name: share for name, share in now.items() if share > 0.01}
+    assert expected.items() <= told.items()
+    if not held_out:  # the last state, whatever it is: these rates move the grids
+        assert expected and told != {grid.layer: grid.share for grid in start.clipped if grid.side == "weight"}
+    rows = {row.metric: row.value for row in module.rows}
+    assert rows["clipped_layers"] == len({grid.layer for grid in module.coverage.clipped})
 
 
 def test_the_figure_of_trajectories_reaches_an_image_logger(tmp_path):

@@ -72,6 +72,7 @@ def test_min_max_clips_nothing_and_says_so():
     vlm = build("vit_clean")
     made = quantize(vlm, "minmax", QuantScheme(4, 4, scope="vision_text"), make_batches(vlm))
     assert made.coverage.clipped == () and "clip" not in made.coverage.table().caption
+    assert "clip" not in " ".join(made.coverage.lines())
 
 
 def test_inconsistent_statistics_are_told_and_refused():
@@ -119,6 +120,10 @@ def test_two_bits_from_the_least_squared_error_are_told_not_refused():
     told = [grid for grid in made.coverage.clipped if grid.side == "weight"]
     assert told and all(0.01 < grid.share < REFUSED for grid in told)
     assert "clip more than 1%" in made.coverage.table().caption
+    worst = max(told, key=lambda grid: grid.share)
+    line = made.coverage.lines()[2]
+    assert line.startswith("Layers that clip more than 1% of a grid's values") and str(worst) in line
+    assert f": {len({grid.layer for grid in made.coverage.clipped})}; worst" in line
 
 
 @pytest.mark.parametrize("start", ["mse", "minmax", "paper"])
