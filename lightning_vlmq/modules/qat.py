@@ -54,7 +54,7 @@ class QATModule(EvaluationModule):
             4 bits, see there. None as for weights.
         held_out: share of the caption pairs that is not trained on, evenly spread; 0 trains on all and keeps the last state, as does,
             with a warning, a share that comes to fewer than two pairs.
-        kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
+        kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains. A ``checkpoint`` is judged, not trained.
 
     Attributes:
         held_out_losses: on the held-out pairs, before training and after each epoch.
@@ -105,7 +105,17 @@ class QATModule(EvaluationModule):
         }
 
     def setup(self, stage: str) -> None:
-        """As :meth:`EvaluationModule.setup`, and keep some pairs from being trained on."""
+        """As :meth:`EvaluationModule.setup`, and keep some pairs from being trained on.
+
+        Raises:
+            VLMQError: a saved model is given to be trained: it does not hold what a fit goes on from.
+        """
+        if stage == "fit" and self.checkpoint is not None:
+            raise VLMQError(
+                f"model.checkpoint '{self.checkpoint}' is a finished model, which is judged, not trained: leave it out. To go on with a "
+                "training, give --ckpt_path a checkpoint of the trainer's; to train from a solution without training, choose the method's "
+                "start, e.g. --model.quant.method \"lsq_contrastive(weights='gptq')\""
+            )
         super().setup(stage)
         if stage != "fit":
             return

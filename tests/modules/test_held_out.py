@@ -136,6 +136,14 @@ def test_too_few_pairs_to_hold_out_are_all_trained_on_with_a_word(caplog):
         fit(held_out=0.7)
 
 
+def test_a_saved_model_is_judged_not_trained(tmp_path):
+    """Refused before it is read, let alone trained: nothing of it would learn."""
+    with pytest.raises(
+        VLMQError, match=r"(?s)model.checkpoint .*saved' is a finished model.*--ckpt_path.*weights='gptq'"
+    ):
+        fit(checkpoint=str(tmp_path / "saved"))
+
+
 def test_a_resumed_fit_keeps_the_best_of_both_parts(tmp_path):
     keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     whole, _ = fit(epochs=3, callbacks=[keeper])
