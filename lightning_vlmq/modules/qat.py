@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from fractions import Fraction
 from statistics import median
 from typing import Any
 
@@ -120,14 +121,13 @@ class QATModule(EvaluationModule):
         if stage != "fit":
             return
         pairs = len(self.data.require_disjoint_pairs())
-        spacing = round(1 / self.held_out) if self.held_out else pairs + 1
-        rows = range(spacing - 1, pairs, spacing)
+        rows = held_out_rows(pairs, self.held_out)
         if self.held_out and len(rows) < 2:  # one pair has no other to be told from
             log.warning(
                 f"held_out {self.held_out} of {pairs} caption pairs leaves {len(rows)} to tell training by, which takes 2: it is "
                 "trained on all of them, and the last state is kept"
             )
-            rows = range(0)
+            rows = []
         self.data.held_out = frozenset(rows)
 
     def on_fit_start(self) -> None:
@@ -288,3 +288,14 @@ class QATModule(EvaluationModule):
     def _decay(self, step: int) -> float:
         """Share of the peak rates at an update."""
         return 0.5 * (1 + math.cos(math.pi * min(step / self._updates, 1)))
+
+
+def held_out_rows(pairs: int, share: float) -> list[int]:
+    """The rows that a share of caption pairs comes to, evenly spread: those at which the share of the rows so far reaches a whole number.
+
+    Example:
+        >>> held_out_rows(10, 0.4)
+        [2, 4, 7, 9]
+    """
+    number, of = Fraction(str(float(share))).as_integer_ratio()  # as it is written: 0.1 is a tenth
+    return [-(-k * of // number) - 1 for k in range(1, pairs * number // of + 1)]

@@ -1,6 +1,8 @@
 """What training is judged by: pairs that it never sees, the best state on them, and what is told on the way."""
 
 import logging
+import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from lightning_vlmq.callbacks import GridTrajectories
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import QATModule, Quantization
+from lightning_vlmq.modules.qat import held_out_rows
 from lightning_vlmq.quant.clipping import count_clipped
 from lightning_vlmq.quant.layers import weight_quantized_layers
 from lightning_vlmq.quant.training import contrastive_distillation
@@ -74,6 +77,16 @@ def test_held_out_pairs_are_never_trained_on_and_tell_the_best_state():
     assert len(module.held_out_losses) == 3
     assert held_out_loss(module, data, rows) == pytest.approx(min(module.held_out_losses), rel=1e-4)
     assert seen.modes == {False}  # normalised by full precision's statistics
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.05, 0.1, 0.15, 0.3, 0.4, 0.45, 0.5])
+def test_the_share_held_out_is_the_one_asked_for(share):
+    for pairs in (0, 7, 60, 997, 1000):
+        rows = held_out_rows(pairs, share)
+        assert len(rows) == math.floor(pairs * Fraction(str(share))) and rows == sorted(set(rows) & set(range(pairs)))
+        gaps = {after - before for before, after in zip([-1, *rows], rows)}
+        assert not gaps or max(gaps) - min(gaps) <= 1  # evenly spread
+    assert held_out_rows(1003, 0.1) == list(range(9, 1003, 10)) and held_out_rows(9, 0.5) == [1, 3, 5, 7]
 
 
 def test_the_losses_are_among_the_rows_of_the_validation_that_ends_the_fit():
