@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
 from fractions import Fraction
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_vlmq.quant import METHODS, QATMethod
 from lightning_vlmq.quant.quantized import measured_again
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.quant.training import default_rates
-from lightning_vlmq.quant.trajectory import GridRecord, GridWatch
+from lightning_vlmq.quant.trajectory import GridRecord, Grids, GridWatch, learned_grids
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class QATModule(EvaluationModule):
         self.weight_decay, self.held_out = weight_decay, held_out
         self.held_out_losses: list[float] = []
         self.trajectory: list[GridRecord] = []
+        self._start: Grids = []
         self._best: dict[str, Tensor] = {}
         self._measured_at = 0
 
@@ -129,6 +131,7 @@ class QATModule(EvaluationModule):
             )
             rows = []
         self.data.held_out = frozenset(rows)
+        self._start = learned_grids(self.vlm)  # of a resumed fit its checkpoint's, which is loaded after this
 
     def on_fit_start(self) -> None:
         """Take the teacher's features ``[pairs, dim]`` of images and of captions, which all fits of a model share, and the tokens."""
@@ -148,7 +151,7 @@ class QATModule(EvaluationModule):
         if rows:
             images = torch.cat([b["image"] for b in batches])
             self._held_out_images = images[rows].to(self.device)
-        self._watch = GridWatch(self.vlm)
+        self._watch = GridWatch(self.vlm, self._start)
         self.vlm.eval()  # a fit that goes on within an epoch does not start one
         if rows and not self.held_out_losses:  # a resumed fit has them from its checkpoint
             self._measure()
@@ -224,11 +227,15 @@ class QATModule(EvaluationModule):
             self.rows += model_rows(self.eval_sets, kept)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the best state so far and the losses on held-out pairs."""
+        """Keep the best state so far and the losses on held-out pairs; the grids at the start and how they moved."""
+        checkpoint["grids"] = {"start": self._start, "trajectory": [asdict(record) for record in self.trajectory]}
         checkpoint["held_out"] = {"losses": self.held_out_losses, "best": self._best, "measured_at": self._measured_at}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
+        if "grids" in checkpoint:
+            self._start = checkpoint["grids"]["start"]
+            self.trajectory = [GridRecord(**record) for record in checkpoint["grids"]["trajectory"]]
         kept = checkpoint.get("held_out", {"losses": [], "best": {}})
         self.held_out_losses, self._best = list(kept["losses"]), dict(kept["best"])
         self._measured_at = int(kept.get("measured_at", 0))

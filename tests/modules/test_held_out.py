@@ -4,6 +4,7 @@ import logging
 import math
 from fractions import Fraction
 
+import pandas as pd
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -157,10 +158,20 @@ def test_a_saved_model_is_judged_not_trained(tmp_path):
         fit(checkpoint=str(tmp_path / "saved"))
 
 
-def test_a_resumed_fit_keeps_the_best_of_both_parts(tmp_path):
+def test_a_resumed_fit_keeps_the_best_of_both_parts_and_the_start_of_the_whole(tmp_path):
     keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    whole, _ = fit(epochs=3, callbacks=[keeper])
-    resumed, _ = fit(epochs=3, resume=str(tmp_path / "epoch=0.ckpt"))
+    whole, _ = fit(epochs=3, callbacks=[keeper], logger=CSVLogger(tmp_path, name="whole", version=""))
+    path = tmp_path / "epoch=0.ckpt"
+    resumed, _ = fit(epochs=3, resume=str(path), logger=CSVLogger(tmp_path, name="resumed", version=""))
+    torch.save(torch.load(path, weights_only=False)["grids"], tmp_path / "grids")
+    torch.load(tmp_path / "grids", weights_only=True)  # data alone, as the command line asks for
+    assert resumed.trajectory == whole.trajectory and whole.trajectory[-1].largest["weight_steps"] > 0
+    logged = [
+        pd.read_csv(tmp_path / name / "metrics.csv").filter(regex="^step$|train/change")
+        for name in ("whole", "resumed")
+    ]
+    told = [frame.dropna().set_index("step") for frame in logged]
+    assert 0 < len(told[1]) < len(told[0]) and told[1].equals(told[0].loc[told[1].index, told[1].columns])
     assert resumed.held_out_losses == whole.held_out_losses
     assert all(torch.equal(x, y) for x, y in zip(resumed.vlm.state_dict().values(), whole.vlm.state_dict().values()))
 
