@@ -7,7 +7,9 @@ quantization's error, not the grid's fault. A trained model's are its own, on wh
 
 Clipping is a trade, whose best is no fault either: the outermost quarter of a layer's values may lie in a range that is not worth a
 level. A grid is useless, and refused, where it clips more than :data:`REFUSED` of its values, these lose more than :data:`LOST` of
-their energy (as they do when cut to half), and all values together lose more than on the min-max grid of the same bits.
+their energy (as they do when cut to half), and all values together lose more than on the min-max grid of the same bits. So is one whose
+zero point is saturated, at more than :data:`COSTLY` times that grid's error: a few large values on one side, which it keeps, are most of
+the energy, and all on the other side are zeros. No range, whatever it was fitted to, has such a zero point; statistics of two ranges have.
 """
 
 from __future__ import annotations
@@ -154,8 +156,9 @@ def require_usable(clipped: Iterable[ClippedGrid]) -> None:
     if useless:
         named = ", ".join(map(str, useless[:3]))
         raise VLMQError(
-            f"{len(useless)} quantization grids clip more than {REFUSED:.0%} of their values to less than half: {named}; choose "
-            "other ranges, e.g. the start 'mse' or 'minmax', a higher share or a symmetric grid"
+            f"{len(useless)} quantization grids clip more than {REFUSED:.0%} of their values to less than half, or one side of zero to "
+            f"zeros at more than {COSTLY:.0f} times min-max's error: {named}; choose other ranges, e.g. the start 'mse' "
+            "or 'minmax', a higher share or a symmetric grid"
         )
 
 
@@ -165,9 +168,11 @@ def _grid(name: str, side: str, clipping: Clipping, quantizer: FakeQuantizer) ->
     at_low, at_high = bool(torch.as_tensor(lo >= 0).all()), bool(torch.as_tensor(hi <= 0).all())
     below, above = clipping.shares
     saturated = offset is None and ((at_low and below > REPORTED) or (at_high and above > REPORTED))
-    useless = below + above > REFUSED and clipping.lost > LOST and clipping.error > clipping.minmax_error
+    cut_off = below + above > REFUSED and clipping.lost > LOST and clipping.error > clipping.minmax_error
     cost = clipping.error / max(clipping.minmax_error, 1e-30)  # no error at all where all values are levels
-    return ClippedGrid(name, side, below + above, saturated, clipping.lost, useless, cost)
+    return ClippedGrid(
+        name, side, below + above, saturated, clipping.lost, cut_off or (saturated and cost > COSTLY), cost
+    )
 
 
 def _with_images(batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -94,6 +94,22 @@ def test_inconsistent_statistics_are_told_and_refused():
         require_usable(found)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_saturated_grid_is_refused_however_much_energy_it_keeps(seed: int, channels: int):
+    """Half of the values are zeros; a few large ones, which the grid nearly holds, are most of the energy."""
+    x = one_outlier_channel(seed)
+    x[:, :channels] = -40
+    model = nn.ModuleDict({"layer": QuantLinear(nn.Linear(768, 2), QuantScheme(16, 8, act_symmetric=False))})
+    quantizer = model["layer"].act_fake_quant
+    quantizer.set_qparams(torch.tensor([0.15]), torch.tensor([255.0]))  # -38.25 to 0
+    quantizer.clipping = judge(x, quantizer)
+    (grid,) = measure_clipping(model)
+    assert grid.saturated and 0.4 < grid.share < 0.5 and grid.lost < LOST and grid.cost > COSTLY
+    with pytest.raises(VLMQError, match=r"one side of zero to zeros .* layer input .*\(zero point saturated\)"):
+        require_usable([grid])
+
+
 def test_a_method_that_cuts_a_layer_off_is_refused():
     vlm = build("vit_clean")
     with pytest.raises(VLMQError, match="clip more than 25% of their values"):
