@@ -54,7 +54,9 @@ what else the machine did meanwhile, so that only large ratios say something.
 .venv/bin/python scripts/make_methods_table.py logs/methods_table docs/methods.md
 ```
 
-A method is chosen by name, `--model.quant.method gptq`, or by its file in `configs/quant`, where its options stand.
+A method is chosen by name, `--model.quant.method smoothquant`, or by its file in `configs/quant`, which holds the name, bits and scope.
+Its options, which `vlmq show smoothquant` lists, are set by name, `--model.quant.options.alpha 0.8`, or with the method,
+`--model.quant.method 'smoothquant(alpha=0.8)'`.
 
 ## What they do
 

@@ -18,6 +18,7 @@ from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.evaluation.headline import DEBIASED, HeadlineLine, headline, side_by_side
 from lightning_vlmq.evaluation.records import Columns, EvaluationSet
 from lightning_vlmq.models import RANDOM
+from lightning_vlmq.quant import CoverageReport
 
 NAME_WIDTH = 18
 """Characters of a column after which a run's name is folded: the path of another store would else push all other columns out."""
@@ -26,10 +27,12 @@ NARROW = 80
 
 
 class CoveragePrinter(Callback):
-    """Says in two lines how much of a quantized model is really quantized, when it has been made; the whole table on request.
+    """Says in a few lines how much of a quantized model is really quantized, when it has been made; the whole table on request.
+
+    What clips is said again after a fit, where training changed it.
 
     Args:
-        every_layer_type: the table by tower and layer type in place of the two lines.
+        every_layer_type: the table by tower and layer type in place of the lines.
     """
 
     def __init__(self, every_layer_type: bool = False) -> None:
@@ -37,14 +40,14 @@ class CoveragePrinter(Callback):
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Nothing is quantized yet."""
-        self._printed = False
+        self._printed: CoverageReport | None = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print once, on rank zero."""
         report = getattr(pl_module, "coverage", None)
-        if report is None or not trainer.is_global_zero or self._printed:
+        if report is None or not trainer.is_global_zero or self._printed is not None:
             return
-        self._printed = True
+        self._printed = report
         if self.every_layer_type:
             table = report.table()
             table.title = f"{table.title}{_randomness(pl_module)}"
@@ -52,6 +55,12 @@ class CoveragePrinter(Callback):
             return
         for line in report.lines():
             rich_print(f"{line}{_randomness(pl_module)}")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print what clips after training, on rank zero, where it is not what was printed."""
+        report = getattr(pl_module, "coverage", None)
+        if report is not None and self._printed is not None and report.clipped != self._printed.clipped:
+            rich_print(f"After training: {report.clips(1)}{_randomness(pl_module)}")
 
 
 class HeadlinePrinter(Callback):

@@ -50,7 +50,7 @@ class RunSummary(Callback):
                 logger.log_metrics(named, trainer.global_step)
         log_text(trainer, "config", f"```yaml\n{config_of(trainer, pl_module)}```")
         if (coverage := getattr(pl_module, "coverage", None)) is not None:
-            log_text(trainer, "coverage", markdown_table(coverage.to_rows()))
+            log_text(trainer, "coverage", "\n\n".join([*coverage.lines(), markdown_table(coverage.to_rows())]))
 
     on_test_end = on_validation_end
 

@@ -160,12 +160,15 @@ def _metadata(saved: Saved, lines: list[HeadlineLine], licence: str) -> str:
 
 
 def _about(saved: Saved) -> str:
+    from lightning_vlmq.models.provenance import RANDOM
+
     scheme = {
         name: value for name, value in {**saved.scheme, **saved.options}.items() if value not in ((), [], None, "")
     }
     fields = "\n".join(f"| `{name}` | {value} |" for name, value in scheme.items())
+    weights = "random weights" if saved.pretrained == RANDOM else saved.pretrained
     return (
-        f"# {saved.model} ({saved.pretrained}), {saved.method} {saved.bits}\n\n"
+        f"# {saved.model} ({weights}), {saved.method} {saved.bits}\n\n"
         f"A quantized vision-language model, judged on every reliability dimension beside its full precision by lightning_vlmq "
         f"{lightning_vlmq.__version__}. Numbers are evaluated with floats on the integer grid.\n\n| scheme | |\n|---|---|\n{fields}"
     )

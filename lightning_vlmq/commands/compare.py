@@ -12,6 +12,7 @@ from lightning_vlmq.core.errors import VLMQError, unknown
 if TYPE_CHECKING:
     from lightning_vlmq.evaluation.headline import HeadlineLine
     from lightning_vlmq.evaluation.records import Columns, EvaluationSet
+    from lightning_vlmq.results.store import ResultsStore
     from lightning_vlmq.statistics import Statistics
 
 
@@ -35,7 +36,9 @@ def run(args: list[str]) -> None:
     lines, left_out = compared(given.runs, given.root)
     for where in left_out:
         rich_print(escape(f"only one of them has '{where}': left out"))
-    rich_print(headline_table(lines, given.runs, has_change=True))
+    table = headline_table(lines, given.runs, has_change=True)
+    table.title = f"{table.title}{randomness(given.runs, given.root)}"
+    rich_print(table)
 
 
 def compared(names: list[str], root: str) -> tuple[list[HeadlineLine], list[str]]:
@@ -69,11 +72,9 @@ def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:
         VLMQError: there is no such run, it is damaged, or it has no samples.
     """
     from lightning_vlmq.results.schema import RunKey
-    from lightning_vlmq.results.store import ResultsStore
     from lightning_vlmq.study.analysis.runs import StoredRun
 
-    folder, colon, run_id = name.rpartition(":")
-    store = ResultsStore(folder if colon else root)
+    store, run_id = located(name, root)
     if run_id not in store.run_ids():
         raise unknown(f"run of '{store.root}'", run_id, store.run_ids())
     first = store.rows([run_id]).iloc[0]
@@ -83,14 +84,33 @@ def samples(name: str, root: str) -> dict[EvaluationSet, Columns]:
     return found
 
 
-def settings_of(names: list[str], root: str) -> Statistics:
-    """The statistics' settings of stored runs; raises :class:`VLMQError` where they differ: one cannot be read by the other's."""
+def located(name: str, root: str) -> tuple[ResultsStore, str]:
+    """The store that a run is in, and what it is called there; ``name`` and ``root`` as :func:`samples` takes them."""
     from lightning_vlmq.results.store import ResultsStore
 
+    folder, colon, run_id = name.rpartition(":")
+    return ResultsStore(folder if colon else root), run_id
+
+
+def randomness(names: list[str], root: str) -> str:
+    """What the title of a table adds where weights of stored runs are drawn, not trained: of all, or of those it names."""
+    from rich.markup import escape
+
+    from lightning_vlmq.models.provenance import RANDOM
+
+    stores = {name: located(name, root) for name in names}
+    drawn = [n for n, (store, run) in stores.items() if store.rows([run])["pretrained"].iloc[0] == RANDOM]
+    if not drawn:
+        return ""
+    return " (random weights)" if len(drawn) == len(stores) else f" (random weights: {escape(', '.join(drawn))})"
+
+
+def settings_of(names: list[str], root: str) -> Statistics:
+    """The statistics' settings of stored runs; raises :class:`VLMQError` where they differ: one cannot be read by the other's."""
     found = []
     for name in names:
-        folder, colon, run_id = name.rpartition(":")
-        found.append(ResultsStore(folder if colon else root).statistics(run_id))
+        store, run_id = located(name, root)
+        found.append(store.statistics(run_id))
     if found[0] != found[-1]:
         raise VLMQError(
             f"{' and '.join(names)} were evaluated with different statistics; run one of them again with the other's"

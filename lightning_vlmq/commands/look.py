@@ -68,7 +68,7 @@ def _models() -> dict[str, Entry]:
 
     import open_clip
 
-    from lightning_vlmq.models import zoo
+    from lightning_vlmq.models import RANDOM, zoo
 
     use = "vlmq validate --config eval --model.vlm {}"
     entries = {}
@@ -81,10 +81,9 @@ def _models() -> dict[str, Entry]:
     for name in open_clip.list_models():
         tags = open_clip.list_pretrained_tags_by_model(name)
         shown = ", ".join(tags[:4]) + (f" and {len(tags) - 4} more" if len(tags) > 4 else "")
-        tagged = f"{use.format(name)}" + (f" --model.pretrained {tags[0]}" if tags else "")
-        entries[name] = Entry(
-            f"open_clip; weights: {shown or 'none'}", f"weights: {', '.join(tags) or 'none'}\n\n{tagged}"
-        )
+        told = ", ".join(tags) or f"none, so give a file, or {RANDOM} for random ones"
+        tagged = f"{use.format(name)} --model.pretrained {tags[0] if tags else RANDOM}"
+        entries[name] = Entry(f"open_clip; weights: {shown or 'none'}", f"weights: {told}\n\n{tagged}")
     return entries
 
 

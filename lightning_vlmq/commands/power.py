@@ -29,13 +29,14 @@ def run(args: list[str]) -> None:
     from rich import print as rich_print
     from rich.table import Table
 
-    from lightning_vlmq.commands.compare import compared
+    from lightning_vlmq.commands.compare import compared, randomness
     from lightning_vlmq.statistics import Z95, samples_needed
 
     if any(not points > 0 or math.isinf(points) for points in given.change):
         raise VLMQError(f"--change is in points above 0, got {' '.join(map(str, given.change))}")
     lines, _ = compared(given.runs, given.root)
-    table = Table(title="Images needed", box=box.SIMPLE_HEAD, pad_edge=False)
+    title = f"Images needed{randomness(given.runs, given.root)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
     for title in ("dimension", "measure"):
         table.add_column(title, no_wrap=True)
     for title in ("images", "± points", *(f"{points:g} points" for points in given.change)):

@@ -22,6 +22,11 @@ BITS_PER_WEIGHT = "bits_per_weight"
 """Of a quantized model: mean bits of a matrix weight of both towers, with what a method keeps beside its integers; steps not counted."""
 
 
+CLIPPED_LAYERS = "clipped_layers"
+"""Of a quantized model: number of layers that clip more than is worth telling, see
+:class:`~lightning_vlmq.quant.clipping.ClippedGrid`."""
+
+
 def model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> list[Row]:
     """Numbers about the model alone, filed with the in-distribution set."""
     inside = in_distribution(sets)
@@ -31,7 +36,7 @@ def model_rows(sets: Sequence[EvalSet], values: Mapping[str, float | None]) -> l
 def coverage_rows(
     sets: Sequence[EvalSet], coverage: CoverageReport | None, scheme: QuantScheme | None, vlm: VLM
 ) -> list[Row]:
-    """Shares of the scope's matrix weights and multiply-accumulates that are quantized, and the model's mean bits; none in full precision.
+    """Shares of the scope's matrix weights and MACs that are quantized, mean bits, layers that clip; none in full precision.
 
     Bits per matrix weight of both towers are those that each layer has, by rules and mixed precision too, with what a method keeps beside
     its integers; weights that are not quantized have 32. Steps and offsets are not counted.
@@ -43,7 +48,13 @@ def coverage_rows(
     quantizers = [(layer.weight.numel(), layer.weight_fake_quant) for layer in quantized_layers(vlm).values()]
     kept = [(n, n * q.bits + q.extra_bits) for n, q in quantizers if q.quantizes]
     bits = (sum(own for _, own in kept) + 32 * (total - sum(n for n, _ in kept))) / max(total, 1)
-    return model_rows(sets, {"coverage_weights": weights, "coverage_macs": macs, BITS_PER_WEIGHT: bits})
+    told = {
+        "coverage_weights": weights,
+        "coverage_macs": macs,
+        BITS_PER_WEIGHT: bits,
+        CLIPPED_LAYERS: coverage.clipped_layers,
+    }
+    return model_rows(sets, told)
 
 
 class OutputNoise(MeanMetric):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 
 import torch
@@ -11,6 +12,7 @@ from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.models import VLM
 from lightning_vlmq.quant import Quantization, Quantized, load_quantized, quantize
+from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.scheme import FULL_PRECISION, QuantScheme
 from lightning_vlmq.results.schema import RunKey
 
@@ -52,9 +54,11 @@ def quantized(vlm: VLM, quant: Quantization, data: ReliabilityDataModule, may_tr
         raise VLMQError(
             f"{quant.method} is trained: run 'vlmq fit --config qat' first, or give its result by --model.checkpoint"
         )
+    return quantize(vlm, method, scheme, list(calibration(vlm, data)), quant.minimum_coverage)
+
+
+def calibration(vlm: VLM, data: ReliabilityDataModule) -> Iterator[Batch]:
+    """The caption pairs as batches of images and tokens, on the model's device."""
     device = vlm.mean.device
-    batches = [
-        {"image": b["image"].to(device), "tokens": vlm.tokenize(b["caption"]).to(device)}
-        for b in data.calibration_batches()
-    ]
-    return quantize(vlm, method, scheme, batches, quant.minimum_coverage)
+    for batch in data.calibration_batches():
+        yield {"image": batch["image"].to(device), "tokens": vlm.tokenize(batch["caption"]).to(device)}

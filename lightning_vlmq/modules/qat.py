@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from contextlib import nullcontext
+from dataclasses import asdict
+from fractions import Fraction
 from statistics import median
 from typing import Any
 
@@ -16,12 +18,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.evaluation.digests import tower_digests
 from lightning_vlmq.evaluation.results import model_rows
+from lightning_vlmq.evaluation.subject import calibration
 from lightning_vlmq.evaluation.tuning import encode_pairs
 from lightning_vlmq.modules.evaluation import EvaluationModule
 from lightning_vlmq.quant import METHODS, QATMethod
+from lightning_vlmq.quant.quantized import measured_again
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.quant.training import default_rates
-from lightning_vlmq.quant.trajectory import GridRecord, GridWatch
+from lightning_vlmq.quant.trajectory import GridRecord, Grids, GridWatch, learned_grids
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +56,7 @@ class QATModule(EvaluationModule):
             4 bits, see there. None as for weights.
         held_out: share of the caption pairs that is not trained on, evenly spread; 0 trains on all and keeps the last state, as does,
             with a warning, a share that comes to fewer than two pairs.
-        kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains.
+        kwargs: as :class:`EvaluationModule`; ``quant.method`` has to be one that trains. A ``checkpoint`` is judged, not trained.
 
     Attributes:
         held_out_losses: on the held-out pairs, before training and after each epoch.
@@ -83,6 +87,7 @@ class QATModule(EvaluationModule):
         self.weight_decay, self.held_out = weight_decay, held_out
         self.held_out_losses: list[float] = []
         self.trajectory: list[GridRecord] = []
+        self._start: Grids = []
         self._best: dict[str, Tensor] = {}
         self._measured_at = 0
 
@@ -103,20 +108,30 @@ class QATModule(EvaluationModule):
         }
 
     def setup(self, stage: str) -> None:
-        """As :meth:`EvaluationModule.setup`, and keep some pairs from being trained on."""
+        """As :meth:`EvaluationModule.setup`, and keep some pairs from being trained on.
+
+        Raises:
+            VLMQError: a saved model is given to be trained: it does not hold what a fit goes on from.
+        """
+        if stage == "fit" and self.checkpoint is not None:
+            raise VLMQError(
+                f"model.checkpoint '{self.checkpoint}' is a finished model, which is judged, not trained: leave it out. To go on with a "
+                "training, give --ckpt_path a checkpoint of the trainer's; to train from a solution without training, choose the method's "
+                "start, e.g. --model.quant.method \"lsq_contrastive(weights='gptq')\""
+            )
         super().setup(stage)
         if stage != "fit":
             return
         pairs = len(self.data.require_disjoint_pairs())
-        spacing = round(1 / self.held_out) if self.held_out else pairs + 1
-        rows = range(spacing - 1, pairs, spacing)
+        rows = held_out_rows(pairs, self.held_out)
         if self.held_out and len(rows) < 2:  # one pair has no other to be told from
             log.warning(
                 f"held_out {self.held_out} of {pairs} caption pairs leaves {len(rows)} to tell training by, which takes 2: it is "
                 "trained on all of them, and the last state is kept"
             )
-            rows = range(0)
+            rows = []
         self.data.held_out = frozenset(rows)
+        self._start = learned_grids(self.vlm)  # of a resumed fit its checkpoint's, which is loaded after this
 
     def on_fit_start(self) -> None:
         """Take the teacher's features ``[pairs, dim]`` of images and of captions, which all fits of a model share, and the tokens."""
@@ -136,7 +151,7 @@ class QATModule(EvaluationModule):
         if rows:
             images = torch.cat([b["image"] for b in batches])
             self._held_out_images = images[rows].to(self.device)
-        self._watch = GridWatch(self.vlm)
+        self._watch = GridWatch(self.vlm, self._start)
         self.vlm.eval()  # a fit that goes on within an epoch does not start one
         if rows and not self.held_out_losses:  # a resumed fit has them from its checkpoint
             self._measure()
@@ -154,23 +169,24 @@ class QATModule(EvaluationModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """After an epoch, measure the loss on the held-out pairs; after the last update, go back to the best state."""
         is_over = self.global_step >= self._updates
-        if not len(self._held_out_rows) or not (is_over or self.trainer.is_last_batch):
-            return
-        self._measure()
-        self.log(
-            "train/held_out_loss",
-            self.held_out_losses[-1],
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(self._held_out_rows),
-        )
+        if pairs := len(self._held_out_rows) * (is_over or self.trainer.is_last_batch):
+            self._measure()
+            self.log("train/held_out_loss", self.held_out_losses[-1], on_step=False, on_epoch=True, batch_size=pairs)
         if is_over:
+            self._end()
+
+    def _end(self) -> None:
+        """Go back to the best state, and ask again what its grids clip, which training moved."""
+        if self.held_out_losses:
             self.vlm.load_state_dict(self._best)
             if min(self.held_out_losses) == self.held_out_losses[0]:
                 log.warning(
                     f"training did not lower the loss on held-out pairs ({self.held_out_losses[0]:.3g} at the start, "
                     f"{self.held_out_losses[-1]:.3g} at the end): the start is kept; change model.weight_lr or model.step_lr"
                 )
+        assert self.quantized is not None
+        self.vlm.eval()
+        self.quantized = measured_again(self.vlm, self.quantized, calibration(self.vlm, self.data))
 
     @torch.no_grad()
     def _measure(self) -> None:
@@ -211,11 +227,15 @@ class QATModule(EvaluationModule):
             self.rows += model_rows(self.eval_sets, kept)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the best state so far and the losses on held-out pairs."""
+        """Keep the best state so far and the losses on held-out pairs; the grids at the start and how they moved."""
+        checkpoint["grids"] = {"start": self._start, "trajectory": [asdict(record) for record in self.trajectory]}
         checkpoint["held_out"] = {"losses": self.held_out_losses, "best": self._best, "measured_at": self._measured_at}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take them back."""
+        if "grids" in checkpoint:
+            self._start = checkpoint["grids"]["start"]
+            self.trajectory = [GridRecord(**record) for record in checkpoint["grids"]["trajectory"]]
         kept = checkpoint.get("held_out", {"losses": [], "best": {}})
         self.held_out_losses, self._best = list(kept["losses"]), dict(kept["best"])
         self._measured_at = int(kept.get("measured_at", 0))
@@ -275,3 +295,14 @@ class QATModule(EvaluationModule):
     def _decay(self, step: int) -> float:
         """Share of the peak rates at an update."""
         return 0.5 * (1 + math.cos(math.pi * min(step / self._updates, 1)))
+
+
+def held_out_rows(pairs: int, share: float) -> list[int]:
+    """The rows that a share of caption pairs comes to, evenly spread: those at which the share of the rows so far reaches a whole number.
+
+    Example:
+        >>> held_out_rows(10, 0.4)
+        [2, 4, 7, 9]
+    """
+    number, of = Fraction(str(float(share))).as_integer_ratio()  # as it is written: 0.1 is a tenth
+    return [-(-k * of // number) - 1 for k in range(1, pairs * number // of + 1)]

@@ -6,7 +6,7 @@ Observers keep running statistics, never the inputs, so calibration memory does 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Protocol
 
 import torch
@@ -59,12 +59,17 @@ class RangeObserver:
 
 
 def calibrate(
-    vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch], observers: Mapping[str, Observer], what: str = "input"
+    vlm: VLM,
+    scheme: QuantScheme,
+    batches: Iterable[Batch],
+    observers: Mapping[str, Observer],
+    what: str = "input",
+    quantizes: bool = False,
 ) -> None:
     """Run the model's encoders over the batches while each observer watches the input of one layer, or of one quantizer.
 
     Where text is in scope, a text decoder (CoCa's) runs too. Quantizers are switched off meanwhile, so that every layer
-    sees full-precision inputs; a layer's ``input_transform`` is applied before its observer looks.
+    sees full-precision inputs, unless asked otherwise; a layer's ``input_transform`` is applied before its observer looks.
 
     Args:
         vlm: a model with quantized layers.
@@ -73,6 +78,7 @@ def calibrate(
             Those without an image (B = 0) are passed over.
         observers: by the qualified name of a quantized layer, or of a quantizer on its own.
         what: the word for the watched quantity in messages.
+        quantizes: whether quantizers stay on; the model is then to be in evaluation mode.
 
     Raises:
         VLMQError: no batch, none with an image, or one without its columns; a layer that the encoders never run; inputs
@@ -82,7 +88,7 @@ def calibrate(
     hooks = [vlm.get_submodule(name).register_forward_pre_hook(_watch(name, observers[name])) for name in observers]
     count = 0
     try:
-        with torch.no_grad(), full_precision(vlm):
+        with torch.no_grad(), nullcontext() if quantizes else full_precision(vlm):
             for batch in batches:
                 image = column(batch, "image").to(device)
                 if not len(image):

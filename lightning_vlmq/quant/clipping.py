@@ -3,11 +3,13 @@
 A grid made from statistics that do not fit each other can lose most of a layer's input and still look like a grid. So
 every quantized model is asked, whatever its method: values further than half a step beyond the outermost levels are clipped.
 Inputs are full precision's, from which the grid was made; that the inputs of a quantized model drift away from those is the
-quantization's error, not the grid's fault.
+quantization's error, not the grid's fault. A trained model's are its own, on which its grids were learned.
 
 Clipping is a trade, whose best is no fault either: the outermost quarter of a layer's values may lie in a range that is not worth a
 level. A grid is useless, and refused, where it clips more than :data:`REFUSED` of its values, these lose more than :data:`LOST` of
-their energy (as they do when cut to half), and all values together lose more than on the min-max grid of the same bits.
+their energy (as they do when cut to half), and all values together lose more than on the min-max grid of the same bits. So is one whose
+zero point is saturated, at more than :data:`COSTLY` times that grid's error: a few large values on one side, which it keeps, are most of
+the energy, and all on the other side are zeros. No range, whatever it was fitted to, has such a zero point; statistics of two ranges have.
 """
 
 from __future__ import annotations
@@ -46,8 +48,7 @@ class ClippedGrid:
     Attributes:
         layer: its name.
         side: ``weight`` or ``input``.
-        share: of the values that are clipped, 0 to 1: of all weights, or of the full-precision inputs of the first
-            calibration batch.
+        share: of the values that are clipped, 0 to 1: of all weights, or of the inputs of the first calibration batch.
         saturated: whether the zero point is at an end of the grid though there are values on that end's side: more than
             :data:`REPORTED` of all are cut to zero.
         lost: share of the clipped values' energy that clipping takes, 0 to 1.
@@ -121,16 +122,17 @@ def _outside(blocks: Tensor, quantizer: FakeQuantizer) -> tuple[Tensor, Tensor]:
     return blocks < (lo - slack) * scale + shift, blocks > (hi + slack) * scale + shift
 
 
-def note_clipping(vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch]) -> None:
+def note_clipping(vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch], is_trained: bool = False) -> None:
     """Note, in each static input quantizer, what its grid clips of full precision's inputs in the first batch with an image.
 
-    To be called when these grids are fitted, before weights are rounded.
+    To be called when these grids are fitted, before weights are rounded; and of a trained model, whose inputs are then its own, when
+    training has ended.
     """
     layers = static_layers(vlm)
     if not layers:
         return
     observers = {name: ClippingObserver(layer.act_fake_quant) for name, layer in layers.items()}
-    calibrate(vlm, scheme, list(islice(_with_images(batches), 1)), observers)
+    calibrate(vlm, scheme, list(islice(_with_images(batches), 1)), observers, quantizes=is_trained)
     for name, layer in layers.items():
         layer.act_fake_quant.clipping = observers[name].clipping
 
@@ -154,8 +156,9 @@ def require_usable(clipped: Iterable[ClippedGrid]) -> None:
     if useless:
         named = ", ".join(map(str, useless[:3]))
         raise VLMQError(
-            f"{len(useless)} quantization grids clip more than {REFUSED:.0%} of their values to less than half: {named}; choose "
-            "other ranges, e.g. the start 'mse' or 'minmax', a higher share or a symmetric grid"
+            f"{len(useless)} quantization grids clip more than {REFUSED:.0%} of their values to less than half, or one side of zero to "
+            f"zeros at more than {COSTLY:.0f} times min-max's error: {named}; choose other ranges, e.g. the start 'mse' "
+            "or 'minmax', a higher share or a symmetric grid"
         )
 
 
@@ -165,9 +168,11 @@ def _grid(name: str, side: str, clipping: Clipping, quantizer: FakeQuantizer) ->
     at_low, at_high = bool(torch.as_tensor(lo >= 0).all()), bool(torch.as_tensor(hi <= 0).all())
     below, above = clipping.shares
     saturated = offset is None and ((at_low and below > REPORTED) or (at_high and above > REPORTED))
-    useless = below + above > REFUSED and clipping.lost > LOST and clipping.error > clipping.minmax_error
+    cut_off = below + above > REFUSED and clipping.lost > LOST and clipping.error > clipping.minmax_error
     cost = clipping.error / max(clipping.minmax_error, 1e-30)  # no error at all where all values are levels
-    return ClippedGrid(name, side, below + above, saturated, clipping.lost, useless, cost)
+    return ClippedGrid(
+        name, side, below + above, saturated, clipping.lost, cut_off or (saturated and cost > COSTLY), cost
+    )
 
 
 def _with_images(batches: Iterable[Batch]) -> Iterator[Batch]:

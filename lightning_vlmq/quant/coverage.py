@@ -111,7 +111,10 @@ class CoverageReport:
         return cls(rows, dict(content["excluded"]), dict(content["unquantized"]), dict(content["rotations"]), clipped)
 
     def lines(self) -> list[str]:
-        """Two lines: what share of matrix weights and multiply-accumulates is quantized, by tower; and the largest of what is not."""
+        """What share of matrix weights and multiply-accumulates is quantized, by tower; the largest of what is not; and what clips, if any.
+
+        A line each.
+        """
         towers = [tower for tower in TOWERS if any(row.tower == tower for row in self.rows)]
         parts = [
             f"{tower} {self.weight_share((tower,)):.1%} of weights, {self.mac_share((tower,)):.1%} of MACs"
@@ -125,16 +128,30 @@ class CoverageReport:
         return [
             f"Quantized: {'; '.join(parts)}",
             f"In full precision, of all MACs: {', '.join(kept[:3]).replace('_', ' ') or 'none'}",
+            *([self.clips(1)] if self.clipped else []),
         ]
+
+    @property
+    def clipped_layers(self) -> int:
+        """Number of layers of which a grid, the weight's or the input's, is among :attr:`clipped`."""
+        return len({grid.layer for grid in self.clipped})
+
+    def clips(self, named: int) -> str:
+        """One line: how many layers clip beyond the bounds, and the grids that are worst.
+
+        Args:
+            named: how many of these are named.
+        """
+        bounds = f"clip more than {REPORTED:.0%} of a grid's values, or to {COSTLY:.0f} times min-max's error"
+        worst = sorted(self.clipped, key=lambda grid: (not grid.saturated, grid.cost <= COSTLY, -grid.share))
+        told = "; ".join(map(str, worst[:named])) + ("; ..." if len(worst) > named else "")
+        return f"Layers that {bounds}: {self.clipped_layers}" + (f"; worst: {told}" if told else "")
 
     def table(self) -> Table:
         """A table for ``rich.print``; exclusions, rotations and the grids that clip most are named in its caption."""
         listed = ", ".join(f"{name} ({size:,})" for name, size in self.excluded.items()) or "none"
         rotated = "".join(f"\nRotated, {tower}: {kind}" for tower, kind in self.rotations.items())
-        worst = sorted(self.clipped, key=lambda grid: (not grid.saturated, grid.cost <= COSTLY, -grid.share))
-        named = "; ".join(map(str, worst[:5])) + ("; ..." if len(worst) > 5 else "")
-        bounds = f"clip more than {REPORTED:.0%} of their values, or to {COSTLY:.0f} times min-max's error"
-        clips = f"\n{len(worst)} grids {bounds}: {named}" if worst else ""
+        clips = f"\n{self.clips(5)}" if self.clipped else ""
         table = Table(title="Quantization coverage", caption=f"Not matrix weights: {listed}{rotated}{clips}")
         for column in ("tower", "layer type", "weights", "quantized", "MACs", "quantized "):
             table.add_column(column, justify="left" if column in ("tower", "layer type") else "right")

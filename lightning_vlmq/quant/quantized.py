@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, cast
 
 import torch
@@ -12,7 +12,7 @@ from lightning_vlmq.core.calls import call_text
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
-from lightning_vlmq.quant.clipping import measure_clipping, require_usable
+from lightning_vlmq.quant.clipping import measure_clipping, note_clipping, require_usable
 from lightning_vlmq.quant.coverage import CoverageReport, assert_attention, assert_covered, measure_coverage
 from lightning_vlmq.quant.layers import quantized_layers
 from lightning_vlmq.quant.methods import METHODS, PTQMethod, find_method
@@ -68,6 +68,12 @@ def quantize(
     assert_covered(report, scheme.scope, minimum_coverage)
     assert_attention(report, scheme)
     return Quantized(chosen, scheme, report)
+
+
+def measured_again(vlm: VLM, quantized: Quantized, batches: Iterable[Batch]) -> Quantized:
+    """The same quantization of a model that was trained since, with the grids that clip now; ``batches`` as in :func:`quantize`."""
+    note_clipping(vlm, quantized.scheme, batches, is_trained=True)
+    return replace(quantized, coverage=replace(quantized.coverage, clipped=measure_clipping(vlm)))
 
 
 def require_finite_layers(vlm: VLM) -> None:

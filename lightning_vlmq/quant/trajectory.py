@@ -46,18 +46,31 @@ class GridRecord:
         return told | {f"train/clipped/{side}": share for side, share in self.clipped.items()}
 
 
+Grids = list[tuple[Tensor, Tensor | None]]
+"""Steps and offsets of learned grids, in the model's order."""
+
+
+def learned_grids(vlm: VLM) -> Grids:
+    """A copy of the learned grids of a model that :meth:`~lightning_vlmq.quant.QATMethod.prepare` returned."""
+    return [
+        (scale.detach().clone(), None if offset is None else offset.detach().clone())
+        for scale, offset in ((q.scale, q.offset) for _, q in learned_quantizers(vlm))
+    ]
+
+
 class GridWatch:
-    """Compares a model's learned grids with what they were when the watch was set up.
+    """Compares a model's learned grids with what they were at the start.
 
     Args:
-        vlm: a model that :meth:`~lightning_vlmq.quant.QATMethod.prepare` returned.
+        vlm: the model.
+        start: what :func:`learned_grids` said of it then, on any device.
     """
 
-    def __init__(self, vlm: VLM) -> None:
+    def __init__(self, vlm: VLM, start: Grids) -> None:
         self._vlm = vlm
         self._start = [
-            (scale.detach().clone(), None if offset is None else offset.detach().clone())
-            for scale, offset in ((q.scale, q.offset) for _, q in learned_quantizers(vlm))
+            (scale.to(q.scale), None if offset is None else offset.to(q.scale))
+            for (_, q), (scale, offset) in zip(learned_quantizers(vlm), start, strict=True)
         ]
         self._inputs = torch.zeros(2, dtype=torch.int64)
 

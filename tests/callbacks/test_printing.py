@@ -16,6 +16,8 @@ from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.evaluation.headline import HeadlineLine
 from lightning_vlmq.evaluation.measures import dimensions
 from lightning_vlmq.modules import EvaluationModule, Quantization
+from lightning_vlmq.quant import CoverageReport
+from lightning_vlmq.quant.clipping import ClippedGrid
 
 
 def validate(tmp_path, every_layer_type=False, **kwargs):
@@ -96,3 +98,17 @@ def test_the_bar_leaves_no_line(capsys):
         trainer.validate(BoringModel(), verbose=False)
         said.append(capsys.readouterr().out)
     assert "it/s" in said[0] and "it/s" not in said[1]
+
+
+def test_what_clips_is_said_again_where_training_changed_it(capsys):
+    module, printer = BoringModel(), CoveragePrinter()
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False)
+    module.coverage = CoverageReport((), {}, {})
+    printer.setup(trainer, module, "fit")
+    printer.on_validation_start(trainer, module)
+    printer.on_fit_end(trainer, module)
+    assert "clip" not in capsys.readouterr().out
+    module.coverage = CoverageReport((), {}, {}, clipped=(ClippedGrid("mlp.c_fc", "weight", 0.04, False),))
+    printer.on_fit_end(trainer, module)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("After training: Layers that clip") and said.endswith(": 1; worst: mlp.c_fc weight 4.0%")

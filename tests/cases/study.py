@@ -75,7 +75,8 @@ def make_run(
     rows = [vars(row) for row in found]
     inside = {"dataset": "concepts", "role": "id"}
     if "fp32" not in key.method:
-        rows += [_row("coverage_weights", 0.985, 0.0, **inside), _row("coverage_macs", 0.97, 0.0, **inside)]
+        about = {"coverage_weights": 0.985, "coverage_macs": 0.97, "clipped_layers": 8 - key.weight_bits}
+        rows += [_row(name, value, 0.0, **inside) for name, value in about.items()]
     if not key.is_tuned:
         rows.append(_row("stable_rank", 5.2 + key.weight_bits / 10, 0.0, score="vision/mlp", **inside))
     frame = pd.DataFrame(rows).assign(**key.columns(), code_version=code_version, run_id=run_id)

@@ -2,11 +2,13 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from cases.small_data import SMALL_DATA
+from cases.study import grid, write_study
 from scipy.stats import norm
 
 from lightning_vlmq.cli import main
@@ -64,6 +66,22 @@ def test_how_many_images_a_change_takes(folder, capsys, monkeypatch):
     )
     with pytest.raises(VLMQError, match="points above 0"):
         main(["power", "full", "w3", "--root", str(folder), "--change", "0"])
+
+
+@pytest.mark.parametrize("drawn", ["both", "one"])
+def test_random_weights_are_said_in_the_titles(drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    full, own = grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision"])
+    write_study(
+        tmp_path,
+        [replace(full, pretrained="none") if drawn == "both" else full, replace(own, pretrained="none")],
+        size=0.06,
+    )
+    runs = sorted(ResultsStore(tmp_path).run_ids())
+    title = "(random weights)" if drawn == "both" else f"(random weights: {runs[1]})"
+    for command, what in (("compare", "Reliability"), ("power", "Images needed")):
+        main([command, *runs, "--root", str(tmp_path)])
+        assert f"{what} {title}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

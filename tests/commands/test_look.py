@@ -1,6 +1,7 @@
 """``vlmq list``, ``show`` and ``doctor``: all that goes by a name, and what is there."""
 
 import re
+import shlex
 
 import pytest
 
@@ -8,7 +9,7 @@ from lightning_vlmq.cli import main
 from lightning_vlmq.commands import doctor
 from lightning_vlmq.commands.look import KINDS
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import zoo
+from lightning_vlmq.models import known_vlm, zoo
 from lightning_vlmq.quant import METHODS
 
 
@@ -55,6 +56,14 @@ def test_show_says_what_it_is_and_how_it_is_used(name, capsys):
     assert shown.count(summary) == 1 or shown.startswith(
         ("data/", "studies/")
     )  # said once; a config's head says it too
+
+
+def test_the_command_of_every_model_names_weights_that_it_takes(everything):
+    for name, entry in everything["models"].items():
+        options = shlex.split(entry.text.splitlines()[-1])
+        assert options[options.index("--model.vlm") + 1] == name
+        at = options.index("--model.pretrained") + 1 if "--model.pretrained" in options else 0
+        known_vlm(name, options[at] if at else None)
 
 
 def test_parameters_of_a_score_are_options(capsys):

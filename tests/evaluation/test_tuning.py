@@ -117,6 +117,7 @@ def test_rows_are_those_of_the_tuned_records(tuned):
         "coverage_weights",
         "coverage_macs",
         "bits_per_weight",
+        "clipped_layers",
         "output_sqnr_db",
     )  # a scale changes none of these
     assert {key for key in before if key not in after} == {("concepts", "", metric) for metric in of_the_model}

@@ -63,7 +63,8 @@ def test_every_metric_of_every_role_has_value_and_stderr(quantized):
     gaps = {"rsg", "common", "counter"}
     detection = {"auroc", "aupr_in", "aupr_out", "fpr95", "fpr95_openood"}
     expected = {
-        "id": whole | {"coverage_weights", "coverage_macs", "bits_per_weight", "output_sqnr_db", "logit_scale"},
+        "id": whole
+        | {"coverage_weights", "coverage_macs", "bits_per_weight", "clipped_layers", "output_sqnr_db", "logit_scale"},
         "corruption": labelled | {"mean_corruption_error", "relative_mean_corruption_error"},
         "shift": whole,
         "near_ood": detection | {f"delta_{m}" for m in detection},

@@ -1,7 +1,10 @@
 """What training is judged by: pairs that it never sees, the best state on them, and what is told on the way."""
 
 import logging
+import math
+from fractions import Fraction
 
+import pandas as pd
 import pytest
 import torch
 from lightning import Callback, Trainer, seed_everything
@@ -13,6 +16,9 @@ from lightning_vlmq.callbacks import GridTrajectories
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data import EmbeddedData
 from lightning_vlmq.modules import QATModule, Quantization
+from lightning_vlmq.modules.qat import held_out_rows
+from lightning_vlmq.quant.clipping import count_clipped
+from lightning_vlmq.quant.layers import weight_quantized_layers
 from lightning_vlmq.quant.training import contrastive_distillation
 
 
@@ -72,6 +78,16 @@ def test_held_out_pairs_are_never_trained_on_and_tell_the_best_state():
     assert len(module.held_out_losses) == 3
     assert held_out_loss(module, data, rows) == pytest.approx(min(module.held_out_losses), rel=1e-4)
     assert seen.modes == {False}  # normalised by full precision's statistics
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.05, 0.1, 0.15, 0.3, 0.4, 0.45, 0.5])
+def test_the_share_held_out_is_the_one_asked_for(share):
+    for pairs in (0, 7, 60, 997, 1000):
+        rows = held_out_rows(pairs, share)
+        assert len(rows) == math.floor(pairs * Fraction(str(share))) and rows == sorted(set(rows) & set(range(pairs)))
+        gaps = {after - before for before, after in zip([-1, *rows], rows)}
+        assert not gaps or max(gaps) - min(gaps) <= 1  # evenly spread
+    assert held_out_rows(1003, 0.1) == list(range(9, 1003, 10)) and held_out_rows(9, 0.5) == [1, 3, 5, 7]
 
 
 def test_the_losses_are_among_the_rows_of_the_validation_that_ends_the_fit():
@@ -134,10 +150,28 @@ def test_too_few_pairs_to_hold_out_are_all_trained_on_with_a_word(caplog):
         fit(held_out=0.7)
 
 
-def test_a_resumed_fit_keeps_the_best_of_both_parts(tmp_path):
+def test_a_saved_model_is_judged_not_trained(tmp_path):
+    """Refused before it is read, let alone trained: nothing of it would learn."""
+    with pytest.raises(
+        VLMQError, match=r"(?s)model.checkpoint .*saved' is a finished model.*--ckpt_path.*weights='gptq'"
+    ):
+        fit(checkpoint=str(tmp_path / "saved"))
+
+
+def test_a_resumed_fit_keeps_the_best_of_both_parts_and_the_start_of_the_whole(tmp_path):
     keeper = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
-    whole, _ = fit(epochs=3, callbacks=[keeper])
-    resumed, _ = fit(epochs=3, resume=str(tmp_path / "epoch=0.ckpt"))
+    whole, _ = fit(epochs=3, callbacks=[keeper], logger=CSVLogger(tmp_path, name="whole", version=""))
+    path = tmp_path / "epoch=0.ckpt"
+    resumed, _ = fit(epochs=3, resume=str(path), logger=CSVLogger(tmp_path, name="resumed", version=""))
+    torch.save(torch.load(path, weights_only=False)["grids"], tmp_path / "grids")
+    torch.load(tmp_path / "grids", weights_only=True)  # data alone, as the command line asks for
+    assert resumed.trajectory == whole.trajectory and whole.trajectory[-1].largest["weight_steps"] > 0
+    logged = [
+        pd.read_csv(tmp_path / name / "metrics.csv").filter(regex="^step$|train/change")
+        for name in ("whole", "resumed")
+    ]
+    told = [frame.dropna().set_index("step") for frame in logged]
+    assert 0 < len(told[1]) < len(told[0]) and told[1].equals(told[0].loc[told[1].index, told[1].columns])
     assert resumed.held_out_losses == whole.held_out_losses
     assert all(torch.equal(x, y) for x, y in zip(resumed.vlm.state_dict().values(), whole.vlm.state_dict().values()))
 
@@ -157,6 +191,31 @@ def test_what_is_logged(tmp_path):
         assert 0 < last.medians[kind] <= last.largest[kind] == max(map(abs, last.changes[kind]))
         # Adam moves by the rate at most: no step moves further than the sum of the rates
         assert last.medians[kind] <= module.step_lr * last.step * (2 if kind == "weight_steps" else 1)  # of 3 bits
+
+
+class Coverage(Callback):
+    """Keeps what is said to clip before training."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.clipped = pl_module.coverage.clipped
+
+
+@pytest.mark.parametrize("held_out", [0, 0.1])
+def test_what_clips_is_told_of_the_trained_model(held_out):
+    start = Coverage()
+    module, _ = fit(epochs=1, callbacks=[start], held_out=held_out, weight_lr=0.3, step_lr=0.05, limit_val_batches=1.0)
+    layers = weight_quantized_layers(module.vlm)
+    now = {
+        name: sum(map(int, count_clipped(layer.weight, layer.weight_fake_quant))) / layer.weight.numel()
+        for name, layer in layers.items()
+    }
+    told = {grid.layer: grid.share for grid in module.coverage.clipped if grid.side == "weight"}
+    expected = {name: share for name, share in now.items() if share > 0.01}
+    assert expected.items() <= told.items()
+    if not held_out:  # the last state, whatever it is: these rates move the grids
+        assert expected and told != {grid.layer: grid.share for grid in start.clipped if grid.side == "weight"}
+    rows = {row.metric: row.value for row in module.rows}
+    assert rows["clipped_layers"] == len({grid.layer for grid in module.coverage.clipped})
 
 
 def test_the_figure_of_trajectories_reaches_an_image_logger(tmp_path):

@@ -72,6 +72,7 @@ def test_min_max_clips_nothing_and_says_so():
     vlm = build("vit_clean")
     made = quantize(vlm, "minmax", QuantScheme(4, 4, scope="vision_text"), make_batches(vlm))
     assert made.coverage.clipped == () and "clip" not in made.coverage.table().caption
+    assert "clip" not in " ".join(made.coverage.lines())
 
 
 def test_inconsistent_statistics_are_told_and_refused():
@@ -91,6 +92,22 @@ def test_inconsistent_statistics_are_told_and_refused():
         match=r"1 quantization grids clip .* c_fc input .*\(zero point saturated\)".replace(" c_fc", ".*c_fc"),
     ):
         require_usable(found)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_saturated_grid_is_refused_however_much_energy_it_keeps(seed: int, channels: int):
+    """Half of the values are zeros; a few large ones, which the grid nearly holds, are most of the energy."""
+    x = one_outlier_channel(seed)
+    x[:, :channels] = -40
+    model = nn.ModuleDict({"layer": QuantLinear(nn.Linear(768, 2), QuantScheme(16, 8, act_symmetric=False))})
+    quantizer = model["layer"].act_fake_quant
+    quantizer.set_qparams(torch.tensor([0.15]), torch.tensor([255.0]))  # -38.25 to 0
+    quantizer.clipping = judge(x, quantizer)
+    (grid,) = measure_clipping(model)
+    assert grid.saturated and 0.4 < grid.share < 0.5 and grid.lost < LOST and grid.cost > COSTLY
+    with pytest.raises(VLMQError, match=r"one side of zero to zeros .* layer input .*\(zero point saturated\)"):
+        require_usable([grid])
 
 
 def test_a_method_that_cuts_a_layer_off_is_refused():
@@ -119,6 +136,10 @@ def test_two_bits_from_the_least_squared_error_are_told_not_refused():
     told = [grid for grid in made.coverage.clipped if grid.side == "weight"]
     assert told and all(0.01 < grid.share < REFUSED for grid in told)
     assert "clip more than 1%" in made.coverage.table().caption
+    worst = max(told, key=lambda grid: grid.share)
+    line = made.coverage.lines()[2]
+    assert line.startswith("Layers that clip more than 1% of a grid's values") and str(worst) in line
+    assert f": {len({grid.layer for grid in made.coverage.clipped})}; worst" in line
 
 
 @pytest.mark.parametrize("start", ["mse", "minmax", "paper"])

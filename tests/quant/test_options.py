@@ -1,6 +1,8 @@
 """Options of methods: from names, texts and command lines into objects, identities and checkpoints."""
 
-from dataclasses import fields
+import re
+import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +10,10 @@ import torch
 from cases.quant import SEEDS, build, make_batches, outlier_layer, second_moment, squared_output_error
 from torch import nn
 
+from lightning_vlmq.core.configs import find_config
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import digest
+from lightning_vlmq.experiment import VLMQCLI
 from lightning_vlmq.quant import (
     METHODS,
     Quantization,
@@ -213,3 +217,21 @@ def test_no_gradient_scale_leaves_the_gradient_as_the_formula_has_it():
         (layer.effective_weight() ** 2).sum().backward()
         gradients.append(layer.weight_fake_quant.scale.grad)
     torch.testing.assert_close(gradients[0] * (layer.weight.shape[1] * 7) ** 0.5, gradients[1], rtol=1e-4, atol=1e-4)
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+SAID = [shlex.split(words) for words in re.findall(r"`(--model\.quant\.(?:options\.|method ')[^`]*)`", PAGE)]
+
+
+@pytest.mark.parametrize(
+    "first", [["--model.quant.method=smoothquant"], ["--config", str(find_config("quant/smoothquant"))]]
+)
+def test_the_page_says_how_options_are_set(first):
+    """By name, after a method or its file, or in brackets: it is the same model."""
+    assert len(SAID) == 2
+    for words in SAID:
+        words = ["--config", str(find_config("eval")), *first, *words, "--trainer.logger=false"]
+        quant = VLMQCLI(args=words, run=False).model.quant
+        assert quant.chosen() == SmoothQuant(alpha=0.8) and quant.options == {"alpha": 0.8}
+        assert digest(quant) == digest(replace(quant, method="smoothquant(alpha=0.8)", options={}))
+        assert digest(quant) != digest(replace(quant, options={}))

@@ -10,7 +10,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_smoke.py"
 
 
-@pytest.mark.parametrize("only", ["score", "method minmax", "lsq_contrastive", "converted, own, keep"])
+@pytest.mark.parametrize("only", ["score", "method minmax", "lsq_contrastive", "converted, own, keep", "two devices"])
 def test_checks_pass_on_the_cpu(only):
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--only", only]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

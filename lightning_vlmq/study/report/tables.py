@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 
 from lightning_vlmq.core.roles import ROLES
+from lightning_vlmq.evaluation.about import CLIPPED_LAYERS
 from lightning_vlmq.evaluation.measures import Dimension, Measure, dimensions
 from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, Interval, benjamini_hochberg
 from lightning_vlmq.study.analysis.change import FULL, Comparison, average_effect
@@ -138,8 +139,8 @@ def zero_shot_table(analysis: StudyAnalysis) -> str:
 
 
 def coverage_table(analysis: StudyAnalysis) -> str:
-    """Shares of the scope's matrix weights and multiply-accumulates that are quantized, by VLM and scope."""
-    rows = analysis.results.about("coverage_weights", "coverage_macs")
+    """Shares of the scope's matrix weights and multiply-accumulates that are quantized, and how many layers clip, by VLM and scope."""
+    rows = analysis.results.about("coverage_weights", "coverage_macs", CLIPPED_LAYERS)
     if rows.empty:
         return ""
     names = {run.run_id: analysis.results.vlm_of(run) for run in analysis.results.runs}
@@ -149,8 +150,17 @@ def coverage_table(analysis: StudyAnalysis) -> str:
         vlm, scope, part = map(str, keys)  # type: ignore[call-overload]
         shares = [_range(own.loc[own["metric"] == metric, "value"]) for metric in ("coverage_weights", "coverage_macs")]
         label = f"{escape(scope)} ({escape(part)})" if part else escape(scope)
-        body.append([escape(vlm), f"<td class='left'>{label}</td>", *shares, str(own["run_id"].nunique())])
-    head = ["VLM", "<th class='left'>scope</th>", "matrix weights, %", "multiply-accumulates, %", "runs"]
+        clipped = own.loc[own["metric"] == CLIPPED_LAYERS, "value"]
+        counts = " – ".join(f"{count:.0f}" for count in sorted({clipped.min(), clipped.max()})) if len(clipped) else "–"
+        body.append([escape(vlm), f"<td class='left'>{label}</td>", *shares, counts, str(own["run_id"].nunique())])
+    head = [
+        "VLM",
+        "<th class='left'>scope</th>",
+        "matrix weights, %",
+        "multiply-accumulates, %",
+        "layers that clip",
+        "runs",
+    ]
     return html_table([head], body)
 
 

@@ -30,6 +30,7 @@ from lightning_vlmq.study.report.figures.robustness import corruption_curves
 from lightning_vlmq.study.report.figures.spectra import RANKS, read_spectra, singular_value_heatmaps
 from lightning_vlmq.study.report.figures.style import vlm_styles
 from lightning_vlmq.study.report.page import build_report, main, write_report
+from lightning_vlmq.study.report.tables import coverage_table
 
 KEYS = grid(methods=["minmax", "lsq_contrastive"], bits=[(8, 8), (4, 8)], scopes=["vision_text"])
 
@@ -94,6 +95,11 @@ def test_the_numbers_are_those_of_the_analysis(page, analysis, root):
     assert len(table) == len(analysis.comparisons)
     np.testing.assert_allclose(table["q_value"], analysis.comparisons.table()["q_value"])
     assert f"{analysis.n_tests:,} comparisons" in page.text
+
+
+def test_how_many_layers_clip_is_told(analysis):
+    table = coverage_table(analysis)
+    assert "layers that clip" in table and "0 – 4" in table  # W8A8 and W4A8
 
 
 def test_conventions_and_provenance_are_said(page):
