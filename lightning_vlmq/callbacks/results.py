@@ -138,6 +138,7 @@ class ResultsWriter(Callback):
                     rows += [
                         {"score": group, "metric": metric, "value": value, **where} for metric, value in values.items()
                     ]
+        source = str(module.vlm.provenance or "")
         companions = []
         if module.tuned_records is not None:  # first: a run counts as done once its own part is there
             companions.append(f"{self.run_id}.lst")
@@ -151,6 +152,7 @@ class ResultsWriter(Callback):
                 pd.DataFrame(),
                 statistics=module.statistics,
                 identity=self._identity,
+                source=source,
             )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             for name, (own_rows, records) in getattr(callback, "surgeries", {}).items():
@@ -162,7 +164,8 @@ class ResultsWriter(Callback):
                 columns = {**key.columns(), "code_version": code_version(), "run_id": run_id}
                 table = pd.DataFrame([{**asdict(row), **columns} for row in own_rows])
                 samples = _sample_table(module.eval_sets, records)
-                self.store.write(run_id, table, samples, pd.DataFrame(), None, module.statistics, self._identity)
+                said = (None, module.statistics, self._identity, (), None, source)
+                self.store.write(run_id, table, samples, pd.DataFrame(), *said)
         samples = _sample_table(module.eval_sets, module.records)
         points = pd.concat([part for part in curves if len(part)] or curves)
         self.store.write(
@@ -181,6 +184,7 @@ class ResultsWriter(Callback):
                 "cache_hits": module.cache.hits,
                 "cache_misses": module.cache.misses,
             },
+            source,
         )
 
 

@@ -32,6 +32,7 @@ def run(args: list[str]) -> None:
     from rich.markup import escape
 
     from lightning_vlmq.callbacks.printing import headline_table
+    from lightning_vlmq.models.provenance import EMBEDDED
 
     lines, left_out = compared(given.runs, given.root)
     for where in left_out:
@@ -39,6 +40,9 @@ def run(args: list[str]) -> None:
     table = headline_table(lines, given.runs, has_change=True)
     table.title = f"{table.title}{randomness(given.runs, given.root)}"
     rich_print(table)
+    for name in given.runs:
+        if (source := source_of(name, given.root)) not in ("", EMBEDDED):
+            rich_print(escape(f"weights of {name}: {source}"))
 
 
 def compared(names: list[str], root: str) -> tuple[list[HeadlineLine], list[str]]:
@@ -116,6 +120,14 @@ def settings_of(names: list[str], root: str) -> Statistics:
             f"{' and '.join(names)} were evaluated with different statistics; run one of them again with the other's"
         )
     return found[0]
+
+
+def source_of(name: str, root: str) -> str:
+    """Where the weights of a stored run came from; empty where it does not say."""
+    from lightning_vlmq.results.store import ResultsStore
+
+    folder, colon, run_id = name.rpartition(":")
+    return ResultsStore(folder if colon else root).source(run_id)
 
 
 def require_same_samples(loaded: list[dict[EvaluationSet, Columns]], names: list[str]) -> None:

@@ -15,7 +15,7 @@ from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.images.encoded import OnBadImage
 from lightning_vlmq.data.images.files import FileImages, decode_all
-from lightning_vlmq.data.images.mapped import file_bytes, map_decoded
+from lightning_vlmq.data.images.mapped import decoded_files, decoded_path, file_bytes, map_decoded
 from lightning_vlmq.data.images.pixels import Decoder, Orientation, Preprocess
 from lightning_vlmq.data.readers.base import Reader, Reading, shorten
 from lightning_vlmq.data.readers.names import TEMPLATES, name_classes, resolve_class_names, resolve_templates
@@ -56,7 +56,8 @@ class FileData(ReliabilityDataModule):
         num_workers: loader processes.
         decoded: folder to decode evaluation images into, once for all runs that want them in the same size and manner; processes share
             its pages. ``None`` decodes them in every run.
-        decoded_gb: at most this many GB there; sets that go beyond, in order, are decoded in every run, and it is said.
+        decoded_gb: at most this many GB there, for whatever models; sets that go beyond, in order, are decoded in every run, and it is
+            said.
     """
 
     def __init__(
@@ -115,10 +116,13 @@ class FileData(ReliabilityDataModule):
 
     def _keep_decoded(self, folder: Path) -> None:
         """Take evaluation images from where they are decoded once, as far as there is room; where the disk fails, from their files."""
-        left, rest, kept = 1e9 * self.decoded_gb, [], []
+        there = decoded_files(folder)
+        left, rest, kept = 1e9 * self.decoded_gb - sum(there.values()), [], []
         for s in self.eval_sets:
             images = s.images
-            if isinstance(images, FileImages) and (needed := file_bytes(images)) <= left:
+            if isinstance(images, FileImages) and (
+                needed := 0 if decoded_path(images, folder).name in there else file_bytes(images)
+            ) <= max(left, 0):
                 left -= needed
                 try:
                     images = map_decoded(images, folder, self.num_workers)

@@ -16,7 +16,7 @@ from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.core.preprocessing import Framing, Preprocessing
 from lightning_vlmq.models import huggingface, openclip, zoo
 from lightning_vlmq.models.fetching import NotHere, fetch_repository, nothing_fetched
-from lightning_vlmq.models.provenance import RANDOM, Provenance
+from lightning_vlmq.models.provenance import EMBEDDED, RANDOM, Provenance
 from lightning_vlmq.models.recipes import ARCHITECTURE, Activation
 from lightning_vlmq.models.vlm import VLM, require_finite
 
@@ -164,7 +164,7 @@ def _load_embedded(name: str, pretrained: str | None) -> VLM:
         vlm = zoo.load(name, pretrained)
         if pretrained is not None:
             vlm.pretrained = pretrained
-    source = "embedded" if pretrained is None else pretrained
+    source = EMBEDDED if pretrained is None else pretrained
     vlm.provenance = Provenance(source, tensors_digest(vlm.state_dict(), 64), digest(repr(vlm.model)))
     return vlm
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+EMBEDDED = "embedded"
+"""The source that a model of the embedded zoo names."""
 RANDOM = "none"
 """The word that asks for random weights, and the source that such a model names."""
 
@@ -23,6 +25,9 @@ class Provenance:
     weights: str
     architecture: str
     revision: str = field(default="", compare=False)
+
+    def __str__(self) -> str:
+        return f"{self.source} at {self.revision}" if self.revision else self.source
 
     @property
     def is_random(self) -> bool:

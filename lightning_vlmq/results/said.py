@@ -21,6 +21,7 @@ IDENTITY = b"lightning_vlmq.identity"
 COMPANIONS = b"lightning_vlmq.companions"
 SIBLINGS = b"lightning_vlmq.siblings"
 FACTS = b"lightning_vlmq.facts"
+SOURCE = b"lightning_vlmq.source"
 
 
 def say(
@@ -30,6 +31,7 @@ def say(
     siblings: Mapping[str, str],
     facts: Mapping[str, float],
     seconds: float | None,
+    source: str = "",
 ) -> dict[bytes, bytes]:
     """Metadata of a results part, as :class:`Said` reads it.
 
@@ -40,6 +42,7 @@ def say(
         siblings: digests of the run's other parts, by kind.
         facts: numbers about the making of the run; ``written``, seconds of the epoch, joins them.
         seconds: how long the model took to make, or ``None``; the number of CPU cores is kept beside it.
+        source: where the weights came from, in words; no part of the identity, which has their content.
     """
     now = datetime.now(UTC)
     metadata = {
@@ -49,6 +52,7 @@ def say(
         COMPANIONS: json.dumps(list(companions)).encode(),
         SIBLINGS: json.dumps(dict(siblings)).encode(),
         FACTS: json.dumps({**facts, "written": now.timestamp()}).encode(),
+        SOURCE: source.encode(),
     }
     if seconds is not None:
         metadata |= {SECONDS: repr(seconds).encode(), CORES: str(os.cpu_count()).encode()}
@@ -100,6 +104,11 @@ class Said:
     def facts(self) -> dict[str, float]:
         """Numbers about the making of the run, by name."""
         return {str(name): float(value) for name, value in json.loads(self._metadata.get(FACTS, b"{}")).items()}
+
+    @property
+    def source(self) -> str:
+        """Where the weights came from; empty where nothing is said."""
+        return self._metadata.get(SOURCE, b"").decode()
 
     @property
     def companions(self) -> list[str]:

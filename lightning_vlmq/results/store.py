@@ -67,6 +67,7 @@ class ResultsStore:
         identity: Mapping[str, Any] | None = None,
         companions: Sequence[str] = (),
         facts: Mapping[str, float] | None = None,
+        source: str = "",
     ) -> None:
         """File a finished run. Whoever is killed on the way leaves a run that does not count as done.
 
@@ -80,6 +81,7 @@ class ResultsStore:
             identity: what decides the numbers, see :func:`~lightning_vlmq.results.identity.run_identity`.
             companions: runs filed before as parts of this one, without which it does not count as done.
             facts: numbers about the making of the run, see :meth:`facts`; its evaluation runs are counted here.
+            source: where the weights came from, see :meth:`source`.
 
         Raises:
             VLMQError: a column is missing, unknown or of the wrong type, a row is there twice, a role is unknown, or
@@ -101,7 +103,7 @@ class ResultsStore:
             "curves": write_part(self._loose.path("curves", run_id), curve_table, {}),
         }
         counted = {**(facts or {}), "evaluations": evaluations_in(row_table)}
-        said = say(statistics, identity, companions, siblings, counted, seconds)
+        said = say(statistics, identity, companions, siblings, counted, seconds, source)
         write_part(self._loose.path("results", run_id), row_table, said)
 
     def has(self, run_id: str) -> bool:
@@ -234,6 +236,10 @@ class ResultsStore:
     def seconds(self, run_id: str) -> tuple[float, int]:
         """How long a run's model took to quantize (and train), in seconds, and on how many CPU cores. Raises like :meth:`statistics`."""
         return self._said(run_id).seconds
+
+    def source(self, run_id: str) -> str:
+        """Where a run's weights came from (tag, file, repository with its commit); empty where it does not say. Raises likewise."""
+        return self._said(run_id).source
 
     def facts(self, run_id: str) -> dict[str, float]:
         """Numbers about the making of a run, by name.

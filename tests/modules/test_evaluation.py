@@ -257,6 +257,7 @@ def test_qat_lowers_its_loss_files_results_and_reloads(tmp_path):
 
     store = ResultsStore(tmp_path)
     rows = store.rows(["qat"])
+    assert store.source("qat") == "embedded"
     assert set(rows["method"]) == {"lsq_contrastive"} and {"stable_rank", "agreement"} <= set(rows["metric"])
     assert len(store.curves("qat")) > 0 and len(store.samples("qat")) == sum(len(s.images) for s in data.eval_sets)
 

@@ -16,7 +16,9 @@ import pytest
 from cases.store import make_curves, make_rows, make_samples
 
 import lightning_vlmq
+from lightning_vlmq.commands.compare import source_of
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.models import Provenance
 from lightning_vlmq.results.schema import CURVE_SCHEMA, ROW_SCHEMA, SAMPLE_SCHEMA
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.results.version import code_version
@@ -36,6 +38,20 @@ def test_what_is_written_comes_back(tmp_path):
     assert list(store.curves("a")["y"]) == [3.0, 1.5]
     schema = pq.read_schema(tmp_path / "logs" / "seed=1" / "results" / "a.parquet")
     assert schema.equals(ROW_SCHEMA)
+
+
+def test_where_weights_came_from_is_kept_beside_the_identity(tmp_path):
+    store = ResultsStore(tmp_path)
+    provenance = Provenance("hf-hub:owner/name", "0" * 64, "1" * 16, "c0ffee")
+    parts = (make_rows("a"), make_samples(), make_curves())
+    store.write("a", *parts, 1.0, identity={"weights": "0"}, source=str(provenance))
+    store.require_same("a", {"weights": "0"})  # whatever the source
+    for _ in range(2):
+        assert store.source("a") == "hf-hub:owner/name at c0ffee" and source_of(f"{tmp_path}:a", "") == store.source(
+            "a"
+        )
+        store.compact()
+        store = ResultsStore(tmp_path)
 
 
 def test_columns_may_come_in_any_order_and_parts_add_up(tmp_path):

@@ -88,6 +88,16 @@ def file_bytes(images: FileImages) -> int:
     return len(images) * (3 * images.preprocess.size**2 + SUM_BYTES)
 
 
+def decoded_path(images: FileImages, folder: Path) -> Path:
+    """The file that a set is decoded to."""
+    return folder / f"{images.digest()}.pixels"
+
+
+def decoded_files(folder: Path) -> dict[str, int]:
+    """Bytes of each file of decoded images in a folder, by name."""
+    return {path.name: path.stat().st_size for path in folder.glob("*.pixels")}
+
+
 def map_decoded(images: FileImages, folder: Path, num_workers: int) -> FileImages | MappedImages:
     """A set from the file that it was decoded to, which is made where it is not there; processes that ask for one at once wait for one.
 
@@ -101,7 +111,7 @@ def map_decoded(images: FileImages, folder: Path, num_workers: int) -> FileImage
     Raises:
         OSError: the folder cannot be written; ``filename`` says where.
     """
-    path = folder / f"{images.digest()}.pixels"
+    path = decoded_path(images, folder)
     with locked(path):
         if not path.is_file() or path.stat().st_size != file_bytes(images):
             size, readable = images.preprocess.size, True

@@ -44,7 +44,7 @@ def decodes(monkeypatch):
 
 
 def build(root: Path, **options) -> FileData:
-    data = FileData(SETS, str(root), image_size=32, num_workers=0, **options)
+    data = FileData(SETS, str(root), num_workers=0, **{"image_size": 32, **options})
     data.setup("validate")
     return data
 
@@ -96,6 +96,17 @@ def test_room_is_bounded_and_what_has_none_is_said(root, caplog):
     data = build(root, decoded=str(root / "decoded"), decoded_gb=1.5 * one / 1e9)
     assert [type(s.images) for s in data.eval_sets] == [MappedImages, FileImages]
     assert "1 of 2 sets" in caplog.text and "drawn" in caplog.text
+    assert sum(path.stat().st_size for path in (root / "decoded").glob("*.pixels")) == one
+
+
+def test_what_is_there_already_counts(root):
+    """Another size is another file: both share one bound, and what is there is used though there is no room for more."""
+    one = file_bytes(build(root).eval_sets[0].images)
+    place = {"decoded": str(root / "decoded"), "decoded_gb": 1.5 * one / 1e9}
+    first = build(root, **place)
+    other = build(root, **place, image_size=30)
+    assert [type(s.images) for s in other.eval_sets] == [FileImages, FileImages]
+    assert [type(s.images) for s in build(root, **place).eval_sets] == [type(s.images) for s in first.eval_sets]
     assert sum(path.stat().st_size for path in (root / "decoded").glob("*.pixels")) == one
 
 
