@@ -135,7 +135,7 @@ def test_a_store_of_one_data_set_without_curves_gives_a_page(tmp_path):
         store.write(key.bits, rows[keep], samples[samples["role"] == "id"], pd.DataFrame())
     page = Page(build_report(tmp_path).read_text())
     sections = [attributes["id"] for tag, attributes in page.tags if tag == "section"]
-    assert sections == ["overview", "calibration", "flips", "tables", "zero-shot", "how"]
+    assert sections == ["overview", "calibration", "flips", "tables", "published", "zero-shot", "how"]
 
 
 def test_gaps_in_the_grid_and_missing_references_are_said(tmp_path):
