@@ -47,17 +47,18 @@ class Saved:
     def read(cls, folder: Path) -> Saved:
         """Read a folder's description; raises :class:`VLMQError` where it is none."""
         from lightning_vlmq.models.loading import SCHEMAS
+        from lightning_vlmq.models.provenance import EMBEDDED
         from lightning_vlmq.quant.checkpoint import DESCRIPTION, FORMAT, read_description
         from lightning_vlmq.quant.description import described
-        from lightning_vlmq.quant.outliers import split_outliers
+        from lightning_vlmq.quant.outliers import MARK
 
         found = described(read_description(folder / DESCRIPTION, FORMAT), folder / DESCRIPTION)
-        name, outliers = split_outliers(found.model)
+        name, _, planted = found.model.partition(MARK)
         source = found.origin.provenance.source
         words = f"--model.vlm {name}" + (
-            "" if source == "embedded" or name.startswith(SCHEMAS) else f" --model.pretrained {source}"
+            "" if source == EMBEDDED or name.startswith(SCHEMAS) else f" --model.pretrained {source}"
         )
-        words += "" if outliers == 1 else f" --model.outliers {str(outliers).removesuffix('.0')}"
+        words += f" --model.outliers {planted}" if planted else ""
         about = found.method, found.options, asdict(found.scheme), found.coverage
         return cls(found.model, found.pretrained, words, *about)
 

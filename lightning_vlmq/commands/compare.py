@@ -124,10 +124,8 @@ def settings_of(names: list[str], root: str) -> Statistics:
 
 def source_of(name: str, root: str) -> str:
     """Where the weights of a stored run came from; empty where it does not say."""
-    from lightning_vlmq.results.store import ResultsStore
-
-    folder, colon, run_id = name.rpartition(":")
-    return ResultsStore(folder if colon else root).source(run_id)
+    store, run_id = located(name, root)
+    return store.source(run_id)
 
 
 def require_same_samples(loaded: list[dict[EvaluationSet, Columns]], names: list[str]) -> None:

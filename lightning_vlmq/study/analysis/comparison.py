@@ -92,13 +92,18 @@ class StudyAnalysis:
             and all(getattr(which, attribute) == wanted for attribute, wanted in setting.items())
         ]
 
+    @property
+    def joint_measures(self) -> dict[str, list[Measure]]:
+        """What gets better or worse together: ``top1``, ``ece`` and ``auroc``, each with the measures that it is the mean of."""
+        auroc = [Measure("auroc", role, "", self.score) for role in ("near_ood", "far_ood")]
+        return {"top1": [Measure("top1", "id")], "ece": [Measure("ece", "id")], "auroc": auroc}
+
     def joint_gains(self) -> dict[tuple[str, Setting], dict[str, float]]:
         """By how much ``top1``, ``ece`` and ``auroc`` (the mean of near- and far-OOD's) got better, together, each in its own unit.
 
         Of every VLM and quantization (no control), its logit scale as it came, that has all of these numbers.
         """
-        parts = {"top1": [Measure("top1", "id")], "ece": [Measure("ece", "id")]}
-        parts["auroc"] = [Measure("auroc", role, "", self.score) for role in ("near_ood", "far_ood")]
+        parts = self.joint_measures
         found: dict[tuple[str, Setting], dict[str, float]] = {}
         for vlm, setting in itertools.product(self.vlms, [s for s in self.settings if s.is_quantization]):
             gains = {

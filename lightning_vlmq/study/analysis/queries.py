@@ -13,6 +13,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from lightning_vlmq.evaluation.measures import Measure
+from lightning_vlmq.quant.outliers import MARK
 from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE, ClusteredMean, Interval, benjamini_hochberg, clustered_mean
 from lightning_vlmq.study.analysis.change import Comparison, average_effect
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
@@ -35,7 +36,7 @@ Cells = Mapping[str, Sequence[Cell]]
 def in_grid(vlm: str, setting: Setting) -> bool:
     """Whether a quantization counts as one of the published grid: no control, surgery, other method or bits, no planted outliers."""
     is_known = setting.method in METHODS and (setting.weight_bits, setting.act_bits) in BITS
-    return is_known and setting.is_quantization and "+outliers" not in vlm
+    return is_known and setting.is_quantization and MARK not in vlm
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,7 @@ def tested_gains(analysis: StudyAnalysis) -> dict[tuple[str, Setting], dict[str,
 
     In the unit that is tested: points, AUROC's as a share of full precision's.
     """
-    parts = {"top1": [Measure("top1", "id")], "ece": [Measure("ece", "id")]}
-    parts["auroc"] = [Measure("auroc", role, "", analysis.score) for role in ("near_ood", "far_ood")]
+    parts = analysis.joint_measures
     found = {}
     for vlm, setting in analysis.joint_gains():
         if not in_grid(vlm, setting):

@@ -22,6 +22,7 @@ from lightning_vlmq.models import known_vlm, split_name, zoo
 from lightning_vlmq.models.fetching import cached_commit
 from lightning_vlmq.models.weights import shards_of
 from lightning_vlmq.quant.methods import find_method
+from lightning_vlmq.quant.outliers import MARK
 from lightning_vlmq.quant.scheme import FULL_PRECISION, SCOPES, QuantScheme
 from lightning_vlmq.study.run.config import Study
 
@@ -123,7 +124,7 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
         values: dict[str, Any] = {"vlm": name, "pretrained": pretrained or "", "method": method}
         values |= {"scope": scope, "weight_bits": weight_bits, "act_bits": act_bits, "seed": seed}
         values |= {"outliers": outliers}
-        called = vlm if outliers == NONE_PLANTED else f"{vlm}+outliers{outliers}"
+        called = vlm if outliers == NONE_PLANTED else f"{vlm}{MARK}{outliers}"
         kind = kinds[method]
         runs.append(_run(study, commands[kind], kind, bits, called, values, environment[vlm], contents))
     return runs

@@ -22,6 +22,7 @@ from lightning_vlmq.models import VLM, load_vlm, split_name
 from lightning_vlmq.models.local import encode_patches
 from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import find_method
+from lightning_vlmq.quant.outliers import MARK
 from lightning_vlmq.quant.ptq.matched_noise import MatchedNoise
 from lightning_vlmq.results.counting import evaluations_a_model
 from lightning_vlmq.study.run.grid import Run
@@ -265,7 +266,7 @@ def size(number: float) -> str:
 
 def _built(name: str) -> VLM:
     """The VLM with its own weights where it is embedded or in a folder, else of its architecture with random ones."""
-    architecture, pretrained = split_name(name.partition("+outliers")[0])
+    architecture, pretrained = split_name(name.partition(MARK)[0])
     if architecture.startswith("hf-hub:"):
         raise VLMQError(f"'{name}' would have to be fetched")
     return load_vlm(architecture, RANDOM if pretrained else None)
