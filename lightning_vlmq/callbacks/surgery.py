@@ -51,6 +51,10 @@ class ErrorSurgery(Callback):
         self.surgeries: dict[str, tuple[list[Row], Records]] = {}
         self._told: set[str] = set()
 
+    def identity(self) -> dict[str, Any]:
+        """What decides the rows of the surgeries, which are filed beside the run's own."""
+        return {"bands": [list(band) for band in self.bands]}
+
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Operate and judge."""
         self.surgeries = {}

@@ -57,7 +57,7 @@ class ReliabilityDataModule(LightningDataModule):
         """What decides the numbers of a run on these data, once they are set up: each set's content and classes, the pairs' content.
 
         ``train_batch_size`` counts because it is what training and calibration see at once; ``batch_size`` does not, as every
-        sample is evaluated by itself. (The control ``matched_noise`` is the exception: its noise is that of a place in the batch.)
+        sample is evaluated by itself, except by methods that say otherwise (``sees_batches``), of whose runs it is a part.
         """
         return {
             "sets": [{f.name: getattr(s, f.name) for f in fields(s) if f.name != "images"} for s in self.eval_sets],

@@ -121,6 +121,11 @@ class EvaluationModule(LightningModule):
         }
 
     @property
+    def sees_batches(self) -> bool:
+        """Whether numbers depend on how the images are dealt out to batches."""
+        return self.scheme is not None and self.quant.chosen().sees_batches
+
+    @property
     def coverage(self) -> CoverageReport | None:
         """What is quantized, once the model is."""
         return None if self.quantized is None else self.quantized.coverage

@@ -95,14 +95,14 @@ class ClippingObserver:
 @torch.no_grad()
 def count_clipped(x: Tensor, quantizer: FakeQuantizer) -> tuple[Tensor, Tensor]:
     """Number of values more than half a step below the lowest and above the highest level; two int64 scalars."""
-    below, above = _outside(to_blocks(x, quantizer.granularity), quantizer)
+    below, above = _outside(to_blocks(quantizer.to_round(x), quantizer.granularity), quantizer)
     return below.sum(), above.sum()
 
 
 @torch.no_grad()
 def judge(x: Tensor, quantizer: FakeQuantizer) -> Clipping:
     """What a quantizer's grid clips of ``x``, a weight or input in its usual shape, and what that costs."""
-    blocks = to_blocks(x, quantizer.granularity)
+    blocks = to_blocks(quantizer.to_round(x), quantizer.granularity)
     below, above = _outside(blocks, quantizer)
     low_count, high_count = int(below.sum()), int(above.sum())
     if not low_count + high_count:

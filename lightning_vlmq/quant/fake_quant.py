@@ -90,6 +90,10 @@ class FakeQuantizer(nn.Module):
         """Bits that a weight's quantizer keeps beside its integers and their steps: of what is added to them in full precision."""
         return 0
 
+    def to_round(self, x: Tensor) -> Tensor:
+        """What of ``x`` is put on the grid, in its shape: all of it, unless something is taken from it before."""
+        return x
+
     def set_qparams(self, scale: Tensor, zero_point: Tensor | None = None) -> None:
         """Fix the grid.
 

@@ -74,6 +74,7 @@ class PTQMethod:
         needs_training: whether it is only the start of a training.
         is_control: whether it only stands in for a quantization, to be compared with it.
         has_integers: whether all that it leaves of a weight is integers on a grid, as checkpoints and conversion need it.
+        sees_batches: whether an image's features depend on its place in a batch, so that the batches are part of a run's identity.
 
     Raises:
         VLMQError: for an option of the wrong type or out of its range.
@@ -82,6 +83,7 @@ class PTQMethod:
     needs_training: ClassVar[bool] = False
     is_control: ClassVar[bool] = False
     has_integers: ClassVar[bool] = True
+    sees_batches: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))

@@ -87,19 +87,21 @@ def run_identity(trainer: Any, module: Any) -> dict[str, Any]:
     """Everything that decides a run's numbers, for :func:`~lightning_vlmq.core.identity.digest`.
 
     Not in it, on purpose: where results, logs and caches go; workers, progress and loggers, which move no number; the evaluation batch
-    size and the number of devices that evaluate, which change a number by rounding only; and in
+    size and the number of devices that evaluate, which change a number by rounding only (but for methods that say ``sees_batches``); and in
     ``fit`` the checkpoint that it resumes from, because a resumed training is the undisturbed one. :data:`NO_PART` says it of the
     Trainer's arguments.
 
     Args:
         trainer: a Lightning trainer whose data module is set up.
-        module: a module with ``identity()`` and ``run_key``.
+        module: a module with ``identity()``, ``run_key`` and ``sees_batches``.
 
     Raises:
         VLMQError: a part does not say what it is.
     """
     fits = trainer.state.fn == "fit"
     found = {"module": module, "data": trainer.datamodule, "seed": module.run_key.seed, "computing": computing(trainer)}
+    if module.sees_batches:
+        found["batches"] = [trainer.datamodule.batch_size, trainer.world_size]
     found["callbacks"] = [part for c in _callbacks(trainer) if (part := _callback(c, fits)) is not None]
     if fits:
         found["training"] = {name: read(trainer) for name, read in TRAINING.items()}

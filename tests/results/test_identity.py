@@ -12,6 +12,7 @@ from cases.small_data import SMALL_DATA
 from lightning import Trainer, seed_everything
 from safetensors.torch import save_file
 
+from lightning_vlmq import callbacks
 from lightning_vlmq.callbacks import ResultsWriter
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.identity import digest
@@ -238,6 +239,38 @@ def test_seed_precision_and_training_of_the_trainer(monkeypatch):
     assert len({first, *changed}) == 8
     assert identity(max_epochs=3, log_every_n_steps=1, enable_progress_bar=True) == first
     assert identity("validate", max_epochs=3) == identity("validate", max_epochs=2)  # nothing is trained
+
+
+def identity_of(method, callbacks=(), **data):
+    made = trainer(*callbacks)
+    made.datamodule, made.state.fn = SetUp(**{**SMALL, **data}), "validate"
+    quant = Quantization(method=method, weight_bits=4)
+    return digest(run_identity(made, EvaluationModule("vit_clean", quant=quant)))
+
+
+def test_batches_count_where_a_method_sees_them():
+    sizes = {
+        method: {identity_of(method, batch_size=size) for size in (7, 50)} for method in ("minmax", "matched_noise")
+    }
+    assert {method: len(found) for method, found in sizes.items()} == {"minmax": 1, "matched_noise": 2}
+
+
+def test_callbacks_that_file_rows_say_what_decides_them():
+    changed = {
+        callbacks.ActivationSpectrum: {"n_images": 50},
+        callbacks.BandAccuracies: {"bands": [[0, 4], [4, None]]},
+        callbacks.ErrorSurgery: {"bands": [[0, 4], [4, None]]},
+        callbacks.SingularValueSpectrum: {"top_ranks": [3]},
+    }
+    only_write = {"CoveragePrinter", "GridTrajectories", "HeadlinePrinter", "PredictionWriter", "QuantizedModelWriter"}
+    only_write |= {"ReliabilityDiagrams", "ResultsWriter", "RunSummary", "ZooExport"}
+    assert {kind.__name__ for kind in changed} | only_write == set(callbacks.__all__), (
+        "a new callback: does it file rows?"
+    )
+    found = {identity_of("minmax")}
+    for kind, arguments in changed.items():
+        found |= {identity_of("minmax", [kind()]), identity_of("minmax", [kind(**arguments)])}
+    assert len(found) == 1 + 2 * len(changed)
 
 
 def test_two_settings_are_two_runs_in_one_root(tmp_path):

@@ -54,9 +54,13 @@ class Compensated(FakeQuantizer):
         matrix = as_matrix(self.term)
         return UNQUANTIZED * min(min(self.rank, *matrix.shape) * sum(matrix.shape), matrix.numel())
 
+    def to_round(self, x: Tensor) -> Tensor:
+        """The weight without what is kept in full precision, whose grid this is."""
+        return x - self.before
+
     def forward(self, x: Tensor) -> Tensor:
         """The effective weight, in the shape of ``x``."""
-        return super().forward(x - self.before) + self.term if self.enabled else x
+        return super().forward(self.to_round(x)) + self.term if self.enabled else x
 
 
 @register("lowrank_compensation")

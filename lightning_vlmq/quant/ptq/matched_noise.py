@@ -60,8 +60,8 @@ class MatchedNoise(PTQMethod):
         pattern: the quantization whose errors are matched.
         distribution: ``gaussian``, ``uniform``, or ``sign_flip``: the errors themselves, with random signs.
         draw: ``fixed``: a weight's noise is drawn once, and the noise of the i-th image of a batch is the same in every batch;
-            ``each_forward``: both are drawn anew each time. Either way an image's noise follows its place in the batch, so that numbers
-            depend on ``batch_size``, which is no part of a run's identity: compare runs of one batch size.
+            ``each_forward``: both are drawn anew each time. Either way an image's noise follows its place in the batch, so that the batch
+            size and the number of processes are part of a run's identity.
         seed: of the noise.
         tolerance_db: largest allowed difference of SQNR after any block and at the outputs, on the calibration data.
     """
@@ -74,6 +74,7 @@ class MatchedNoise(PTQMethod):
 
     is_control = True
     has_integers = False
+    sees_batches = True
 
     def prepare(self, vlm: VLM, scheme: QuantScheme, calibration: Sequence[Batch]) -> VLM:
         """As :meth:`PTQMethod.prepare`: put the noise in place.

@@ -1,3 +1,4 @@
+import copy
 from itertools import pairwise
 
 import pytest
@@ -6,7 +7,8 @@ from cases.quant import SEEDS, build, make_batches, outlier_layer, second_moment
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.quant import METHODS, QuantScheme, quantize, quantized_layers, save_quantized
-from lightning_vlmq.quant.ptq.lowrank_compensation import LowRankCompensation
+from lightning_vlmq.quant.clipping import count_clipped, judge
+from lightning_vlmq.quant.ptq.lowrank_compensation import Compensated, LowRankCompensation
 from lightning_vlmq.spectral import as_matrix
 
 KINDS = ("lqer", "qera", "svdquant")
@@ -45,6 +47,25 @@ def test_the_weighted_term_loses_least_output(seed):
     layer, x = outlier_layer("linear", SCHEME, seed)
     (_, plain), (_, weighted) = (errors(kind, layer, x, (4,))[0] for kind in ("lqer", "qera"))
     assert weighted < plain
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_grid_is_judged_by_what_it_rounds(seed):
+    """A weight whose leading part is far beyond the grid of the rest clips nothing: that part is not rounded."""
+    generator = torch.Generator().manual_seed(seed)
+    layer, x = outlier_layer("linear", SCHEME, seed)
+    with torch.no_grad():
+        ends = [torch.randn(n, generator=generator) for n in layer.weight.shape]
+        layer.weight += 100 * torch.outer(*ends)
+        quantizer = LowRankCompensation(kind="svdquant", rank=2).compensate(layer, second_moment(layer, x)[0])
+        assert isinstance(quantizer, Compensated)
+        assert judge(layer.weight, quantizer).shares == (0.0, 0.0)
+        assert [int(n) for n in count_clipped(layer.weight, quantizer)] == [0, 0]
+        quantizer.set_qparams(quantizer.scale / 4)  # a grid that does clip, found as of a weight that is rounded alone
+        rest = copy.deepcopy(layer.weight_fake_quant)
+        rest.set_qparams(quantizer.scale)
+        assert judge(layer.weight, quantizer) == judge(layer.weight - quantizer.before, rest)
+        assert sum(judge(layer.weight, quantizer).shares) > 0.1
 
 
 def test_the_term_has_its_rank_and_rank_zero_is_round_to_nearest():
