@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -15,16 +13,13 @@ from rich.table import Table
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.roles import ROLES
 from lightning_vlmq.data.filedata import FileData
-from lightning_vlmq.data.images import FileImages
+from lightning_vlmq.data.images import Preprocess
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.metrics import ood_score
-from lightning_vlmq.models import VLM, load_vlm, split_name
-from lightning_vlmq.models.local import encode_patches
-from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.methods import find_method
-from lightning_vlmq.quant.outliers import MARK
 from lightning_vlmq.quant.ptq.matched_noise import MatchedNoise
 from lightning_vlmq.results.counting import evaluations_a_model
+from lightning_vlmq.study.run.costs import Costs
 from lightning_vlmq.study.run.grid import Run
 from lightning_vlmq.study.run.inputs import data_of, model_setting, n_surgeries, sets_of, setting
 
@@ -45,28 +40,6 @@ SAMPLE_BYTES, ROW_BYTES = 27.2, 74.4
 ``benchmarks/study.py``; packed (``compact=true``), a row takes a fifth."""
 ROWS_A_SET = 35
 """Rows for each set of a model, metrics and their changes, by the same."""
-TIMED_IMAGES = 8
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Unit costs, measured on this machine.
-
-    Attributes:
-        decode: seconds to read and decode an image; 0 where images are in memory.
-        pixels: bytes of a decoded image; 0 where images are in memory.
-        forward: seconds to encode an image in full precision, by VLM.
-        width: features per image, by VLM.
-        patches: patches of an image whose features a score compares, by VLM; 0 where none does.
-        unmeasured: VLMs that cannot be built here, which the mean of the others stands for.
-    """
-
-    decode: float
-    pixels: int
-    forward: Mapping[str, float]
-    width: Mapping[str, int]
-    patches: Mapping[str, int]
-    unmeasured: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -113,9 +86,9 @@ class Plan:
     def bytes_on_disk(self, costs: Costs, cache: str) -> dict[str, float]:
         """Bytes of the store, by what they are for."""
         n = sum(self.images.values())
-        decoded = self._decoded(costs) * costs.pixels * n * len(costs.width)
+        decoded = self._decoded(costs) * n * _pixels(costs)
         features = {
-            vlm: 4.0 * costs.width[vlm] * (n + self.n_pairs + costs.patches[vlm] * self.n_scored) for vlm in costs.width
+            vlm: 4.0 * cost.width * (n + self.n_pairs + cost.patches * self.n_scored) for vlm, cost in costs.items()
         }
         towers = {
             (run.vlm, run.method, run.bits, run.seed, run.scope if run.kind == "qat" else "") for run in self.runs
@@ -129,8 +102,8 @@ class Plan:
         }
 
     def _decoded(self, costs: Costs) -> float:
-        """Share of the images that are decoded once for each VLM (those that want the same size and manner share even that)."""
-        wanted = sum(self.images.values()) * costs.pixels * len(costs.width)
+        """Share of the images that are decoded once for all VLMs that want them framed alike."""
+        wanted = sum(self.images.values()) * _pixels(costs)
         return min(1.0, 1e9 * self.decoded_gb / wanted) if wanted else 0.0
 
     def seconds(self, costs: Costs, cache: str) -> dict[str, float]:
@@ -139,10 +112,16 @@ class Plan:
         towers = {(run.vlm, run.method, run.bits, run.seed) for run in self.runs if run.scope == "vision"}
         passes_of_images = n + self.n_scored * self.has_patches
         found: defaultdict[str, float] = defaultdict(float)
+        framed: set[Preprocess] = set()
         for run in self.runs:
-            forward = costs.forward[run.vlm]
-            times = (1 - kept) + kept * (run.kind == "fp32")  # with each VLM's first run, if kept
-            found["decoding"] += costs.decode * (n * times + self.n_pairs)
+            cost = costs[run.vlm]
+            forward = cost.forward
+            if cost.preprocess is not None:
+                times = (1 - kept) + kept * (
+                    cost.preprocess not in framed
+                )  # those that are kept, by the first run that wants them
+                framed.add(cost.preprocess)
+                found["decoding"] += cost.decode * (n * times + self.n_pairs)
             if run.kind == "fp32":
                 found["full precision"] += forward * passes_of_images
                 continue
@@ -195,35 +174,6 @@ def plan(runs: Sequence[Run], writes: bool = True) -> tuple[Plan, list[EvalSet]]
     return Plan(runs, dict(images), len(sets), n_pairs, *about), sets
 
 
-def measure(found: Plan, sets: Sequence[EvalSet]) -> Costs:
-    """Time decoding on a few of the images, and each VLM on a few more, with random weights where its own would have to be fetched."""
-    files = next((s.images for s in sets if isinstance(s.images, FileImages)), None)
-    decode, pixels = 0.0, 0
-    if files is not None:
-        some = list(range(min(TIMED_IMAGES, len(files))))
-        files.__getitems__(some)  # opens files and libraries
-        start = time.perf_counter()
-        files.__getitems__(some)
-        decode, pixels = (time.perf_counter() - start) / len(some), 3 * files.preprocess.size**2
-    forward: dict[str, float] = {}
-    width: dict[str, int] = {}
-    patches: dict[str, int] = {}
-    for name in dict.fromkeys(run.vlm for run in found.runs):
-        try:
-            vlm = _built(name)
-        except (VLMQError, OSError, ImportError):
-            continue
-        forward[name], width[name] = _timed(vlm)
-        patches[name] = _patches(vlm) if found.has_patches else 0
-    if not forward:
-        raise VLMQError("none of the study's VLMs can be built here, so nothing can be measured; check study.axes.vlm")
-    unmeasured = [name for name in dict.fromkeys(run.vlm for run in found.runs) if name not in forward]
-    for name in unmeasured:
-        forward[name] = sum(forward.values()) / len(forward)
-        width[name], patches[name] = max(width.values()), max(patches.values())
-    return Costs(decode, pixels, forward, width, patches, unmeasured)
-
-
 def plan_table(found: Plan, costs: Costs, cache: str) -> Table:
     """A plan for a terminal."""
     table = Table(title="plan", title_justify="left", show_header=False, box=box.SIMPLE, pad_edge=False)
@@ -247,12 +197,21 @@ def plan_table(found: Plan, costs: Costs, cache: str) -> Table:
     for what, taken in (seconds := found.seconds(costs, cache)).items():
         table.add_row(f"hours of this machine, one process, {what}", f"{taken / 3600:,.1f}")
     table.add_row("hours, all but statistics", f"[bold]{sum(seconds.values()) / 3600:,.1f}[/]")
-    slowest, fastest = max(costs.forward.values()), min(costs.forward.values())
-    caption = f"measured here: {1e3 * fastest:.3g} to {1e3 * slowest:.3g} ms per image encoded, {1e3 * costs.decode:.3g} ms decoded"
-    if costs.unmeasured:
-        caption += f"; not built here, taken as the mean of the others: {', '.join(costs.unmeasured)}"
+    ranges = [
+        [f"{1e3 * end([getattr(c, kind) for c in costs.values()]):.3g}" for end in (min, max)]
+        for kind in ("forward", "decode")
+    ]
+    encoded, decoded = (" to ".join(dict.fromkeys(ends)) for ends in ranges)
+    caption = f"measured here: {encoded} ms per image encoded, {decoded} ms decoded"
+    if unmeasured := [vlm for vlm, cost in costs.items() if not cost.is_measured]:
+        caption += f"; not built here, taken as the mean of the others: {', '.join(unmeasured)}"
     table.caption, table.caption_justify = escape(caption), "left"
     return table
+
+
+def _pixels(costs: Costs) -> int:
+    """Bytes of an image that is decoded for all VLMs, once for those that want it framed alike."""
+    return sum(3 * p.size**2 for p in {cost.preprocess for cost in costs.values()} if p is not None)
 
 
 def size(number: float) -> str:
@@ -262,27 +221,3 @@ def size(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1000
     return f"{number:,.3g} TB"
-
-
-def _built(name: str) -> VLM:
-    """The VLM with its own weights where it is embedded or in a folder, else of its architecture with random ones."""
-    architecture, pretrained = split_name(name.partition(MARK)[0])
-    if architecture.startswith("hf-hub:"):
-        raise VLMQError(f"'{name}' would have to be fetched")
-    return load_vlm(architecture, RANDOM if pretrained else None)
-
-
-@torch.no_grad()
-def _patches(vlm: VLM) -> int:
-    side = vlm.preprocessing.framing.size
-    return encode_patches(vlm, torch.zeros(1, 3, side, side, dtype=torch.uint8)).shape[1]
-
-
-@torch.no_grad()
-def _timed(vlm: VLM) -> tuple[float, int]:
-    side = vlm.preprocessing.framing.size
-    images = torch.randint(256, (TIMED_IMAGES, 3, side, side), dtype=torch.uint8)
-    vlm.eval().encode_image(images[:1])
-    start = time.perf_counter()
-    features = vlm.encode_image(images)
-    return (time.perf_counter() - start) / TIMED_IMAGES, int(features.shape[-1])

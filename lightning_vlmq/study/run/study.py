@@ -19,10 +19,11 @@ from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.page import write_report
 from lightning_vlmq.study.report.terminal import summary_table, timing_table
 from lightning_vlmq.study.run.config import Study
+from lightning_vlmq.study.run.costs import measure
 from lightning_vlmq.study.run.execute import Outcome, execute, screen
 from lightning_vlmq.study.run.grid import Run, compose, say_unpinned
 from lightning_vlmq.study.run.inputs import data_digest
-from lightning_vlmq.study.run.plan import measure, plan, plan_table
+from lightning_vlmq.study.run.plan import plan, plan_table
 from lightning_vlmq.study.run.shards import shard_of
 from lightning_vlmq.study.run.status import status_of
 
@@ -65,7 +66,7 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
             highlight=False,
         )
         if plain["dry_run"]:
-            console.print(plan_table(found, measure(found, sets), study.cache))
+            console.print(plan_table(found, measure(own, sets, found.has_patches), study.cache))
             return outcome
         require_writable(Path(study.root))
         remove_leftovers(Path(study.root), below=True)

@@ -11,9 +11,11 @@ import pytest
 from cases.files import write_image, write_tree
 
 from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.data.images import Preprocess
+from lightning_vlmq.study.run.costs import UnitCosts, measure
 from lightning_vlmq.study.run.grid import Run
 from lightning_vlmq.study.run.inputs import data_digest, data_of, model_setting, n_surgeries, setting
-from lightning_vlmq.study.run.plan import Costs, Plan, measure, plan
+from lightning_vlmq.study.run.plan import Plan, plan
 
 CONFIG = """
 data:
@@ -93,7 +95,7 @@ def test_surgeries_count_where_they_are_made(arguments):
     ]
     found, _ = plan(runs)
     assert found.models == 3 * 2 + 8 and found.evaluations == (3 * 2 + 8) * (1 + 1 * 3)
-    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
+    costs = {"vit_clean": UnitCosts(1.0, 64)}
     without = plan([dataclasses.replace(run, arguments=tuple(arguments)) for run in runs])[0]
     ratio = [
         found.bytes_on_disk(costs, "none")[kind] / without.bytes_on_disk(costs, "none")[kind]
@@ -121,10 +123,43 @@ def test_a_plan_counts_without_decoding(arguments, monkeypatch):
         found, sets = plan(runs)
     assert found.images == {"id": 8, "far_ood": 5} and (found.n_sets, found.models_a_run, found.epochs) == (2, 2, 5)
     assert found.evaluations == 3 * 2 * (1 + 1 * 3)  # runs, logit scales, sets under their scores
-    costs = measure(found, sets)
-    assert costs.decode > 0 and costs.forward["vit_clean"] > 0 and costs.width["vit_clean"] > 8
+    (cost,) = measure(runs, sets, False).values()
+    assert cost.decode > 0 and cost.forward > 0 and cost.width > 8 and cost.preprocess.size == 32 and cost.is_measured
     with pytest.raises(VLMQError, match="nothing to run"):
         plan([])
+
+
+def test_images_are_decoded_once_for_all_that_want_them_framed_alike():
+    """By hand: 10 images; two VLMs want 10 pixels, one wants 20, one cannot be measured."""
+    runs = [
+        Run(vlm, "vision", method, "W4A8", kind, 0, f"{vlm}{method}", ())
+        for vlm in ("a", "b", "c")
+        for method, kind in (("fp32", "fp32"), ("minmax", "ptq"))
+    ]
+    found = Plan(runs, {"id": 10}, 1, 0, 1, 1, 0, 10, False, decoded_gb=1.0)
+    small, large = Preprocess(10), Preprocess(20)
+    costs = {name: UnitCosts(1.0, 64, decode=2.0, preprocess=small) for name in "ab"}
+    costs["c"] = UnitCosts(1.0, 64, decode=5.0, preprocess=large)
+    assert found.bytes_on_disk(costs, "none")["decoded images"] == 10 * (300 + 1200)
+    assert found.seconds(costs, "none")["decoding"] == 10 * (2.0 + 5.0)
+    squashed = {
+        **costs,
+        "b": UnitCosts(1.0, 64, decode=2.0, preprocess=dataclasses.replace(small, resize_mode="squash")),
+    }
+    assert found.bytes_on_disk(squashed, "none")["decoded images"] == 10 * (300 + 300 + 1200)
+    assert found.seconds(squashed, "none")["decoding"] == 10 * (2.0 + 2.0 + 5.0)
+
+
+def test_each_vlm_is_timed_as_it_wants_its_images(arguments):
+    names = ("vit_clean", "ViT-B-32@openai", "hf-hub:someone/unknown")
+    runs = [
+        Run(name, "none", "fp32", "W32A32", "fp32", 0, name, (*arguments, "--data.image_size=null")) for name in names
+    ]
+    small, large, unknown = measure(runs, plan(runs)[1], False).values()
+    assert (small.preprocess.size, large.preprocess.size, unknown.preprocess.size) == (64, 224, 224)
+    assert (small.is_measured, large.is_measured, unknown.is_measured) == (True, True, False)
+    assert large.forward > small.forward and unknown.forward == (small.forward + large.forward) / 2
+    assert unknown.width == large.width and unknown.decode == (small.decode + large.decode) / 2
 
 
 def test_what_is_shared_costs_once():
@@ -138,7 +173,7 @@ def test_what_is_shared_costs_once():
         )
     ]
     found = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, 10, False)
-    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
+    costs = {"vit_clean": UnitCosts(1.0, 64)}
     seconds = {cache: found.seconds(costs, cache) for cache in ("all", "reference", "none")}
     assert seconds["reference"]["full precision"] == 10 and seconds["none"]["full precision"] == 30
     assert seconds["none"]["quantized models"] == pytest.approx(2 * seconds["reference"]["quantized models"])
@@ -153,11 +188,11 @@ def test_what_is_shared_costs_once():
     local = Plan(
         runs, {"id": 4, "corruption": 6}, 2, 4, 1, 1, 0, 4, True
     )  # a score compares 9 patches of 4 of the images
-    costs = Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 9})
+    costs = {"vit_clean": UnitCosts(1.0, 64, patches=9)}
     assert local.seconds(costs, "reference")["full precision"] == 14
     assert local.bytes_on_disk(costs, "reference")["features"] == (14 + 9 * 4) * 64 * 4.0
-    costs = Costs(2.0, 100, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
+    costs = {"vit_clean": UnitCosts(1.0, 64, decode=2.0, preprocess=Preprocess(10))}
     assert found.seconds(costs, "all")["decoding"] == 2.0 * 3 * (10 + 4)  # in every run
-    half = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, 10, False, decoded_gb=5e-7)  # room for 5 of 10 images
+    half = Plan(runs, {"id": 10}, 1, 4, 1, 1, 0, 10, False, decoded_gb=1.5e-6)  # room for 5 of 10 images
     assert half.seconds(costs, "all")["decoding"] == pytest.approx(2.0 * (3 * (5 + 4) + 5))
-    assert half.bytes_on_disk(costs, "all")["decoded images"] == pytest.approx(500)
+    assert half.bytes_on_disk(costs, "all")["decoded images"] == pytest.approx(1500)

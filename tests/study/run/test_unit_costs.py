@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lightning_vlmq.study.run import plan
+from lightning_vlmq.study.run.costs import UnitCosts
 from lightning_vlmq.study.run.grid import Run
 
 PAGE = (Path(__file__).parents[3] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
@@ -29,7 +30,7 @@ def test_passes_of_methods():
 
 def test_noise_that_is_matched_costs_its_rounds():
     """By hand: a second an image, four pairs."""
-    costs = plan.Costs(0.0, 0, {"vit_clean": 1.0}, {"vit_clean": 64}, {"vit_clean": 0})
+    costs = {"vit_clean": UnitCosts(1.0, 64)}
     for method, passes in (
         ("matched_noise(seed=1)", plan.MATCHED_NOISE),
         ("matched_noise(pattern='gptq')", plan.MATCHED_NOISE + plan.PASSES["gptq"] - plan.PASSES["minmax"]),
