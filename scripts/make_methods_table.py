@@ -13,6 +13,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -23,7 +24,7 @@ from lightning_vlmq.quant.methods import METHODS, PTQMethod
 from lightning_vlmq.quant.scheme import FULL_PRECISION
 from lightning_vlmq.quant.training import QATMethod
 from lightning_vlmq.results.store import ResultsStore
-from lightning_vlmq.study.analysis.training import WORTH_HEAD, training_worth, worth_cells
+from lightning_vlmq.study.analysis.training import WORTH_HEAD, WORTH_NOTE, training_worth, worth_cells
 
 ORDER = sorted(METHODS, key=lambda name: (METHODS[name].needs_training, name))
 METRICS = (
@@ -76,13 +77,7 @@ Fewer methods are less far apart by chance.
 |---|---|---|---|---:|---:|---|---|---:|---:|
 """
 TOWERS = {"vision": "the image tower", "vision_text": "both towers"}
-PAYS = """
-## What training is worth
-
-Of the trained methods: how many ended with less loss than they started with (the others keep their start), the least, median and largest
-ratio of loss after to loss before, and how many ended with less KL, on images that chose nothing, than `minmax` and than `gptq`.
-
-"""
+PAYS = f"\n## What training is worth\n\n{fill(WORTH_NOTE, 140)}\n\n"
 STAYS = """
 ## What stays in float
 

@@ -25,7 +25,7 @@ from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.groups import GroupEffect, group_effects
 from lightning_vlmq.study.analysis.published import held_against
 from lightning_vlmq.study.analysis.runs import StudyResults, needed_rows
-from lightning_vlmq.study.analysis.training import WORTH_HEAD, worth_by_setting, worth_cells
+from lightning_vlmq.study.analysis.training import WORTH_HEAD, WORTH_NOTE, worth_by_setting, worth_cells
 from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.robustness import corruption_changes
@@ -69,9 +69,7 @@ def training_text(results: StudyResults) -> list[str]:
     return [
         "## What training was worth",
         "",
-        "Of the trained methods: how many ended with less loss on held-out pairs than they started with (the others keep their start), the "
-        "least, median and largest ratio of loss after to loss before, and how many ended with less KL to full precision, on images that "
-        "chose nothing, than methods that do not train.",
+        WORTH_NOTE,
         "",
         f"| setting | {' | '.join(WORTH_HEAD)} |",
         f"|---|{'---:|' * len(WORTH_HEAD)}",

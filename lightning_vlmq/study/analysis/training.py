@@ -82,3 +82,10 @@ def worth_cells(worth: TrainingWorth) -> list[str]:
 
 WORTH_HEAD = ("trained", "lowered their loss", "least", "median", "largest", *(f"below {name}'s KL" for name in BESIDE))
 """The columns of :func:`worth_cells`."""
+
+WORTH_NOTE = (
+    "Of the trained methods: how many ended with less loss on held-out pairs than they started with (the others keep their start), the "
+    "least, median and largest ratio of loss after to loss before, and how many ended with less KL to full precision, on images that "
+    "chose nothing, than methods that do not train."
+)
+"""What is said above a table of these columns."""

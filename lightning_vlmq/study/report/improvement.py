@@ -13,7 +13,7 @@ from lightning_vlmq.statistics import share_improved
 from lightning_vlmq.study.analysis.change import FULL, Comparison, tested_gain
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
 from lightning_vlmq.study.analysis.setting import Setting
-from lightning_vlmq.study.analysis.training import WORTH_HEAD, worth_by_setting, worth_cells
+from lightning_vlmq.study.analysis.training import WORTH_HEAD, WORTH_NOTE, worth_by_setting, worth_cells
 from lightning_vlmq.study.report.cells import comparison_cell, html_table
 
 ECE = Measure("ece", "id")
@@ -80,10 +80,12 @@ def joint_table(analysis: StudyAnalysis) -> str:
 
 
 def training_table(analysis: StudyAnalysis) -> str:
-    """What training was worth, by bits and scope; empty where nothing was trained."""
+    """What training was worth, by bits and scope, with what the columns are; empty where nothing was trained."""
     found = worth_by_setting(analysis.results)
     body = [[f"{bits_text(w, a)} {escape(scope)}", *worth_cells(worth)] for (w, a, scope), worth in found.items()]
-    return html_table([["setting", *map(escape, WORTH_HEAD)]], body) if body else ""
+    if not body:
+        return ""
+    return f"<p class='note'>{escape(WORTH_NOTE)}</p>{html_table([['setting', *map(escape, WORTH_HEAD)]], body)}"
 
 
 def tuning_table(analysis: StudyAnalysis, vlm: str) -> str:

@@ -126,13 +126,8 @@ def _averages(analysis: StudyAnalysis) -> str:
         "Controls and tuned logit scales do not count.</p>"
     )
     groups = f"{note}{tradeoffs.group_table(group_effects(analysis))}"
-    note = (
-        "<p class='note'>Of the trained methods: how many ended with less loss on held-out pairs than they started with (the others keep "
-        "their start), the least, median and largest ratio of loss after to loss before, and how many ended with less KL to full "
-        "precision, on images that chose nothing, than methods that do not train.</p>"
-    )
     trained = improvement.training_table(analysis)
-    training = f"<details><summary>What training was worth</summary>{note}{trained}</details>" if trained else ""
+    training = f"<details><summary>What training was worth</summary>{trained}</details>" if trained else ""
     return (
         f"<details open><summary>By kind of method, bits, scope, architecture and pre-training</summary>{groups}</details>"
         f"<details{is_open}><summary>Means over VLMs with 95 % intervals</summary>{means}</details>"
