@@ -208,20 +208,18 @@ def _problem(features: Tensor, found: str | None, n: int | None) -> str:
 
 
 def require_unit(features: Tensor, what: str) -> None:
-    """Refuse features ``[n, ..., dim]`` that are no directions: not finite, or zero, which is what overflowing activations become.
+    """Refuse features ``[n, dim]`` that are no directions: not finite, or zero, which is what overflowing activations become.
 
-    Metrics of them would be those of a constant prediction, and look like a result.
+    Metrics of them would be those of a constant prediction, and look like a result. Of features ``[n, patches, dim]`` some may be zero: a
+    patch of which nothing is left after an activation function or rounding says nothing, and is as near to each class as to any other.
 
     Raises:
         VLMQError: there are such.
     """
-    length = (
-        features.detach().float().norm(dim=-1).flatten(1)
-        if features.ndim > 2
-        else features.detach().float().norm(dim=-1)[:, None]
-    )
-    bad = int((~(length > 0.5)).any(1).sum())  # NaN compares false; infinite features have infinite or undefined length
-    bad = max(bad, int(length.isinf().any(1).sum()))
+    length = features.detach().float().norm(dim=-1)  # of finite values that overflow here: infinite
+    if features.ndim == 2:
+        length = length[:, None]
+    bad = int((~length.isfinite().all(1) | ~(length > 0.5).any(1)).sum())
     if bad:
         raise VLMQError(
             f"the model has no features for {bad} of {len(features)} {what}: they are not finite or zero, so activations overflow; "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from open_clip.timm_model import TimmModel
@@ -25,7 +26,8 @@ def encode_patches(vlm: VLM, pixels: Tensor) -> Tensor:
         pixels: as :meth:`~lightning_vlmq.models.VLM.preprocess` takes them, ``[batch, 3, height, width]``.
 
     Returns:
-        Unit-norm features, float32 ``[batch, patches, dim]``.
+        Unit-norm features, float32 ``[batch, patches, dim]``; zeros for a patch of which nothing is left, e.g. where few bits round
+        all of its activations to zero; NaN for one whose activations overflow.
 
     Raises:
         VLMQError: the vision tower is of a structure for which this is not defined.
@@ -37,7 +39,9 @@ def encode_patches(vlm: VLM, pixels: Tensor) -> Tensor:
         features = _timm_patches(vlm.name, visual, images)
     else:
         raise _undefined(vlm.name, visual)
-    return F.normalize(features.unflatten(0, (len(images), -1)), dim=-1)
+    features = features.unflatten(0, (len(images), -1))
+    overflows = ~features.norm(dim=-1, keepdim=True).isfinite()  # which normalising would make zeros of
+    return F.normalize(features, dim=-1).masked_fill(overflows, math.nan)
 
 
 def _open_clip_patches(visual: Any, images: Tensor) -> Tensor:

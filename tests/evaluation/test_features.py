@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vlmq.core.atomic import MACHINE, remove_leftovers, replacing
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.sets import EvalSet, TensorImages
-from lightning_vlmq.evaluation.features import FeatureCache
+from lightning_vlmq.evaluation.features import FeatureCache, require_unit
 from lightning_vlmq.evaluation.set_features import SetFeatures
+from lightning_vlmq.models import load_vlm
+from lightning_vlmq.models.local import encode_patches
 
 FEATURES = torch.arange(12.0).reshape(4, 3)
 
@@ -161,3 +165,32 @@ def test_known_features_are_looked_up_without_waiting(tmp_path, monkeypatch):
     with OnGpuOnly():
         found = known.of(np.array([2, 0]), torch.device("cpu"), lambda: pytest.fail("computed again"))
     assert torch.equal(found, FEATURES[[2, 0]])
+
+
+def test_patches_of_which_nothing_is_left_are_no_overflow():
+    features = F.normalize(torch.randn(5, 9, 4), dim=-1)
+    features[1, 3] = 0  # one patch; of another image all
+    require_unit(features, "images")
+    features[2] = 0
+    with pytest.raises(VLMQError, match="no features for 1 of 5 images"):
+        require_unit(features, "images")
+    features[[0, 4], 0] = torch.tensor([[torch.nan], [torch.inf]])
+    with pytest.raises(VLMQError, match="no features for 3 of 5 images"):
+        require_unit(features, "images")
+    with pytest.raises(VLMQError, match="no features for 1 of 3 texts"):
+        require_unit(torch.eye(3) * torch.tensor([1.0, 1.0, 0.0]), "texts")
+
+
+@pytest.mark.parametrize(("name", "layer"), [("align_clean", "conv_head"), ("vit_clean", "proj")])
+def test_patches_that_overflow_are_not_taken_for_empty_ones(name, layer):
+    vlm, pixels = load_vlm(name), torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8)
+    before = encode_patches(vlm, pixels)
+    weights = [p for n, p in vlm.model.visual.named_parameters() if layer in n]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(1e-30)
+        assert torch.isfinite(encode_patches(vlm, pixels)).all()
+        for weight in weights:
+            weight.mul_(1e60)
+        after = encode_patches(vlm, pixels)
+    assert torch.isfinite(before).all() and not (after == 0).all(-1).any() and after.isnan().any()

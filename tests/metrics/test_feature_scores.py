@@ -31,6 +31,10 @@ def test_gl_mcm():
     expected = softmax(given.cosine.numpy(), 1).max(1) + softmax(local.numpy(), 2).max((1, 2))
     np.testing.assert_allclose(OOD_SCORES["gl_mcm"](given), expected, rtol=1e-5)
     torch.testing.assert_close(OOD_SCORES["gl_mcm"](given, local_weight=0.0), OOD_SCORES["mcm"](given))
+    local[:, 3] = 0  # nothing is left of a patch: it is as near to each class as to any other, and never the maximum
+    others = inputs(local_cosine=local[:, [k for k in range(9) if k != 3]])
+    zero = replace(others, local_cosine=local)
+    torch.testing.assert_close(OOD_SCORES["gl_mcm"](zero), OOD_SCORES["gl_mcm"](others))
 
 
 @pytest.mark.parametrize("k", [1, 7, 80])
