@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,6 +23,8 @@ from lightning_vlmq.quant.rules import layer_schemes
 from lightning_vlmq.quant.scheme import UNQUANTIZED_BITS, QuantScheme
 from lightning_vlmq.spectral import RankTable, SecondMoments, eigenbasis, rank_table
 from lightning_vlmq.statistics.resamples import seeded_generator
+
+log = logging.getLogger(__name__)
 
 Costs = dict[str, dict[int, float]]
 """By layer name and width."""
@@ -213,6 +216,12 @@ def hessian_costs(
     # attention's fused kernels have no second derivative
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         traces = hessian_traces(losses, weights, probes, seed)  # type: ignore[arg-type]
+    if bent := [name for name, trace in traces.items() if trace < 0]:
+        log.warning(
+            "hawq_v2: the Hessian's mean trace is below zero in %d of %d layers (%s, ...), as the loss is at no minimum there; it counts as "
+            "zero, so that these layers get the fewest bits",
+            *(len(bent), len(traces), bent[0]),
+        )
     found: Costs = {name: {} for name in weights}
     for width in widths:
         alone = WeightsAlone(vlm, scheme, width, fit)

@@ -129,6 +129,13 @@ def test_hawq_costs_are_trace_times_error(vit):
     assert found["per_channel"] == pytest.approx(found["per_tensor"], rel=1e-4)
 
 
+def test_traces_below_zero_are_said(vit, caplog):
+    costs = hessian_costs(vit, QuantScheme(4, 8), make_batches(vit), (3,), FIT, 2, seed=5)
+    bent = sum(own[3] == 0 for own in costs.values())
+    assert 0 < bent < len(costs)
+    assert f"below zero in {bent} of {len(costs)} layers" in caplog.text
+
+
 def test_what_is_fixed_is_not_free(vit):
     everything = free_layers(vit, QuantScheme(4, 8, scope="vision_text"))
     ruled = QuantScheme(
