@@ -218,8 +218,8 @@ def hessian_costs(
         traces = hessian_traces(losses, weights, probes, seed)  # type: ignore[arg-type]
     if bent := [name for name, trace in traces.items() if trace < 0]:
         log.warning(
-            "hawq_v2: the Hessian's mean trace is below zero in %d of %d layers (%s, ...), as the loss is at no minimum there; it counts as "
-            "zero, so that these layers get the fewest bits",
+            "hawq_v2: the Hessian's mean trace is below zero in %d of %d layers (%s, ...), as the loss is at no minimum there; it counts "
+            "as zero, so that these layers get the fewest bits",
             *(len(bent), len(traces), bent[0]),
         )
     found: Costs = {name: {} for name in weights}
