@@ -54,9 +54,10 @@ MOST = 4
 
 
 def gain_frame(analysis: StudyAnalysis, site: str = SITE) -> pd.DataFrame:
-    """One row per quantization or control, bits and band: means over VLMs of gain, filter share and SQNR, the gains' range.
+    """One row per setting (quantization or control, bits, scope, what else is asked of it) and band.
 
-    Of a control the mean over its seeds counts. ``damped`` counts the VLMs whose gain is below 1 by more than two of its standard errors.
+    Means over VLMs of gain, filter share and SQNR, and the gains' range. ``name`` tells apart what has the same bits. Of a control the
+    mean over its seeds counts. ``damped`` counts the VLMs whose gain is below 1 by more than two of its standard errors.
 
     Raises:
         VLMQError: the study recorded no activations.
@@ -68,7 +69,10 @@ def gain_frame(analysis: StudyAnalysis, site: str = SITE) -> pd.DataFrame:
     bands = [c.removeprefix("gain_") for c in table if c.startswith("gain_") and "stderr" not in c]
     bands.sort(key=first_rank)
     rows = []
-    for (name, bits, scope), every in table.groupby(["name", "bits_name", "scope"], sort=False):
+    scopes = table["scope"].nunique()
+    for (name, bits, scope, variant), every in table.groupby(["name", "bits_name", "scope", "variant"], sort=False):
+        own_name = " ".join(filter(None, (name, scope if scopes > 1 else "", variant)))
+        setting = " ".join(filter(None, (name, bits, scope, variant)))
         own = every.groupby("vlm").mean(numeric_only=True)
         for band in bands:
             gain, stderr = own[f"gain_{band}"], own[f"gain_stderr_{band}"]
@@ -76,7 +80,7 @@ def gain_frame(analysis: StudyAnalysis, site: str = SITE) -> pd.DataFrame:
                 numbers = {"gain": gain.mean(), "gain_low": gain.min(), "gain_high": gain.max()}
                 numbers |= {"damped": int((gain < 1 - 2 * stderr).sum()), "n_vlms": int(gain.notna().sum())}
                 numbers |= {f: own[f"{f}_{band}"].mean() for f in ("filter_share", "sqnr_db")}
-                rows.append({"setting": f"{name} {bits} {scope}", "name": name, "bits": bits, "band": band, **numbers})
+                rows.append({"setting": setting, "name": own_name, "bits": bits, "band": band, **numbers})
     return pd.DataFrame(rows)
 
 
@@ -90,7 +94,7 @@ def gain_figure(gains: pd.DataFrame) -> Figure:
             own = gains[gains["bits"] == bits]
             names = list(dict.fromkeys(own["name"]))
             for k, name in enumerate(names):
-                part = own[own["name"] == name].drop_duplicates("band").set_index("band").reindex(bands)
+                part = own[own["name"] == name].set_index("band").reindex(bands)
                 x = np.arange(len(bands)) + 0.7 * ((k + 0.5) / len(names) - 0.5)
                 axis.vlines(x, part["gain_low"], part["gain_high"], color=PALETTE[k % len(PALETTE)], linewidth=1.2)
                 marker = "D" if " for " in name else "o"

@@ -27,12 +27,12 @@ PART = "mixed"
 def table(analysis: StudyAnalysis) -> list[str]:
     """One line per setting: bits per weight, and the mean change over VLMs with its interval in each dimension, in percent."""
     shown = dimensions(analysis.score)
-    groups = effects_by(analysis, "settings", lambda vlm, setting: setting.label)
+    groups = effects_by(analysis, "settings", lambda vlm, setting: repr(setting))  # a label is cut where it is long
     bits = of_models(analysis, BITS_PER_WEIGHT)
     lines = ["| setting | bits per weight | " + " | ".join(f"{d.title}: {d.effect}" for d in shown) + " |"]
     lines.append("|---|---:|" + "---|" * len(shown))
     for setting in sorted(analysis.settings, key=lambda s: (-s.weight_bits, s.sort_key)):
-        means = {effect.dimension: effect.found for effect in groups.get(setting.label, [])}
+        means = {effect.dimension: effect.found for effect in groups.get(repr(setting), [])}
         if not means:
             continue
         own = [size for (_, s), size in bits.items() if s == setting]
@@ -58,8 +58,8 @@ def write(root: Path, page: Path) -> None:
     start, end = markers(PART)
     about = (
         f"`vlmq-study study={root.name}` on {hardware()}; {len(analysis.vlms)} VLMs ({', '.join(f'`{v}`' for v in analysis.vlms)}). "
-        "Bits per weight count what steps, zero points and low-rank terms take; changes are means over VLMs with 95 % intervals for other "
-        "VLMs and images."
+        "Bits per weight count integers and low-rank terms, not steps and zero points; changes are means over VLMs with 95 % intervals for "
+        "other VLMs and images."
     )
     page.write_text(before + "\n".join([start, "", about, "", *lines, "", end]) + after, encoding="utf-8")
 

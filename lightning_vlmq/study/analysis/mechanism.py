@@ -241,6 +241,7 @@ def verdict_frame(found: Sequence[Verdict]) -> pd.DataFrame:
             "method": v.quantized.method,
             "bits": v.quantized.bits,
             "scope": v.quantized.scope,
+            "variant": v.quantized.variant,
             "control": v.control,
             "is_surgery": v.is_surgery,
             "change": v.change,

@@ -14,7 +14,7 @@ from lightning_vlmq.evaluation.measures import Measure
 from lightning_vlmq.statistics import benjamini_hochberg
 from lightning_vlmq.statistics.equivalence import stratified_association
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis
-from lightning_vlmq.study.analysis.mechanism import setting_name
+from lightning_vlmq.study.analysis.mechanism import pattern_of, setting_name
 from lightning_vlmq.study.analysis.setting import Setting
 
 PREDICTORS: tuple[str, ...] = (
@@ -87,6 +87,8 @@ def prediction_table(
 def predictor_frame(analysis: StudyAnalysis, site: str, controls: bool = False) -> pd.DataFrame:
     """One row per VLM and quantized setting: its changes, its spectral quantities at a site, bits and agreement.
 
+    ``name`` is :func:`~.mechanism.setting_name`'s; ``variant`` what else sets the setting apart: of a control its scheme alone.
+
     Args:
         analysis: the study.
         site: whose quantities are taken.
@@ -112,6 +114,7 @@ def predictor_frame(analysis: StudyAnalysis, site: str, controls: bool = False) 
                 "name": setting_name(setting),
                 "bits_name": setting.bits,
                 "scope": setting.scope,
+                "variant": (pattern_of(setting) or setting).variant if controls else setting.variant,
             }
             row: dict[str, Any] = {"vlm": vlm, **names}
             row |= {"bits": setting.weight_bits, **own.to_dict()}

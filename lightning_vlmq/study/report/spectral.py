@@ -88,7 +88,7 @@ def mechanism_section(analysis: StudyAnalysis) -> str:
         verdict_overview(found),
         "Change of each control as a share of quantization's, by dimension and setting",
         "Each control's change as a share of quantization's. Mean over VLMs; 90 % intervals over test images and seeds. Settings whose "
-        "own change is not significant are left empty.",
+        "own change is not significant, and controls that are no match, are left empty.",
     )
     surgeries, controls = ([v for v in found if v.is_surgery == kind] for kind in (True, False))
     details = "".join(

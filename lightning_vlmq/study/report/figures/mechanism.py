@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from lightning_vlmq.study.analysis.mechanism import ALL_VLMS, Verdict, control_order
 from lightning_vlmq.study.report.figures.style import BLACK, GREY, LIGHT, MARKERS, PALETTE, new_figure, styled
 
-SHADES = {"reproduces": PALETTE[0], "undecided": LIGHT, "does not": PALETTE[1]}
+SHADES = {"reproduces": PALETTE[0], "undecided": LIGHT, "does not": PALETTE[1], "no match": GREY}
 """Colours of the verdicts on settings that have a change."""
 
 
@@ -49,7 +49,7 @@ def verdict_summary(found: Sequence[Verdict]) -> Figure | None:
         if columns[1] and columns[0]:
             grid[len(columns[0])].axvline(-0.09, color=BLACK, linewidth=1, clip_on=False)
         handles = [Patch(color=colour, label=verdict) for verdict, colour in SHADES.items()]
-        figure.legend(handles=handles, loc="outside lower center", ncols=3)
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(SHADES))
     return figure
 
 
@@ -57,7 +57,8 @@ def verdict_overview(found: Sequence[Verdict]) -> Figure | None:
     """A panel per dimension, a line per quantized setting: each control's change as a share of quantization's.
 
     1 is quantization's own change; the band from 0.5 to 1.5 is what counts as the same. A filled mark: the control reproduces
-    the change; a hollow one: it does not; a faint one: undecided. Settings without a change are left empty.
+    the change; a hollow one: it does not; a faint one: undecided. Settings without
+    a change, and controls that are no match, are left empty.
     """
     shown = [v for v in found if v.vlm == ALL_VLMS and not v.is_surgery] or [v for v in found if not v.is_surgery]
     if not shown:

@@ -83,10 +83,10 @@ def harshest_runs(analysis: StudyAnalysis, vlm: str) -> list[StoredRun]:
     fewest = min(run.key.weight_bits for run in quantized)
     chosen = [run for run in quantized if run.key.weight_bits == fewest]
     widest = max((run.setting for run in chosen), key=lambda setting: setting.sort_key[-1]).scope
-    first: dict[str, StoredRun] = {}
+    first: dict[tuple[str, Setting | None], StoredRun] = {}
     for run in chosen:
         if run.key.scope == widest:
-            first.setdefault(title_of(run.setting) + ("" if run.setting.is_control else run.setting.label), run)
+            first.setdefault((title_of(run.setting), None if run.setting.is_control else run.setting), run)
     return sorted(first.values(), key=lambda run: run.setting.is_control)
 
 
