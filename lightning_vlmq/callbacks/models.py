@@ -23,7 +23,8 @@ class QuantizedModelWriter(Callback):
         folder: where ``model.safetensors`` and ``quant.json`` go.
 
     Raises:
-        VLMQError: before anything is computed, if the run has no quantized model, or the folder cannot be written.
+        VLMQError: before anything is computed, if the run has no quantized model or one that cannot be saved, or the folder cannot be
+            written.
     """
 
     def __init__(self, folder: str) -> None:
@@ -31,11 +32,16 @@ class QuantizedModelWriter(Callback):
         self.partial = ""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Refuse a run in full precision."""
+        """Refuse a run in full precision, and one of a method that leaves more of a weight than integers."""
         quantizes = getattr(pl_module, "scheme", None) is not None or getattr(pl_module, "checkpoint", None) is not None
         if not quantizes:
             raise VLMQError(
                 "QuantizedModelWriter has nothing to save in full precision; set quant.method or leave it out"
+            )
+        quant = getattr(pl_module, "quant", None)
+        if quant is not None and getattr(pl_module, "checkpoint", None) is None and not quant.chosen().has_integers:
+            raise VLMQError(
+                f"the weights of '{quant.text}' are not integers alone and cannot be saved as such; leave QuantizedModelWriter out"
             )
         self.partial = partial_reason(trainer, f"no model is saved in '{self.folder}'")
         if trainer.is_global_zero and not self.partial:

@@ -128,6 +128,9 @@ def note_clipping(vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch], is_tr
     To be called when these grids are fitted, before weights are rounded; and of a trained model, whose inputs are then its own, when
     training has ended.
     """
+    if is_trained:
+        for layer in weight_quantized_layers(vlm).values():
+            layer.weight_fake_quant.clipping = None  # of the weights that training began with
     layers = static_layers(vlm)
     if not layers:
         return
@@ -138,11 +141,15 @@ def note_clipping(vlm: VLM, scheme: QuantScheme, batches: Iterable[Batch], is_tr
 
 
 def measure_clipping(vlm: VLM) -> tuple[ClippedGrid, ...]:
-    """The clipping grids of a quantized model: of its weights as they are, and of inputs as :func:`note_clipping` found them."""
+    """The clipping grids of a quantized model: of its weights as they are, and of inputs as :func:`note_clipping` found them.
+
+    Of weights that GPTQ put on the grid: as they were before.
+    """
     found = []
     for name, layer in weight_quantized_layers(vlm).items():
         quantizer = layer.weight_fake_quant
-        found.append(_grid(name, "weight", judge(layer.weight.detach(), quantizer), quantizer))
+        clipping = quantizer.clipping or judge(layer.weight.detach(), quantizer)
+        found.append(_grid(name, "weight", clipping, quantizer))
     for name, layer in static_layers(vlm).items():
         clipping = layer.act_fake_quant.clipping
         if clipping is not None and clipping.values >= ENOUGH:

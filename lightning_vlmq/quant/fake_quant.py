@@ -45,7 +45,7 @@ class FakeQuantizer(nn.Module):
         scales_gradient: whether a learned step's gradient is multiplied by LSQ's ``1 / sqrt(N Qp)``.
         enabled: whether forward quantizes; calibration switches it off to see full-precision activations.
         calibrated: whether a static quantizer has its step.
-        clipping: what a static grid clips of the inputs it was fitted to, once that is noted; not part of a checkpoint.
+        clipping: what a static grid clips of the inputs, or the weight, it was fitted to, once that is noted; not part of a checkpoint.
     """
 
     zero_point: Tensor

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
+from scipy.stats import norm, rankdata
+from scipy.stats import t as student
 
 from lightning_vlmq.core.errors import VLMQError
 
@@ -96,7 +97,9 @@ def over_seeds(replicates: Array, seed: int = 0) -> Array:
     centre = replicates.mean(axis=1, keepdims=True)
     drawn = np.random.default_rng([seed, n]).integers(0, n, (r, n))
     deviations = np.take_along_axis(replicates - centre, drawn, axis=1).mean(axis=1)
-    return centre[:, 0] + math.sqrt(n / max(n - 1, 1)) * deviations
+    # few seeds tell their own spread badly: their quantile is Student's, not the normal's
+    wider = float(student.ppf(0.95, n - 1) / norm.ppf(0.95)) if n > 1 else 1.0
+    return centre[:, 0] + wider * math.sqrt(n / max(n - 1, 1)) * deviations
 
 
 @dataclass(frozen=True)

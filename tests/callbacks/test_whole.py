@@ -90,6 +90,15 @@ def test_whole_runs_write_and_the_names_are_files(tmp_path):
     assert len(pd.read_parquet(tmp_path / "p" / name)) == len(data.eval_sets[0].images)
 
 
+@pytest.mark.parametrize("method", ["lowrank_compensation", "matched_noise(seed=1)"])
+def test_what_cannot_be_saved_is_refused_before_any_work(method, tmp_path):
+    quant = Quantization(method=method, weight_bits=4)
+    made = trainer(QuantizedModelWriter(str(tmp_path / "m")), ResultsWriter(str(tmp_path), "run"))
+    with pytest.raises(VLMQError, match=r"not integers alone .*; leave QuantizedModelWriter out") as error:
+        made.validate(EvaluationModule("vit_clean", quant=quant, scores=["msp"]), EmbeddedData(**TINY), verbose=False)
+    assert method in str(error.value) and not (tmp_path / "m").exists()
+
+
 @pytest.mark.parametrize("writer", [QuantizedModelWriter, PredictionWriter, ResultsWriter, ZooExport])
 def test_a_place_that_cannot_be_written_is_said_before_any_work(writer, tmp_path, monkeypatch):
     (tmp_path / "file").touch()

@@ -193,3 +193,12 @@ def test_inputs_that_drift_once_weights_are_rounded_do_not_count():
     vlm = shallow(build("align_clean"))
     made = quantize(vlm, "gptq", QuantScheme(2, 8), make_batches(vlm, (1,)))
     assert not [grid for grid in made.coverage.clipped if grid.side == "input"]
+
+
+def test_what_gptq_s_grids_clip_is_told_though_its_weights_are_on_them():
+    told = {}
+    for method in ("mse", "gptq(grid='mse')"):
+        vlm = build("vit_clean")
+        quantize(vlm, method, QuantScheme(weight_bits=2, act_bits=16), make_batches(vlm))
+        told[method] = {grid.layer: grid.share for grid in measure_clipping(vlm) if grid.side == "weight"}
+    assert told["mse"] and told["gptq(grid='mse')"] == told["mse"]

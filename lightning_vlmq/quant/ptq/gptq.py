@@ -13,6 +13,7 @@ from torchao.quantization.granularity import PerGroup
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
+from lightning_vlmq.quant.clipping import judge
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.fits import Fit
 from lightning_vlmq.quant.layers import QuantizedLayer
@@ -71,6 +72,8 @@ class GPTQ(PTQMethod):
         for name, layer, moment in second_moments(vlm, scheme, calibration):
             for grid, fit in found.items():
                 METHODS[grid].fit_weight(layer)
+                # the weight that replaces this one lies on the grid, so that nothing of it could tell later
+                layer.weight_fake_quant.clipping = judge(layer.weight.detach(), layer.weight_fake_quant)
                 try:
                     rounded = replace(self, grid=grid).round_columns(layer, moment)  # sets its groups' grids on the way
                 except torch.linalg.LinAlgError as error:

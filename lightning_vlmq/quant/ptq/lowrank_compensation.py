@@ -14,7 +14,7 @@ from lightning_vlmq.models.vlm import VLM
 from lightning_vlmq.quant.calibrating import Batch
 from lightning_vlmq.quant.fake_quant import FakeQuantizer
 from lightning_vlmq.quant.layers import QuantizedLayer
-from lightning_vlmq.quant.methods import PTQMethod, register
+from lightning_vlmq.quant.methods import PTQMethod, register, within
 from lightning_vlmq.quant.observers import second_moments
 from lightning_vlmq.quant.rounding import block_range, to_blocks
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -80,7 +80,7 @@ class LowRankCompensation(PTQMethod):
     """
 
     kind: Literal["lqer", "qera", "svdquant"] = "qera"
-    rank: int = 8
+    rank: int = within(8, 0)
 
     has_integers = False
 

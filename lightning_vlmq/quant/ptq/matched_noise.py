@@ -23,7 +23,7 @@ from lightning_vlmq.quant.imitated import (
     require_matched,
 )
 from lightning_vlmq.quant.layers import QuantizedLayer, quantized_layers, swap_layers
-from lightning_vlmq.quant.methods import METHODS, PTQMethod, register
+from lightning_vlmq.quant.methods import METHODS, PTQMethod, register, within
 from lightning_vlmq.quant.observers import grouped_rows, second_moments
 from lightning_vlmq.quant.ptq.gptq import GPTQ, feedback
 from lightning_vlmq.quant.scheme import QuantScheme
@@ -69,8 +69,8 @@ class MatchedNoise(PTQMethod):
     pattern: Pattern = "minmax"
     distribution: Literal["gaussian", "uniform", "sign_flip"] = "gaussian"
     draw: Literal["fixed", "each_forward"] = "fixed"
-    seed: int = 0
-    tolerance_db: float = 0.5
+    seed: int = within(0, 0)
+    tolerance_db: float = within(0.5, 0)
 
     is_control = True
     has_integers = False
