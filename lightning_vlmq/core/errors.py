@@ -52,6 +52,7 @@ _OF_THE_DISK = {
         "EACCES",
         "EPERM",
         "EIO",
+        "EEXIST",
         "ENOTDIR",
         "EISDIR",
         "ENAMETOOLONG",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args
 
@@ -50,8 +51,8 @@ class Framing:
         ):
             if value not in known:
                 raise unknown(kind, str(value), known)
-        if not 0 <= self.fill <= 255:
-            raise VLMQError(f"fill is a grey level and must lie between 0 and 255, got {self.fill}")
+        if not isinstance(self.fill, int) or not 0 <= self.fill <= 255:
+            raise VLMQError(f"fill is a grey level, a whole number between 0 and 255, got {self.fill!r}")
         if self.resize_to is not None and (self.resize_to < self.size or self.resize_mode == "longest"):
             raise VLMQError(
                 f"resize_to {self.resize_to} goes before a cut of {self.size} pixels: it must be larger, and the resize mode "
@@ -130,6 +131,8 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
                 raise VLMQError(f"{name} has one value per channel, red, green and blue; got {list(values)}")
+            if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+                raise VLMQError(f"{name} has to be finite numbers, got {list(values)}")
             object.__setattr__(self, name, tuple(map(float, values)))
         if min(self.std) <= 0:
             raise VLMQError(f"std is divided by and must be positive, got {list(self.std)}")

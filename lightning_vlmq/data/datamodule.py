@@ -49,6 +49,8 @@ class ReliabilityDataModule(LightningDataModule):
         for name, value in (("batch_size", batch_size), ("train_batch_size", train_batch_size)):
             if value < 1:
                 raise VLMQError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise VLMQError(f"num_workers must be at least 0, got {num_workers}")
         self.batch_size = batch_size
         self.train_batch_size = train_batch_size
         self.num_workers = num_workers

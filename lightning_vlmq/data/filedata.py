@@ -90,6 +90,8 @@ class FileData(ReliabilityDataModule):
         ):
             if value is not None and value < 1:
                 raise VLMQError(f"{name} must be at least 1, got {value}")
+        if not decoded_gb >= 0:
+            raise VLMQError(f"decoded_gb must be at least 0, got {decoded_gb}")
         self.readers = tuple(sets)
         self.pair_reader = pairs
         self.image_size, self.orientation, self.decoder = image_size, orientation, decoder
@@ -109,7 +111,7 @@ class FileData(ReliabilityDataModule):
         self.follow(self.framing)
         self.take([s for reader in self.readers for s in reader.read(self.reading)])
         if self.decoded is not None:
-            self._keep_decoded(Path(self.decoded))
+            self._keep_decoded(Path(self.decoded).expanduser())
         if self.pair_reader is not None:
             self.pairs = decode_all(self.read_pairs(), self.num_workers, "calibration images")
             self.require_disjoint_pairs()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError, first_line, unknown
@@ -150,7 +151,9 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
         raise VLMQError(
             f"'{folder / CONFIG}' is no config of a model of transformers ({type(error).__name__}: {first_line(error)})"
         ) from error
-    if kind not in CLASSES:
+    if "quantization_config" in config:
+        raise VLMQError(f"'{folder}' holds quantized weights (quantization_config); give the model as it was before")
+    if str(kind) not in CLASSES:
         raise unknown(f"model type of transformers in '{folder / CONFIG}':", str(kind), CLASSES)
     model = _weights(getattr(transformers, CLASSES[kind]), folder)
     if not any(
@@ -166,12 +169,22 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
     length = ALIGN_LENGTH if kind == "align" else model.config.text_config.max_position_embeddings
     if tokenizer.pad_token_id is None:
         raise VLMQError(f"the tokenizer in '{folder}' has no padding token; set pad_token in its tokenizer_config.json")
+    if kind == "align" and tokenizer.pad_token_id != model.config.text_config.pad_token_id:
+        raise VLMQError(
+            f"the tokenizer in '{folder}' pads with token {tokenizer.pad_token_id}, its model looks away from "
+            f"{model.config.text_config.pad_token_id}; correct pad_token in its tokenizer_config.json"
+        )
 
     def tokenize(texts: list[str]) -> Tensor:
         ids = tokenizer(list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         return ids["input_ids"]
 
-    seen = _preprocessing(model.config, processor, folder)
+    try:
+        seen = _preprocessing(model.config, processor, folder)
+    except TypeError as error:  # null, or a number in place of a list
+        raise VLMQError(
+            f"the image processor in '{folder}' is incomplete ({first_line(error)}); correct its preprocessor_config.json"
+        ) from error
     vlm = VLM(TransformersModel(model), tokenize, name, folder.name if not revision else name, seen)
     vlm.provenance = Provenance(vlm.pretrained, tensors_digest(vlm.state_dict(), 64), digest(config), revision)
     return vlm
@@ -179,9 +192,15 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
 
 def _weights(cls: Any, folder: Path) -> Any:
     """The model with all of its weights from the folder, in float32."""
+    _require_floats(folder)
     try:
         model, loading = cls.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            folder,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, with their names
+            trust_remote_code=False,
         )
     except Exception as error:  # OSError without weights, SafetensorError, RuntimeError of another shape, and more
         raise VLMQError(
@@ -196,6 +215,22 @@ def _weights(cls: Any, folder: Path) -> Any:
                 f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''}); fetch the folder again"
             )
     return model.eval()
+
+
+def _require_floats(folder: Path) -> None:
+    """Raise :class:`VLMQError` where a file of weights holds integers or 8-bit floats, which transformers widens without their scales."""
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError):
+            return  # said by transformers
+        counts = ("position_ids", "num_batches_tracked")
+        odd = [n for n, k in kinds.items() if k not in ("F64", "F32", "F16", "BF16") and not n.endswith(counts)]
+        if odd:
+            raise VLMQError(
+                f"'{path}' holds '{odd[0]}' as {kinds[odd[0]]}; give weights in floating point of 16 bits or more, not quantized ones"
+            )
 
 
 def _from_folder(what: str, cls: Any, folder: Path, files: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -57,6 +58,11 @@ def load_vlm(
     else:
         raise unknown("model", name, [*zoo.names(), *open_clip.list_models()])
     require_finite(vlm)
+    if not 0 < float(vlm.logit_scale()) < math.inf:
+        raise VLMQError(
+            f"the logit scale of '{name}' is e to the {float(vlm.model.logit_scale):g}, which is no number in single precision; weights "
+            "hold the logarithm of the scale"
+        )
     return vlm.eval()
 
 

@@ -93,6 +93,8 @@ def load_folder(name: str, folder: Path, revision: str = "") -> VLM:
         config, preprocess = dict(content["model_cfg"]), dict(content.get("preprocess_cfg") or {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model ({first_line(error)})") from error
+    if odd := [part for part in ("vision_cfg", "text_cfg") if not isinstance(config.get(part), dict)]:
+        raise VLMQError(f"'{folder / CONFIG}' is no config of an open_clip model (it has no table {odd[0]})")
     _require_known(preprocess, name)
     path = _weights_in(folder)
     tokenize = tokenizer_of(f"local-dir:{folder}")

@@ -12,7 +12,7 @@ import open_clip
 
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.identity import digest
-from lightning_vlmq.models.weights import is_script
+from lightning_vlmq.models.weights import is_openais
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def recipe_of_file(
         return own
     if trained_like is not None:
         return recipe_of_tag(name, trained_like, config, activation)
-    if "openai" in tags and is_script(path):
+    if "openai" in tags and is_openais(path):
         return recipe_of_tag(name, "openai", config, activation)
     recipes = [
         Recipe(bool(c.get("quick_gelu", False)), c) for c in (open_clip.get_pretrained_cfg(name, t) for t in tags)

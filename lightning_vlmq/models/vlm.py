@@ -55,6 +55,9 @@ class VLM(nn.Module):
         make_layers_explicit(model)
         self.model = model
         self._tokenize = tokenize
+        modules = model.named_modules()
+        words = (m for name, m in modules if isinstance(m, nn.Embedding) and not name.startswith(("visual", "vision")))
+        self._vocabulary = getattr(next(words, None), "num_embeddings", 0)
         self.name = name
         self.pretrained = pretrained
         self.preprocessing = preprocessing
@@ -148,7 +151,13 @@ class VLM(nn.Module):
 
     def tokenize(self, texts: list[str]) -> Tensor:
         """Token ids of a list of texts, int64 ``[n, context_length]``, on the CPU."""
-        return self._tokenize(texts)
+        tokens = self._tokenize(texts)
+        if tokens.numel() and self._vocabulary and int(tokens.max()) >= self._vocabulary:
+            raise VLMQError(
+                f"the tokenizer of '{self.name}' is another model's: it makes the token {int(tokens.max())}, the text tower knows "
+                f"{self._vocabulary}; put the model's own tokenizer beside its weights"
+            )
+        return tokens
 
     def logit_scale(self) -> Tensor:
         """The factor on cosine similarities (already exponentiated), scalar tensor."""

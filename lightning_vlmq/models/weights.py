@@ -45,6 +45,16 @@ def is_script(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
+def is_openais(path: Path) -> bool:
+    """Whether a TorchScript archive is OpenAI's own, which alone holds the model's sizes as tensors; one of another model does not."""
+    content = read_archive(path) if is_script(path) else None
+    return isinstance(content, Inert) and script_tensors(content).keys() >= {
+        "input_resolution",
+        "context_length",
+        "vocab_size",
+    }
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors by name of a file: safetensors, ``torch.save`` of a state dict or of a checkpoint with one, TorchScript.
 
@@ -117,9 +127,9 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str)
     if said:
         raise VLMQError(f"{what} does not fit the model: {'; '.join(said)}; give the architecture it was trained as")
     for name, tensor in state.items():
-        if own[name].is_floating_point() and not tensor.is_floating_point():
+        if own[name].is_floating_point() and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
             raise VLMQError(
-                f"{what} holds '{name}' as {tensor.dtype}; give weights in floating point, not quantized ones"
+                f"{what} holds '{name}' as {tensor.dtype}; give weights in floating point of 16 bits or more, not quantized ones"
             )
         if tensor.dtype == torch.float64 and own[name].dtype == torch.float32:
             log.warning("%s is in double precision; it is rounded to single", what)
@@ -177,6 +187,11 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
     inside = [name for name in CONTAINERS if isinstance(content.get(name), Mapping)]
     if len(inside) > 1:
         raise VLMQError(f"checkpoint '{path}' holds weights under {', '.join(inside)}; save one of them alone")
+    others = [str(n) for n, value in content.items() if n not in CONTAINERS and _is_clip(value)]
+    if inside and others:
+        raise VLMQError(
+            f"checkpoint '{path}' holds weights under {', '.join([*inside, *others])}; save one of them alone"
+        )
     if inside:
         return _weights_in(content[inside[0]], path)
     if isinstance(content.get("model"), Inert):
@@ -184,6 +199,10 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
             f"checkpoint '{path}' holds a whole pickled model, which would have to be run; save its state_dict()"
         )
     return tensors
+
+
+def _is_clip(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(str(name).rpartition(".")[2] == "logit_scale" for name in value)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -229,7 +248,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     shards = _weight_map(index)
     state: dict[str, Tensor] = {}
     for path in shards_of(index):
-        state |= read_weights(path)
+        own = read_weights(path)
+        state |= {name: t for name, t in own.items() if Path(shards.get(name, path.name)).name == path.name}
     if missing := sorted(shards.keys() - state.keys()):
         raise VLMQError(f"'{index}' names {len(missing)} tensors that its files lack ({missing[0]}, …); fetch it again")
     return state

@@ -148,8 +148,8 @@ def measure_clipping(vlm: VLM) -> tuple[ClippedGrid, ...]:
     found = []
     for name, layer in weight_quantized_layers(vlm).items():
         quantizer = layer.weight_fake_quant
-        clipping = quantizer.clipping or judge(layer.weight.detach(), quantizer)
-        found.append(_grid(name, "weight", clipping, quantizer))
+        fitted = quantizer.clipping or judge(layer.weight.detach(), quantizer)
+        found.append(_grid(name, "weight", fitted, quantizer))
     for name, layer in static_layers(vlm).items():
         clipping = layer.act_fake_quant.clipping
         if clipping is not None and clipping.values >= ENOUGH:

@@ -82,7 +82,9 @@ class FileImages(Dataset[Batch]):
             with self.source.open(row) as image:
                 return self.preprocess(image)
         except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-            reason = first_line(error)
+            reason = (
+                "no image that is known here" if isinstance(error, PIL.UnidentifiedImageError) else first_line(error)
+            )
             advice = "" if self.on_bad_image == "skip" else "; replace it or set on_bad_image: skip"
             raise UnreadableImage(f"image '{self.source.name(row)}' cannot be read ({reason}){advice}") from error
 

@@ -172,7 +172,10 @@ def _label(path: str, depth: int, labels: Mapping[str, int], place: Path) -> int
 
 def subfolders(folder: Path) -> set[str]:
     """Names of the folders in a folder, but for hidden ones and what systems leave there."""
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_litter(entry.name)}
+    names = {entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_litter(entry.name)}
+    if odd := sorted(name for name in names if any("\ud800" <= c <= "\udfff" for c in name)):
+        raise VLMQError(f"the name of folder {os.fsencode(odd[0])!r} in '{folder}' is not UTF-8; rename it")
+    return names
 
 
 def require_images(place: Path, folders: Sequence[str], labels: NDArray[np.int64]) -> None:
@@ -196,7 +199,13 @@ def require_images(place: Path, folders: Sequence[str], labels: NDArray[np.int64
 
 def files_in(folder: Path, pattern: str) -> list[Path]:
     """Files of a folder by a pattern of their names, sorted, but for what systems leave there (``._00000.tar``)."""
-    return sorted(path for path in folder.glob(pattern) if path.is_file() and not is_litter(path.name))
+    try:
+        found = sorted(path for path in folder.glob(pattern) if not is_litter(path.name))
+    except (ValueError, NotImplementedError) as error:
+        raise VLMQError(f"'{pattern}' is no pattern of files below '{folder}'; write one like *.tar") from error
+    if gone := [path for path in found if path.is_symlink() and not path.exists()]:
+        raise VLMQError(f"'{gone[0]}' is a link that leads nowhere; repair or remove it")
+    return [path for path in found if path.is_file()]
 
 
 def _what_is_in(folder: Path) -> str:

@@ -78,6 +78,10 @@ class CIFARC(Reader):
         if self.classes == 10:
             about = {"class_names": CIFAR10, "templates": TEMPLATES["cifar"]}
         labels = _array(reading.file(folder / "labels.npy"))
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise VLMQError(
+                f"'{folder / 'labels.npy'}' holds {labels.dtype} {list(labels.shape)}, not one whole number an image; fetch it again"
+            )
         n, rest = divmod(len(labels), 5)
         sets = []
         for corruption in self.corruptions:
@@ -110,6 +114,9 @@ class CIFARC(Reader):
 
 def _array(path: Path) -> NDArray[Any]:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            raise ValueError("an archive of arrays")
+        return found
     except (ValueError, OSError, EOFError) as error:
         raise VLMQError(f"'{path}' is damaged or no numpy array; fetch it again") from error

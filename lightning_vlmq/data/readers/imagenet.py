@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
-from lightning_vlmq.core.errors import VLMQError, unknown
+from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.data.corruptions import CORRUPTIONS
 from lightning_vlmq.data.images.sources import FileTree
 from lightning_vlmq.data.readers.base import Reader, Reading, class_folders, require_images, shorten, subfolders
@@ -265,8 +266,19 @@ def _flat_labels(listed: Path, source: FileTree) -> NDArray[np.int64]:
         raise VLMQError(f"'{listed}' is no list of labels, or of image names and labels, a line each; fetch it again")
     table: Mapping[str, int] = {str(label): label for label in range(len(IMAGENET))}
     if len(lines[0]) == 2:
+        names = [Path(source.path(row)).name for row in range(len(source))]
+        for what, own in (("names", [Path(name).name for name, _ in lines]), ("has", names)):
+            if twice := next((name for name, n in Counter(own).items() if n > 1), None):
+                where = listed if what == "names" else source.folder
+                raise VLMQError(
+                    f"'{where}' {what} an image '{twice}' more than once, so its label is not known; keep one"
+                )
         by_name = {Path(name).name: label for name, label in lines}
-        words = [by_name.get(Path(source.path(row)).name, "") for row in range(len(source))]
+        if stranger := next((name for name in names if name not in by_name), None):
+            raise VLMQError(
+                f"'{listed}' has no label for the image '{stranger}' of '{source.folder}'; complete the list"
+            )
+        words = [by_name[name] for name in names]
     else:
         words = [line[0] for line in lines]
         table = imagenet_labels() if words[0].startswith("n") else _development_kit(listed)
@@ -285,14 +297,22 @@ def _development_kit(ground_truth: Path) -> Mapping[str, int]:
         raise VLMQError(
             f"'{ground_truth}' counts classes as the development kit does; put the kit's meta.mat beside it"
         )
-    synsets = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
-    wnids = {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets}
+    try:
+        synsets = np.atleast_1d(loadmat(meta, squeeze_me=True)["synsets"])
+        wnids = {str(int(s["ILSVRC2012_ID"])): str(s["WNID"]) for s in synsets}
+    except Exception as error:  # a damaged or foreign file makes scipy raise nearly anything
+        raise VLMQError(
+            f"'{meta}' is damaged or not the development kit's ({first_line(error)}); fetch it again"
+        ) from error
     return {number: imagenet_labels()[wnid] for number, wnid in wnids.items() if wnid in imagenet_labels()}
 
 
 def _json(path: Path) -> dict[str, str]:
     text = read_text(path)
     try:
-        return dict(json.loads(text))
+        found = dict(json.loads(text))
+        if not all(isinstance(value, str) for value in found.values()):
+            raise TypeError("a value that is no text")
     except (ValueError, TypeError) as error:
         raise VLMQError(f"'{path}' is damaged; fetch it again") from error
+    return found

@@ -79,12 +79,18 @@ def resolve_class_names(given: str | Sequence[str]) -> tuple[str, ...]:
     elif given in CLASS_NAMES:
         return CLASS_NAMES[given]
     elif Path(given).is_file():
-        names = tuple(name for _, name in read_lines(Path(given)))
+        lines = list(read_lines(Path(given)))
+        if Path(given).suffix.lower() in _TABLES or _are_numbered([name for _, name in lines]):
+            raise VLMQError(
+                f"class_names '{given}' are to be plain text, one name per line and nothing else; its first line is "
+                f"'{lines[0][1][:60] if lines else ''}'"
+            )
+        names = tuple(name for _, name in lines)
     else:
         raise unknown("class_names (or file of them)", given, CLASS_NAMES)
     if len(names) < 2:
         raise VLMQError(f"class_names must be at least 2 names, got {len(names)}; give one per class, in label order")
-    return names
+    return _none_blank(names)
 
 
 def class_order(names: Iterable[str], where: str) -> tuple[str, ...]:
@@ -120,7 +126,7 @@ def name_classes(folders: Sequence[str], given: ClassNames, where: str, what: st
         if odd := sorted(set(given) ^ set(folders)):
             why = "is no class" if odd[0] in given else "has no name"
             raise VLMQError(f"'{odd[0]}' {why}: class_names have to name each of the {len(folders)} classes of {where}")
-        return tuple(given[folder] for folder in folders)
+        return _none_blank(tuple(given[folder] for folder in folders))
     names = resolve_class_names(given)
     if len(names) != len(folders):
         raise VLMQError(f"{where} has {len(folders)} {what}, class_names are {len(names)}; name each once")
@@ -140,7 +146,26 @@ def name_classes(folders: Sequence[str], given: ClassNames, where: str, what: st
     return names
 
 
+def _none_blank(names: tuple[str, ...]) -> tuple[str, ...]:
+    if blank := [k for k, name in enumerate(names) if not name.strip()]:
+        raise VLMQError(f"class name {blank[0] + 1} of {len(names)} is blank; name each class")
+    return names
+
+
 _NUMBER = re.compile(r"([0-9]+)")
+_TABLES = {".json", ".yaml", ".yml", ".csv", ".tsv"}
+_NUMBERED = re.compile(r"([0-9]+|n[0-9]{8})[\s:,.)]")
+
+
+def _are_numbered(lines: Sequence[str]) -> bool:
+    """Whether lines are not names alone: each has its number or its WordNet id before it."""
+    found = [match[1] for line in lines if (match := _NUMBERED.match(line))]
+    if len(found) < max(len(lines), 1):
+        return False
+    return found[0].startswith("n") or [int(n) for n in found] in (
+        list(range(len(found))),
+        list(range(1, len(found) + 1)),
+    )
 
 
 def resolve_templates(given: str | Sequence[str]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class FolderPairs(PairReader):
             raise VLMQError(
                 f"{len(missing)} of {n} images in '{folder}' have no caption, '{missing[0]}' is missing; add them"
             )
+        if len(set(texts)) < n:
+            twice = next(text for text, k in Counter(texts).items() if k > 1)
+            raise VLMQError(f"several images in '{folder}' share the caption '{twice}'; keep one image of each name")
         return reading.images(source, rows=rows, caption=_captions([read_text(text) for text in texts], texts))
 
 
@@ -140,6 +144,10 @@ class ShardPairs(PairReader):
 
     def read(self, reading: Reading, n: int, seed: int | None) -> FileImages:
         """``n`` pairs, in the order of the shards."""
+        if self.caption.lower().rpartition(".")[2] == "json":
+            raise VLMQError(
+                "captions are texts; JSON would be taken as it stands: name the captions' own suffix, such as txt"
+            )
         folder = reading.folder(self.path)
         shards = files_in(folder, self.shards)
         if not shards:

@@ -120,6 +120,10 @@ class CelebA(Reader):
             ) from error
         if set(table.index) != set(split.index) or not table.index.is_unique or not split.index.is_unique:
             raise VLMQError(f"'{attributes}' and '{partition}' list different images, or one twice; fetch them again")
+        if not table.isin((-1, 1)).to_numpy().all() or not split.isin((0, 1, 2)).all():
+            raise VLMQError(
+                f"'{attributes}' holds other values than -1 and 1, or '{partition}' than 0, 1, 2; fetch them again"
+            )
         table = table[split.reindex(table.index) == self.split]
         about = {"class_names": ("dark hair", "blond hair"), "templates": TEMPLATES["person"]}
         source = FileTree.of(reading.folder(f"{self.path}/img_align_celeba"), list(table.index), attributes)
