@@ -74,7 +74,7 @@ def arranged(words: list[str]) -> list[str]:
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]
     overrides = list(parser.parse_intermixed_args(words).overrides)
-    left, options = Counter(overrides), []
+    left, options = Counter(overrides), list[str]()
     for word in words:
         if left[word]:
             left[word] -= 1
