@@ -28,7 +28,7 @@ from lightning_vlmq.callbacks.printing import clear_bars
 from lightning_vlmq.callbacks.whole import require_place
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.configs import config_folder, config_names, config_summary, find_config
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
 from lightning_vlmq.quant.methods import METHODS
 
 FIRST_CONFIG = {"fit": "qat"}
@@ -200,6 +200,43 @@ def run(name: str, args: list[str]) -> None:
         if hint := _config_with_option(str(error), args):
             raise VLMQError(hint) from error
         raise
+
+
+class _ParsedError(Exception):
+    """A command line was parsed, and nothing more is wanted."""
+
+
+class _Parser(VLMQCLI):
+    """The command line's parser alone: nothing is drawn, built or written."""
+
+    def _set_seed(self) -> None:
+        """Leave the generators as they are."""
+
+    def before_instantiate_classes(self) -> None:
+        """Stop where :func:`run` would begin to build."""
+        raise _ParsedError
+
+
+def check(name: str, args: list[str]) -> None:
+    """Refuse a command line that :func:`run` would not take: an option that is not there, a value of another type.
+
+    Args:
+        name: as for :func:`run`.
+        args: likewise.
+
+    Raises:
+        VLMQError: bad input, said in one line.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _Parser(args=[name, *args])
+    except _ParsedError:
+        return
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        if not isinstance(error, jsonargparse.ArgumentError) and own_error(error) is None:
+            raise
+        raise of_the_parser(error) from error
 
 
 def short_help(name: str) -> str:

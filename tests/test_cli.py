@@ -41,6 +41,17 @@ def test_the_program_answers_before_torch_is_imported(vlmq):
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, cwd=REPOSITORY).returncode == 0
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["compare", "one"], ["power", "a", "b", "--change", "x"], ["doctor", "--all"], ["list", "models", "a", "b"]],
+)
+def test_a_command_s_own_words_are_refused_in_one_line(words, capsys):
+    with pytest.raises(VLMQError, match=f"vlmq {words[0]} --help says what it takes") as error:
+        main(words)
+    said = capsys.readouterr()
+    assert "\n" not in str(error.value) and not said.out and not said.err
+
+
 def test_help_says_the_model_first_and_the_trainer_last(vlmq):
     done = vlmq("validate", "--help")
     assert done.returncode == 0 and not done.stderr and "usage: vlmq validate --config eval" in done.stdout

@@ -5,15 +5,26 @@ These modules are imported to answer ``vlmq --help``: what is heavy is imported 
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
+from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.core.registry import Registry
 
 GROUPS = ("Run one model", "Read results", "Look around", "Data and models")
 """Headings of ``vlmq --help``, in order."""
+
+
+class WordParser(argparse.ArgumentParser):
+    """A parser that says what is wrong with a command line in one line, as everything else is said."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise :class:`~lightning_vlmq.core.errors.VLMQError` in place of printing the usage and leaving."""
+        raise VLMQError(f"{message}; {self.prog} --help says what it takes")
 
 
 @dataclass(frozen=True)

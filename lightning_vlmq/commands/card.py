@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning_vlmq
-from lightning_vlmq.commands import command
+from lightning_vlmq.commands import WordParser, command
 from lightning_vlmq.core.errors import VLMQError, unknown
 from lightning_vlmq.core.names import bits_text
 
@@ -74,7 +73,7 @@ _PACKAGES = ("torch", "torchvision", "torchao", "open_clip_torch", "timm", "ligh
 @command("card", "Read results")
 def run(args: list[str]) -> None:
     """Write the reliability card of a saved model, from its run beside full precision's."""
-    parser = argparse.ArgumentParser(
+    parser = WordParser(
         prog="vlmq card",
         description="Write README.md into a saved model's folder: what was quantized, what it did to every dimension, how to repeat it. "
         "Publishing the folder is up to you.",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from lightning_vlmq.commands import command
+from lightning_vlmq.commands import WordParser, command
 from lightning_vlmq.core.errors import VLMQError, unknown
 
 if TYPE_CHECKING:
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 @command("compare", "Read results")
 def run(args: list[str]) -> None:
     """Put two stored runs side by side: every dimension, the change and its interval."""
-    parser = argparse.ArgumentParser(prog="vlmq compare", description=run.__doc__)
+    parser = WordParser(prog="vlmq compare", description=run.__doc__)
     parser.add_argument(
         "runs",
         nargs=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning_vlmq
-from lightning_vlmq.commands import command
+from lightning_vlmq.commands import WordParser, command
 from lightning_vlmq.core.configs import config_folder, config_names
 from lightning_vlmq.core.errors import VLMQError
 
@@ -35,7 +34,7 @@ class Check(NamedTuple):
 @command("doctor", "Look around")
 def run(args: list[str]) -> None:
     """Say what is installed and present, what is missing, and how to get it."""
-    argparse.ArgumentParser(prog="vlmq doctor", description=run.__doc__).parse_args(args)
+    WordParser(prog="vlmq doctor", description=run.__doc__).parse_args(args)
     checks = [*packages(), *machine(), *files()]
     width = max(len(check.what) for check in checks)
     for check in checks:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
-from lightning_vlmq.commands import command
+from lightning_vlmq.commands import WordParser, command
 from lightning_vlmq.core.configs import config_names, config_summary, find_config
 from lightning_vlmq.core.errors import unknown
 
@@ -158,7 +157,7 @@ KINDS: Mapping[str, Callable[[], dict[str, Entry]]] = {
 @command("list", _GROUP)
 def run_list(args: list[str]) -> None:
     """Say what there is: models, methods, scores, metrics, corruptions, data, studies, configs, one line each."""
-    parser = argparse.ArgumentParser(prog="vlmq list", description="Everything that goes by a name, one line each.")
+    parser = WordParser(prog="vlmq list", description="Everything that goes by a name, one line each.")
     parser.add_argument("kind", choices=[*KINDS], help="what to list")
     parser.add_argument("word", nargs="?", default="", help="only those with this in their name")
     if args[:1] not in ([], ["-h"], ["--help"]) and args[0] not in KINDS:
@@ -182,7 +181,7 @@ def run_list(args: list[str]) -> None:
 @command("show", _GROUP)
 def run_show(args: list[str]) -> None:
     """Show whatever goes by a name in full: description, options, config, how to use it."""
-    parser = argparse.ArgumentParser(prog="vlmq show", description="Whatever goes by a name, in full.")
+    parser = WordParser(prog="vlmq show", description="Whatever goes by a name, in full.")
     parser.add_argument("name", help="as vlmq list prints it; KIND/NAME where two kinds share a name")
     name = parser.parse_args(args or ["--help"]).name
     only, _, rest = name.partition("/")

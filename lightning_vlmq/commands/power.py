@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 
-from lightning_vlmq.commands import command
+from lightning_vlmq.commands import WordParser, command
 from lightning_vlmq.core.errors import VLMQError
 
 
 @command("power", "Read results")
 def run(args: list[str]) -> None:
     """Say how many images it takes to see a change of a given size between two models like these two stored runs."""
-    parser = argparse.ArgumentParser(prog="vlmq power", description=run.__doc__)
+    parser = WordParser(prog="vlmq power", description=run.__doc__)
     parser.add_argument("runs", nargs=2, metavar="RUN", help="names in the store, or <folder>:<name>")
     parser.add_argument("--root", default="logs/runs", help="the store's folder (default: %(default)s)")
     parser.add_argument(
@@ -43,16 +42,20 @@ def run(args: list[str]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for line in lines:
         stderr = line.half_width / Z95
-        needed = [samples_needed(100 * stderr, line.n, points, given.power) for points in given.change]
+        is_known = stderr > 0  # 0: no sample tells the two models apart, which says nothing of how many would
+        needed = [
+            samples_needed(100 * stderr, line.n, points, given.power) if is_known else math.nan
+            for points in given.change
+        ]
         table.add_row(
             line.dimension.title,
             line.dimension.measure.info.title,
             f"{line.n:,}",
-            f"{100 * line.half_width:.2f}" if not math.isnan(stderr) else "–",
+            f"{100 * line.half_width:.2f}" if is_known else "–",
             *(f"{count:,.0f}" if not math.isnan(count) else "–" for count in needed),
         )
     table.caption = (
         f"found at 5 % with a chance of {100 * given.power:g} %, both models on the same images, all sets growing alike; "
-        "images: seen now; ±: half a 95 % interval now"
+        "images: seen now; ±: half a 95 % interval now; –: not one image tells the models apart, or nothing can be tested"
     )
     rich_print(table)

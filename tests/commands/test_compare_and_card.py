@@ -53,6 +53,16 @@ def test_two_runs_side_by_side(folder, capsys, monkeypatch):
     assert "Spurious correlation" in said and "full" in said
 
 
+def test_models_that_nothing_tells_apart_say_nothing_of_how_many_images(tmp_path, capsys, monkeypatch):
+    """Without one difference there is no standard error to plan by; two images are not enough for all that."""
+    monkeypatch.setenv("COLUMNS", "160")
+    (run_id,) = write_study(tmp_path, grid(["vit_clean"], [], [], []), size=0.1).run_ids()
+    main(["power", run_id, run_id, "--root", str(tmp_path)])
+    said = capsys.readouterr().out
+    line = next(line.split() for line in said.splitlines() if line.strip().startswith("Calibration"))
+    assert line[-4:] == ["–"] * 4 and "not one image tells the models apart" in " ".join(said.split())
+
+
 def test_how_many_images_a_change_takes(folder, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "140")
     main(["power", "full", "w3", "--root", str(folder), "--change", "2"])

@@ -137,8 +137,8 @@ def analyse(results: StudyResults) -> StudyAnalysis:
     """
     settings_of_all = results.statistics
     if not results.takes_samples:
-        stored, unreferenced = comparisons_from_rows(results)
-        return _analysis(results, stored, {}, {}, unreferenced)
+        stored, unreferenced, notes = comparisons_from_rows(results)
+        return _analysis(replace(results, notes=(*results.notes, *notes)), stored, {}, {}, unreferenced)
     comparisons: dict[Key, Comparison] = {}
     diagnostics: dict[tuple[str, Setting], list[Diagnostics]] = defaultdict(list)
     trajectories: dict[tuple[str, Setting], list[TrajectoryBins]] = defaultdict(list)

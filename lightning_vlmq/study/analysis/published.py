@@ -25,6 +25,7 @@ from lightning_vlmq.study.analysis.queries import (
     joint_share,
     largest_growth,
     mean,
+    mean_share,
     share_of_groups,
     shares_by_vlm,
     tested_gains,
@@ -151,7 +152,7 @@ def held_against(analysis: StudyAnalysis) -> list[Claim]:
 def _means(analysis: StudyAnalysis, lines: Sequence[Line]) -> Iterator[Claim]:
     for claim, published, expects, query in lines:
         if cells := query.cells(analysis):
-            found = mean(cells, query.is_share)
+            found = mean_share(cells) if query.is_share else mean(cells)
             yield Claim(claim, published, expects, found, query.unit, count(cells), str(query))
 
 
@@ -261,4 +262,4 @@ def _joint(analysis: StudyAnalysis) -> Iterator[Claim]:
             if shares:
                 title = f"– ECE {'better' if ece else 'not better'}, AUROC {'better' if auroc else 'not better'}"
                 query = f"share by the signs of gains in ece and auroc (mean of near and far), noise included; {GRID}"
-                yield Claim(title, "no figure", None, mean(shares, is_share=True), "%", len(raw), query)
+                yield Claim(title, "no figure", None, mean_share(shares), "%", len(raw), query)

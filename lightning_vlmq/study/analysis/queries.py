@@ -29,6 +29,9 @@ BITS = ((8, 8), (6, 8), (4, 8))
 GRID = "16 methods, W8A8 to W4A8"
 """The published grid in words, which stand in every query."""
 
+CONFIDENCE = 0.95
+"""Of every interval here."""
+
 Cells = Mapping[str, Sequence[Cell]]
 """Numbers by VLM."""
 
@@ -104,6 +107,21 @@ def mean(cells: Cells, is_share: bool = False) -> ClusteredMean:
     if not is_share:
         return found
     return found._replace(low=float(np.clip(found.low, 0, 1)), high=float(np.clip(found.high, 0, 1)))
+
+
+def mean_share(cells: Cells) -> ClusteredMean:
+    """The mean of shares, where all VLMs have a share of 1, or of 0, with the interval that this leaves open.
+
+    VLMs without any spread would have an interval without width, however few they are. k of k ones hold with a true mean of p at most with
+    the chance p^k, whatever shares other VLMs have (Clopper & Pearson 1934): so far as that is 2.5 % the interval reaches.
+    """
+    found = mean(cells, is_share=True)
+    reach = (1 - CONFIDENCE) / 2
+    if found.n_clusters > 1 and found.estimate == 1:
+        return found._replace(low=min(found.low, reach ** (1 / found.n_clusters)))
+    if found.n_clusters > 1 and found.estimate == 0:
+        return found._replace(high=max(found.high, 1 - reach ** (1 / found.n_clusters)))
+    return found
 
 
 def difference(first: Cells, second: Cells) -> ClusteredMean:

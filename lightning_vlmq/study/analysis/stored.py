@@ -25,21 +25,25 @@ DELTA = "delta_"
 """What the name of a row begins with that holds a change."""
 
 
-def comparisons_from_rows(results: StudyResults) -> tuple[Comparisons, list[str]]:
+def comparisons_from_rows(results: StudyResults) -> tuple[Comparisons, list[str], list[str]]:
     """Every measure of a role, and AUROC of every set and score, of every setting beside full precision.
 
     Over seeds, values and changes are averaged; so are standard errors, as one test set's error is nearly the same in all.
 
     Returns:
-        The comparisons, p-values not yet corrected; and the VLMs that have no full-precision run.
+        The comparisons, p-values not yet corrected; the VLMs that have no full-precision run; and a line where runs saw other samples than
+        full precision.
     """
     measures, by_run = _by_run(results)
     cells, unreferenced = _cells(results)
+    notes = _leave_out_others(results, measures, by_run, cells)
     order = np.argsort(cells.cell, kind="stable")
     run, cell = cells.run[order], cells.cell[order]
     starts = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]]) if len(cell) else np.empty(0, np.int64)
     means = {name: _means(column[run], starts) for name, column in by_run.items()}
-    means |= {f"full_{name}": _means(by_run[name][cells.reference[order]], starts) for name in ("value", "stderr")}
+    beside = {name: by_run[name][cells.reference[order]] for name in ("value", "stderr")}
+    is_there = ~np.isnan(by_run["value"][run])  # full precision of the same runs, no others
+    means |= {f"full_{name}": _means(np.where(is_there, column, np.nan), starts) for name, column in beside.items()}
     n_seeds = np.add.reduceat(~np.isnan(by_run["there"][run]), starts, axis=0) if len(starts) else means["value"]
     vlm, setting = cells.vlm[cell[starts]], cells.setting[cell[starts]]
     is_tuned = np.array([s.is_tuned for s in cells.settings], dtype=bool)[setting]
@@ -60,7 +64,35 @@ def comparisons_from_rows(results: StudyResults) -> tuple[Comparisons, list[str]
     which, column = np.nonzero(kept)
     place = np.stack([vlm[which], setting[which], column], axis=1).astype(np.int32)
     plain = {name: numbers[name][kept] for name in NUMBERS}
-    return Comparisons((results.vlms, cells.settings, measures), place, plain, is_compared[kept], {}), unreferenced
+    return (
+        Comparisons((results.vlms, cells.settings, measures), place, plain, is_compared[kept], {}),
+        unreferenced,
+        notes,
+    )
+
+
+def _leave_out_others(
+    results: StudyResults, measures: list[Measure], by_run: dict[str, Array], cells: _Cells
+) -> list[str]:
+    """Take away what was measured on another number of samples than full precision's; a line that says so, or none.
+
+    With samples at hand other images are refused one by one (see :func:`~.runs.align`); rows say how many there were.
+    """
+    n = by_run.pop("n")
+    own, full = n[cells.run], n[cells.reference]
+    is_other = ~np.isnan(own) & ~np.isnan(full) & (own != full)
+    line, column = np.nonzero(is_other)
+    if not len(line):
+        return []
+    for numbers in by_run.values():
+        numbers[cells.run[line], column] = np.nan
+    run, reference = (results.runs[part[line[0]]].run_id for part in (cells.run, cells.reference))
+    m = measures[column[0]]
+    return [
+        f"{len(np.unique(line)):,} runs saw other samples than full precision and are not compared where they did, e.g. '{run}': "
+        f"{m.metric} on {m.role} from {own[line[0], column[0]]:,.0f} samples, {full[line[0], column[0]]:,.0f} in '{reference}'. "
+        "Run them again on the same data."
+    ]
 
 
 def _fill(
@@ -90,7 +122,8 @@ def _fill(
 def _by_run(results: StudyResults) -> tuple[list[Measure], dict[str, Array]]:
     """The measures in the rows' order, and their numbers ``[runs, measures]``, NaN where a run has no row.
 
-    ``there`` is 0 where a run has a row of the measure; ``value``, ``stderr``, ``delta_value`` and ``delta_stderr`` are what it says.
+    ``there`` is 0 where a run has a row of the measure; ``value``, ``stderr``, ``n``, ``delta_value`` and ``delta_stderr`` are what it
+    says.
     """
     rows = results.rows
     names = list(rows["metric"].cat.categories)
@@ -123,12 +156,13 @@ def _by_run(results: StudyResults) -> tuple[list[Measure], dict[str, Array]]:
     ]
     found = {
         name: np.full((len(runs), len(measures)), np.nan)
-        for name in ("there", "value", "stderr", "delta_value", "delta_stderr")
+        for name in ("there", "value", "stderr", "n", "delta_value", "delta_stderr")
     }
     for prefix, which in (("", ~is_delta), (DELTA, is_delta)):
         for name in ("value", "stderr"):
             found[prefix + name][run[which], column[which]] = rows[name].to_numpy()[which]
     found["there"][run[~is_delta], column[~is_delta]] = 0.0
+    found["n"][run[~is_delta], column[~is_delta]] = rows["n"].to_numpy()[~is_delta]
     return measures, found
 
 

@@ -16,7 +16,7 @@ from string import Template
 import numpy as np
 
 from lightning_vlmq.core.atomic import write_text
-from lightning_vlmq.core.errors import VLMQError
+from lightning_vlmq.core.errors import VLMQError, in_one_line
 from lightning_vlmq.statistics import FALSE_DISCOVERY_RATE
 from lightning_vlmq.study.analysis.comparison import StudyAnalysis, analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
@@ -125,8 +125,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         print(build_report(options.root, options.readme_figure))
-    except VLMQError as error:
-        print(f"vlmq-study: error: {error}", file=sys.stderr)
+    except (VLMQError, OSError) as error:
+        if (said := in_one_line(error)) is None:
+            raise
+        print(f"vlmq-study: error: {said}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from lightning_vlmq.core.configs import config_folder
 from lightning_vlmq.core.errors import VLMQError, first_line, in_one_line
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 ROOT_CONFIG = "sweep"
 WORDS = {"status": "status=true", "--status": "status=true", "--dry-run": "dry_run=true", "--dry_run": "dry_run=true"}
 """What may be said in place of an entry of the config."""
+READS = ("status=true", "dry_run=true")
+"""What only looks: Hydra then makes no folder for itself below the study's, which may be somebody else's, or not there."""
 
 
 def find_configs(arguments: list[str]) -> Path:
@@ -57,9 +60,34 @@ def find_configs(arguments: list[str]) -> Path:
     return here if (here / f"{ROOT_CONFIG}.yaml").is_file() else config_folder()
 
 
+def arranged(words: list[str]) -> list[str]:
+    """A command line with its options first, wherever they stood: Hydra's parser takes none after an override that others follow.
+
+    Raises:
+        VLMQError: there is no such option, or it lacks its value.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise VLMQError(f"{message}; vlmq-study --help says what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    overrides = list(parser.parse_intermixed_args(words).overrides)
+    left, options = Counter(overrides), list[str]()
+    for word in words:
+        if left[word]:
+            left[word] -= 1
+        else:
+            options.append(word)
+    return [*options, *overrides]
+
+
 def entry_point() -> None:
     """The console script. Exit code 0: everything ran; 1: some runs failed, now or before; 2: bad input; 128 + n: signal n."""
     sys.argv[1:] = [WORDS.get(word, word) for word in sys.argv[1:]]
+    if not set(READS).isdisjoint(sys.argv) and not any(word.startswith("hydra.run.dir=") for word in sys.argv):
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
     with stoppable("vlmq-study", "what is stored stays, the same command goes on where it stopped"):
         _run()
 
@@ -70,16 +98,21 @@ def _run() -> None:
     from hydra.errors import HydraException
     from hydra.types import RunMode
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     from lightning_vlmq.study.run.execute import RunsFailedError
     from lightning_vlmq.study.run.study import run_study
 
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra then hands errors on, and they are said in one line below
     outcomes: list[Outcome | VLMQError | OSError] = []
+    is_composed = not {"-m", "--multirun"}.isdisjoint(sys.argv)  # jobs elsewhere hand on errors of theirs
     try:
+        sys.argv[1:] = arranged(sys.argv[1:])
         config_folder = find_configs(sys.argv[1:])
 
         def job(config: DictConfig) -> None:
+            nonlocal is_composed
+            is_composed = True
             alone = HydraConfig.get().mode != RunMode.MULTIRUN
             try:
                 outcome = run_study(config, config_folder, writes_report=alone)
@@ -102,6 +135,10 @@ def _run() -> None:
     except RunsFailedError as error:
         print(f"vlmq-study: {error}", file=sys.stderr)
         sys.exit(1)
+    except (YAMLError, ValueError, TypeError) as error:
+        if is_composed and not isinstance(error, YAMLError):
+            raise
+        _exit_with(VLMQError(f"the study's config cannot be composed: {' '.join(str(error).split())}"))
     for outcome in outcomes:
         if isinstance(outcome, VLMQError | OSError):
             _exit_with(outcome)

@@ -15,6 +15,12 @@ KINDS = ("fp32", "ptq", "qat")
 AXES = ("vlm", "method", "bits", "scope")
 """The axes that every study has."""
 
+GROUPS = ("all", "pretrained", "outliers", "quantized", "extra")
+"""Groups of ``study.arguments``; which runs each is for is said at :class:`Study`."""
+
+JUDGED_BY = ("fit", "validate", "test")
+"""Commands of ``vlmq`` that file results."""
+
 KEPT = ("all", "reference", "none")
 """Which image features a study keeps, see :class:`~lightning_vlmq.evaluation.features.FeatureCache`."""
 
@@ -67,10 +73,18 @@ class Study:
         optional = {name for name, entry in cls.__dataclass_fields__.items() if entry.default is not MISSING}
         if missing := [name for name in names if name not in config and name not in optional]:
             raise VLMQError(f"the study config lacks {', '.join(missing)}; compare the package's config study/base")
-        planted = [axis for axis in ("outliers",) if axis in (config["axes"] or ())]
-        tables = {"axes": (*AXES, *planted), "commands": KINDS, "arguments": None}
-        for table, keys in tables.items():
-            _check_table(table, config[table], keys)
+        axes = config["axes"] if isinstance(config["axes"], Mapping) else {}
+        planted = [axis for axis in ("outliers",) if axis in axes]
+        _check_table("axes", config["axes"], (*AXES, *planted))
+        _check_table("commands", config["commands"], KINDS)
+        _check_table("arguments", config["arguments"], GROUPS, takes_all=False)
+        for own in config["commands"].values():
+            if own[0] not in JUDGED_BY:
+                raise unknown("command of vlmq that files results", own[0], JUDGED_BY)
+        _check_words("output", config["output"])
+        root = config["root"]
+        if not isinstance(root, str) or not root.strip():
+            raise VLMQError(f"study.root must be a folder, e.g. study.root=logs/mine; got {root!r}")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", str(config["name"])):
             raise VLMQError(f"study.name '{config['name']}' is no folder name; use letters, digits, '.', '_' and '-'")
         data = config.get("data") or []
@@ -110,17 +124,58 @@ def _is_seed(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def _check_table(name: str, table: Any, keys: Sequence[str] | None) -> None:
+def _check_table(name: str, table: Any, keys: Sequence[str], takes_all: bool = True) -> None:
+    """Check a table of lists of words; where it takes all, every key must be there and have a word."""
     if not isinstance(table, Mapping):
         raise VLMQError(f"study.{name} must be a table; compare the package's config study/base")
     for key, entries in table.items():
-        if keys is not None and key not in keys:
+        if key not in keys:
             raise unknown(f"entry of study.{name}", str(key), keys)
-        if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
-            raise VLMQError(
-                f"study.{name}.{key} must be a list of words, e.g. study.{name}.{key}=[a,b]; got {entries!r}"
-            )
-        if not entries and keys is not None:
+        _check_words(f"{name}.{key}", entries)
+        if not entries and takes_all:
             raise VLMQError(f"study.{name}.{key} is empty; give it at least one entry")
-    if keys is not None and (missing := [key for key in keys if key not in table]):
+    if takes_all and (missing := [key for key in keys if key not in table]):
         raise VLMQError(f"study.{name} lacks {', '.join(missing)}; compare the package's config study/base")
+
+
+def _check_words(name: str, entries: Any) -> None:
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise VLMQError(f"study.{name} must be a list of words, e.g. study.{name}=[a,b]; got {entries!r}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the app is asked to do with a study; without any of the first four it runs what is missing, and reports.
+
+    Attributes:
+        status: say where it stands.
+        dry_run: say what it holds and costs.
+        report_only: report what is stored.
+        compact: pack what is stored, with samples (``True``) or without (``"rows"``).
+        retry: try again what failed.
+        samples: run again what was packed without its samples.
+    """
+
+    status: bool
+    dry_run: bool
+    report_only: bool
+    compact: bool | str
+    retry: bool
+    samples: bool
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Request:
+        """Check the entries of a plain root config. Raises :class:`VLMQError` for what is missing, no word of these, or asked at once."""
+        names = list(cls.__dataclass_fields__)
+        if missing := [name for name in ("study", "seed", *names) if name not in config]:
+            raise VLMQError(f"the root config lacks {', '.join(missing)}; compare the package's configs/sweep.yaml")
+        asked = {name: config[name] for name in names}
+        for name, value in asked.items():
+            if not isinstance(value, bool) and (name, value) != ("compact", "rows"):
+                words = "true, false, or rows to leave samples out" if name == "compact" else "true or false"
+                raise VLMQError(f"{name} must be {words}; got {value!r}")
+        alone = [name for name in names[:4] if asked[name]]
+        if len(alone) > 1 or (alone and (asked["retry"] or asked["samples"])):
+            wanted = [name for name in names if asked[name]]
+            raise VLMQError(f"{' and '.join(wanted)} cannot be done at once; ask for {' or '.join(wanted)}")
+        return cls(**asked)

@@ -18,6 +18,7 @@ import yaml
 from lightning_vlmq.core.configs import find_config, read_config
 from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import code_digest, file_digest, library_versions
+from lightning_vlmq.core.names import bits_text
 from lightning_vlmq.models import known_vlm, split_name, zoo
 from lightning_vlmq.models.fetching import cached_commit
 from lightning_vlmq.models.weights import shards_of
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 NONE_PLANTED = "1"
 LOCAL, HUB = "local-dir:", "hf-hub:"
+LONGEST_NAME = 120
+"""Characters of a run's name at most. A file's may have 150, with the digest behind it and what is filed as part of the run."""
 WEIGHTS = ("--model.pretrained", "--model.checkpoint")
 """Arguments whose value may be a file or folder without a ``/``."""
 EMBEDDED = "embedded"
@@ -98,7 +101,7 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
     for scope in study.axes["scope"]:
         if scope not in SCOPES:
             raise unknown("scope", scope, SCOPES)
-    widths = {bits: _parse_bits(bits) for bits in study.axes["bits"]}
+    widths = {bits_text(*parsed): parsed for parsed in map(_parse_bits, study.axes["bits"])}
     factors = dict.fromkeys(study.axes.get("outliers", [NONE_PLANTED]))
     for factor in factors:
         if not re.fullmatch(r"[1-9]\d*(\.\d+)?|stream", factor):
@@ -112,7 +115,8 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
         scopes = dict.fromkeys(study.axes["scope"])
         cells += [(vlm, method, bits, scope, *widths[bits]) for vlm in vlms for scope in scopes]
     if (axis := study.outermost) is not None:
-        places = {name: k for k, name in enumerate(names if axis == "vlm" else study.axes[axis])}
+        spelled = {"vlm": names, "bits": list(widths)}.get(axis, study.axes[axis])
+        places = {name: k for k, name in enumerate(dict.fromkeys(spelled))}
         where = {"method": 1, "bits": 2, "scope": 3}
         full, rest = cells[: len(vlms)], cells[len(vlms) :]
         cells = full + sorted(rest, key=lambda cell: places[cell[0][0] if axis == "vlm" else str(cell[where[axis]])])
@@ -157,6 +161,7 @@ def _run(
     decisive = [*command, *(_fill(template, values) for template in templates)]
     parts = [vlm, values["method"], *([bits, values["scope"]] if kind != "fp32" else []), f"s{values['seed']}"]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", str(part)) for part in parts)
+    name = name if len(name) <= LONGEST_NAME else name[-LONGEST_NAME:].lstrip("._-")  # the digest tells runs apart
     run_id = f"{name}-{_digest([*decisive, *filter(None, environment)], contents)}"
     places = values | {"study": study.name, "root": study.root, "run_id": run_id, "run_name": name}
     output = [_fill(template, places | {"cache": study.cache}) for template in study.output]

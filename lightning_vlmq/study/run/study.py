@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 
-from lightning_vlmq import cli
+from lightning_vlmq import cli, experiment
 from lightning_vlmq.core.atomic import remove_leftovers, require_writable
+from lightning_vlmq.core.configs import with_config_files
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.results.store import ResultsStore
 from lightning_vlmq.study.analysis.comparison import analyse
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.report.page import write_report
 from lightning_vlmq.study.report.terminal import summary_table, timing_table
-from lightning_vlmq.study.run.config import Study
+from lightning_vlmq.study.run.config import Request, Study
 from lightning_vlmq.study.run.costs import measure
 from lightning_vlmq.study.run.execute import Outcome, execute, screen
 from lightning_vlmq.study.run.grid import Run, compose, say_unpinned
@@ -42,35 +44,41 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
         VLMQError: the config names something unknown (before anything runs), or the store cannot be read.
         OSError: the store's folder cannot be written (before anything runs).
     """
-    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    try:
+        plain: dict[str, Any] = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise VLMQError(f"the study's config lacks something: {' '.join(str(error).split())}") from error
+    asked = Request.from_config(plain)
     study = Study.from_config(plain["study"])
     console = screen()
     outcome = Outcome()
-    if plain["compact"]:
-        if plain["compact"] not in (True, "rows"):
-            raise VLMQError(f"compact must be true, or rows to leave samples out; got {plain['compact']!r}")
-        packed = ResultsStore(study.root).compact(keeps_samples=plain["compact"] is True)
+    if asked.compact:
+        store = ResultsStore(study.root)
+        if not store.run_ids():
+            raise VLMQError(f"no results in '{study.root}': there is nothing to pack")
+        packed = store.compact(keeps_samples=asked.compact is True)
         console.print(f"{packed:,} runs packed in {escape(study.root)}", highlight=False)
         return outcome
-    if not plain["report_only"]:
+    if not asked.report_only:
         runs = grid_of(study, plain["seed"], config_folder)
         own = shard_of(runs, study.shard)
-        if plain["status"]:
+        if asked.status:
             say_status(study, own, console)
             return outcome
-        found, sets = plan(own, writes=not plain["dry_run"])
+        require_parsed(own)
+        found, sets = plan(own, writes=not asked.dry_run)
         part = f" (shard {escape(study.shard)} of {len(runs):,})" if study.shard else ""
         console.print(
             f"[bold]{escape(study.name)}[/]: {len(own):,} runs{part}, {found.evaluations:,} evaluation runs, "
             f"results in {escape(study.root)}",
             highlight=False,
         )
-        if plain["dry_run"]:
+        if asked.dry_run:
             console.print(plan_table(found, measure(own, sets, found.has_patches), study.cache))
             return outcome
         require_writable(Path(study.root))
         remove_leftovers(Path(study.root), below=True)
-        outcome = execute(own, ResultsStore(study.root), cli.main, console, plain["retry"], plain["samples"])
+        outcome = execute(own, ResultsStore(study.root), cli.main, console, asked.retry, asked.samples)
     if writes_report:
         report(study, outcome, console)
     else:
@@ -93,6 +101,22 @@ def grid_of(study: Study, seed: Any, config_folder: Path) -> list[Run]:
     say_unpinned(study.axes["vlm"])
     runs = compose(study, seeds, config_folder)
     return compose(study, seeds, config_folder, data_digest(runs[0].arguments)) if study.data else runs
+
+
+def require_parsed(runs: list[Run]) -> None:
+    """Refuse what every run would fail by: an argument that ``vlmq`` does not take. Runs of the same options are looked at once.
+
+    Raises:
+        VLMQError: there is such an argument.
+    """
+    seen: dict[tuple[str, ...], Run] = {}
+    for run in runs:
+        seen.setdefault(tuple(word.partition("=")[0] for word in run.arguments), run)
+    for run in seen.values():
+        try:
+            experiment.check(run.arguments[0], with_config_files(list(run.arguments[1:])))
+        except VLMQError as error:
+            raise VLMQError(f"no run such as '{run.label}' can start: {error}") from error
 
 
 def say_status(study: Study, runs: list[Run], console: Console) -> None:

@@ -14,8 +14,9 @@ from lightning_vlmq.statistics import ClusteredMean, Interval
 from lightning_vlmq.study.analysis import runs as runs_module
 from lightning_vlmq.study.analysis.claims import ABOUT, ALMOST_ALL, NEGLIGIBLE, Claim
 from lightning_vlmq.study.analysis.comparison import analyse
+from lightning_vlmq.study.analysis.groups import Cell
 from lightning_vlmq.study.analysis.published import held_against
-from lightning_vlmq.study.analysis.queries import METHODS, joint_share
+from lightning_vlmq.study.analysis.queries import METHODS, joint_share, mean_share
 from lightning_vlmq.study.analysis.runs import SHIFT_SETS, StudyResults
 from lightning_vlmq.study.analysis.setting import Setting
 
@@ -175,6 +176,22 @@ def test_chance_is_no_gain_and_certain_ones_count():
     assert joint_share(gains_of(*[(9, -9)] * 40), {"a": 1, "b": -1}).low == 1
     found = joint_share(gains_of(*[(9, 9), (9, 1), (-9, 9), (9, -1)] * 10), both)
     assert (found.estimate, found.high) == (0.25, 1)
+
+
+@pytest.mark.parametrize("truth", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("k", [2, 5, 10])
+def test_the_interval_of_a_share_holds_where_all_are_alike(truth, k):
+    """VLMs of which a part has the property in every setting; ones alone must not be taken for certainty."""
+    drawn = np.random.default_rng(k).random((4000, k)) < truth
+    alike = [row for row in drawn if row.all()]
+    found = mean_share({f"vlm {n}": [Cell(1.0)] * 3 for n in range(k)})
+    assert found.low == pytest.approx(stats.beta.ppf(0.025, k, 1)) and found.high == 1
+    assert len(alike) / len(drawn) <= 0.035 or found.low <= truth
+    none = mean_share({f"vlm {n}": [Cell(0.0)] for n in range(k)})
+    assert (none.low, none.high) == (0, pytest.approx(1 - found.low))
+    some = mean_share({"vlm 1": [Cell(1.0)], "vlm 2": [Cell(0.5)]})
+    assert some.low < 0.75 < some.high <= 1
+    assert math.isnan(mean_share({"vlm": [Cell(1.0)]}).low)
 
 
 def test_groups_of_vlms_stand_by_themselves_and_against_each_other(claims, table, analysis):

@@ -123,6 +123,22 @@ def test_a_store_packed_without_samples_reports(tmp_path):
     assert "vit_clean" in page and (tmp_path / "comparisons.csv").stat().st_size > 1000
 
 
+def test_runs_on_other_samples_are_not_compared_and_said_to_be(tmp_path, monkeypatch):
+    """As with samples at hand, which are refused: a full precision of more images is nothing to hold a run against."""
+    full, quantized = grid(["vit_clean"], ["minmax"], [(4, 8)], ["vision_text"])
+    write_study(tmp_path, [quantized], size=0.2)
+    write_study(tmp_path, [full], size=0.4)
+    from_rows(monkeypatch)
+    monkeypatch.setattr(module, "MANY_OF_ONE_VLM", 1)
+    analysis = analyse(StudyResults.load(tmp_path))
+    assert not analysis.results.takes_samples
+    changed = [m for (_, _, m), c in analysis.comparisons.items() if c.change is not None]
+    assert all(m.info.needs_reference for m in changed)  # those a run measures against a full precision of its own
+    (note,) = analysis.results.notes
+    assert "1 runs saw other samples than full precision" in note and "Run them again" in note
+    assert note.replace("'", "&#x27;") in write_report(analysis).read_text(encoding="utf-8")
+
+
 def test_the_error_of_a_change_from_that_of_its_ratio():
     """Against draws: two correlated means, their difference and their relative change."""
     rng = np.random.default_rng(0)

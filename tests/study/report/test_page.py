@@ -23,6 +23,8 @@ from lightning_vlmq.study.analysis.published import ECE, held_against
 from lightning_vlmq.study.analysis.runs import StudyResults
 from lightning_vlmq.study.analysis.setting import Setting
 from lightning_vlmq.study.report import improvement
+from lightning_vlmq.study.report import page as report_page
+from lightning_vlmq.study.report.cells import number as shown_number
 from lightning_vlmq.study.report.cells import stars
 from lightning_vlmq.study.report.figures.overview import spurious_gap_slopes
 from lightning_vlmq.study.report.figures.reliability import reliability_diagrams
@@ -191,6 +193,23 @@ def test_spectra_are_of_the_fewest_bits_and_the_widest_scope(tmp_path):
     assert image.shape == (curves["layer"].nunique(), len(RANKS)) and list(layers)[-1] == layer["layer"].iloc[0]
     expected = np.log2(layer["y"].to_numpy() / layer["y_reference"].to_numpy())
     np.testing.assert_allclose(image[-1, [0, -1]], expected[[0, -1]], atol=1e-5)  # text layers come last
+
+
+def test_small_numbers_sort_by_their_size(page):
+    """By the expression that the page's script reads a cell with."""
+    script = (Path(report_page.__file__).with_name("page.html")).read_text(encoding="utf-8")
+    (pattern,) = re.findall(r"\.match\(/(.*?)/i\)", script)
+    measure = Measure("kl", "id")
+    cells = [shown_number(measure, value).replace("−", "-") for value in (0.0, 3e-5, 0.002, 0.5)]
+    assert "e-05" in cells[1]
+    assert [float(re.match(pattern, cell, re.IGNORECASE)[0]) for cell in cells] == [0.0, 3e-5, 0.002, 0.5]
+
+
+def test_a_place_that_takes_no_file_is_one_line(root, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([str(root), "--readme-figure", "/proc/overview.png"])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and error.count("\n") == 1 and "/proc/overview.png" in error
 
 
 def test_command_line(tmp_path, capsys):

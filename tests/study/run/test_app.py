@@ -52,6 +52,18 @@ def vlmq_study(monkeypatch, capfd, tmp_path):
         ("seed=[0,1]", "seed must be a whole number from 0"),
         ("study.axes.vlm=[vit_clean", "no viable alternative"),
         ("report_only=true", "no results in"),
+        ("retry=no", "retry must be true or false; got 'no'"),
+        ("report_only=no", "report_only must be true or false; got 'no'"),
+        ("compact=maybe", "compact must be true, false, or rows"),
+        ("compact=true", "there is nothing to pack"),
+        ("study.axes=5", "study.axes must be a table"),
+        ("study.output=words", "study.output must be a list of words"),
+        ("study.commands.ptq=[validat]", "unknown command of vlmq that files results 'validat'; did you mean validate"),
+        ('+study.arguments.quantised=["--model.lst=false"]', "'quantised'; did you mean quantized"),
+        ('study.arguments.extra=["--model.scors=[mcm]"]', "can start: "),
+        ('study.arguments.extra=["--trainer.max_epochs=abc"]', "can start: "),
+        ("study=null", "the study's config cannot be composed: "),
+        ("--nonsense", "unrecognized arguments: --nonsense; vlmq-study --help"),
         ("--config-dir=/nowhere", "'/nowhere' holds neither sweep.yaml nor study"),
     ],
 )
@@ -60,6 +72,43 @@ def test_bad_input_is_one_line_and_exit_code_2(vlmq_study, argument, message):
     lines = [line for line in error.splitlines() if line]
     assert code == 2 and len(lines) == 1
     assert lines[0].startswith("vlmq-study: error: ") and message in lines[0]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "name: [a\n b: c",
+        "name: one\nname: two\n",
+        "- a\n- b\n",
+        "defaults: [bse]\nname: own\n",
+        "name: ${nothing}\n",
+        "name: own\n",
+    ],
+)
+def test_a_broken_study_of_ones_own_is_one_line(vlmq_study, tmp_path, content):
+    (tmp_path / "mine" / "study").mkdir(parents=True)
+    (tmp_path / "mine" / "study" / "own.yaml").write_text(content)
+    code, _, error = vlmq_study("study=own", f"--config-dir={tmp_path / 'mine'}", "status")
+    assert code == 2 and error.startswith("vlmq-study: error: ") and error.count("\n") == 1, error
+
+
+def test_options_may_stand_anywhere():
+    words = ["study=demo", "-m", "study.shard=1/2,2/2", "--config-dir", "mine", "seed=1"]
+    assert runner.arranged(words) == ["-m", "--config-dir", "mine", "study=demo", "study.shard=1/2,2/2", "seed=1"]
+
+
+def test_two_things_are_not_done_at_once(vlmq_study):
+    for words in (("status", "--dry-run"), ("compact=true", "report_only=true"), ("report_only=true", "retry=true")):
+        monkeyed = [runner.WORDS.get(word, word) for word in words]
+        code, _, error = vlmq_study(*words)
+        assert code == 2 and error.count("\n") == 1, error
+        assert "cannot be done at once" in error and all(word.partition("=")[0] in error for word in monkeyed)
+
+
+def test_a_look_leaves_nothing_behind(vlmq_study, tmp_path):
+    code, output, error = vlmq_study("status", "study.axes.vlm=[vit_clean]")
+    assert code == 0, error
+    assert "0 of 13 runs done" in output and not (tmp_path / "logs").exists()
 
 
 def test_bad_input_in_a_multirun_is_exit_code_2(vlmq_study):

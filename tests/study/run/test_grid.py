@@ -19,6 +19,7 @@ from lightning_vlmq.commands.look import PART
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.models import zoo
 from lightning_vlmq.quant import METHODS
+from lightning_vlmq.results.loose import LooseRuns
 from lightning_vlmq.study.run.config import Study
 from lightning_vlmq.study.run.grid import compose, every_vlm, say_unpinned
 from lightning_vlmq.study.run.shards import shard_of
@@ -247,6 +248,26 @@ def test_entries_named_twice_count_once(demo):
     assert len(runs(demo)) == 1 + 3
 
 
+def test_bits_are_known_however_they_are_spelled(demo):
+    demo["axes"]["bits"] = ["W4A8", "W8A8"]
+    plain = runs(demo)
+    demo["axes"]["bits"] = ["w4a8", "W08A8", "W4A8"]
+    assert runs(demo) == plain and [run.run_id for run in runs(demo)] == [run.run_id for run in plain]
+    demo["outermost"] = "bits"
+    order = [run.bits for run in runs(demo) if run.kind != "fp32"]
+    assert order == ["W4A8"] * (len(order) // 2) + ["W8A8"] * (len(order) // 2)
+
+
+def test_a_long_name_is_still_a_file_s(demo, tmp_path):
+    """With what is filed as part of the run behind it; two that differ where the name is cut stay two."""
+    folders = [tmp_path / part / ("models_of_many_words_" * 6) / "clip" for part in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    demo["axes"]["vlm"] = [f"local-dir:{folder}" for folder in folders]
+    found = [run.run_id for run in runs(demo)]
+    assert len(set(found)) == len(found) and all(LooseRuns.is_name(f"{run_id}.hurt_64-512") for run_id in found)
+
+
 def test_an_outermost_axis_changes_last(demo):
     axes = {"vlm": ["vit_clean", "siglip_clean"], "method": ["minmax"], "bits": ["W4A8", "W8A8"], "scope": ["vision"]}
     demo["axes"] |= axes
@@ -308,6 +329,9 @@ def test_bad_axes_are_refused_in_one_line(demo, axis, entries, message):
         (lambda c: c["axes"].pop("vlm"), "study.axes lacks vlm"),
         (lambda c: c["axes"].update(vlms=["vit_clean"]), "unknown entry of study.axes 'vlms'; did you mean vlm"),
         (lambda c: c.update(comand=1), "unknown entry of the study config 'comand'; did you mean commands"),
+        (lambda c: c.update(root=None), "study.root must be a folder, e.g. study.root=logs/mine; got None"),
+        (lambda c: c.update(axes=5), "study.axes must be a table"),
+        (lambda c: c["arguments"].update(extras=[]), "unknown entry of study.arguments 'extras'; did you mean extra"),
         (lambda c: c.update(name="a/b"), "study.name 'a/b' is no folder name"),
         (
             lambda c: c["arguments"].update(extra=["--model.x={vln}"]),
