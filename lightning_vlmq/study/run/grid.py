@@ -32,6 +32,8 @@ NONE_PLANTED = "1"
 LOCAL, HUB = "local-dir:", "hf-hub:"
 WEIGHTS = ("--model.pretrained", "--model.checkpoint")
 """Arguments whose value may be a file or folder without a ``/``."""
+LONGEST_PART = 80
+"""Characters of a part of a run's name: two such parts and what follows make a file's name of at most 255."""
 EMBEDDED = "embedded"
 """On the ``vlm`` axis: every embedded model that is there."""
 
@@ -126,7 +128,7 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
         values |= {"outliers": outliers}
         called = vlm if outliers == NONE_PLANTED else f"{vlm}{MARK}{outliers}"
         kind = kinds[method]
-        runs.append(_run(study, commands[kind], kind, bits, called, values, environment[vlm], contents))
+        runs.append(_run(study, commands[kind], kind, bits, called, values, environment[vlm], contents, config_folder))
     return runs
 
 
@@ -150,19 +152,25 @@ def _run(
     values: dict[str, Any],
     environment: Sequence[str],
     contents: dict[str, Any],
+    config_folder: Path,
 ) -> Run:
     groups = ["all", *(["pretrained"] if values["pretrained"] else []), *(["quantized"] if kind != "fp32" else [])]
     groups += ["outliers"] if values["outliers"] != NONE_PLANTED else []
     templates = [template for group in [*groups, "extra"] for template in study.arguments.get(group, ())]
-    decisive = [*command, *(_fill(template, values) for template in templates)]
+    decisive = [*command, *_locate_configs([_fill(template, values) for template in templates], config_folder)]
     parts = [vlm, values["method"], *([bits, values["scope"]] if kind != "fp32" else []), f"s{values['seed']}"]
-    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", str(part)) for part in parts)
+    name = "-".join(_shortened(re.sub(r"[^A-Za-z0-9._]+", "_", str(part))) for part in parts)
     run_id = f"{name}-{_digest([*decisive, *filter(None, environment)], contents)}"
     places = values | {"study": study.name, "root": study.root, "run_id": run_id, "run_name": name}
     output = [_fill(template, places | {"cache": study.cache}) for template in study.output]
     output += [f"--data.root={study.data_root}"] if study.data else []
     identity = {"vlm": vlm, "scope": values["scope"], "method": values["method"], "bits": bits, "kind": kind}
     return Run(**identity, seed=values["seed"], run_id=run_id, arguments=(*decisive, *output))
+
+
+def _shortened(part: str) -> str:
+    """A part of a run's name, cut in the middle where it is too long for a file's; the digest tells apart what then is alike."""
+    return part if len(part) <= LONGEST_PART else f"{part[:20]}_{part[21 - LONGEST_PART :]}"
 
 
 def _kind_of(method: str) -> str:
@@ -189,10 +197,16 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _locate_configs(words: Sequence[str], config_folder: Path) -> list[str]:
-    located = list(words)
-    for position, word in enumerate(words[:-1]):
-        if word == "--config":
-            located[position + 1] = str(find_config(words[position + 1], config_folder))
+    """The words with the file of each config's name, which counts by what it says; YAML written out stays as it is."""
+    located: list[str] = []
+    for word in words:
+        option, joined, name = word.partition("=")
+        if option == "--config" and joined:
+            located.append(option)
+        else:
+            name = word
+        is_name = located[-1:] == ["--config"] and not name.lstrip().startswith("{")
+        located.append(str(find_config(name, config_folder)) if is_name else name)
     return located
 
 
@@ -224,7 +238,7 @@ def _file_content(word: str) -> str | None:
     if option == "--model.vlm" and value.startswith(LOCAL):
         return f"{word} {_content(Path(value.removeprefix(LOCAL)).expanduser())}"
     path = Path(value)
-    if option not in WEIGHTS and "/" not in value:
+    if option not in WEIGHTS and "/" not in value and not path.suffix:
         return None
     with suppress(OSError):  # a value that is too long to be a path
         if path.is_file():
