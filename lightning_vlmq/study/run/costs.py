@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
+import open_clip
 import torch
 
 from lightning_vlmq.core.errors import VLMQError
@@ -15,10 +16,11 @@ from lightning_vlmq.data.images import FileImages, Preprocess
 from lightning_vlmq.data.sets import EvalSet
 from lightning_vlmq.models import VLM, load_vlm, split_name
 from lightning_vlmq.models.local import encode_patches
+from lightning_vlmq.models.openclip import preprocessing
 from lightning_vlmq.models.provenance import RANDOM
 from lightning_vlmq.quant.outliers import MARK
 from lightning_vlmq.study.run.grid import Run
-from lightning_vlmq.study.run.inputs import data_of
+from lightning_vlmq.study.run.inputs import data_of, model_setting
 
 TIMED_IMAGES = 8
 
@@ -62,12 +64,13 @@ def measure(runs: Sequence[Run], sets: Sequence[EvalSet], has_patches: bool) -> 
     """
     files = next((s.images for s in sets if isinstance(s.images, FileImages)), None)
     data = data_of(runs[0].arguments)
+    trained_like = model_setting(runs[0].arguments, "trained_like")
     decoding: dict[Preprocess, float] = {}
     found: dict[str, UnitCosts] = {}
     names = dict.fromkeys(run.vlm for run in runs)
     for name in names:
         try:
-            vlm = _built(name)
+            vlm = _built(name, trained_like)
         except (VLMQError, OSError, ImportError):
             continue
         forward, width = _timed(vlm)
@@ -96,12 +99,15 @@ def _like(others: Sequence[UnitCosts]) -> UnitCosts:
     )
 
 
-def _built(name: str) -> VLM:
-    """The VLM with its own weights where it is embedded or in a folder, else of its architecture with random ones."""
+def _built(name: str, trained_like: str | None = None) -> VLM:
+    """The VLM with its own weights where it is embedded or in a folder, else of its architecture with random ones, framed as by its tag."""
     architecture, pretrained = split_name(name.partition(MARK)[0])
     if architecture.startswith("hf-hub:"):
         raise VLMQError(f"'{name}' would have to be fetched")
-    return load_vlm(architecture, RANDOM if pretrained else None)
+    vlm = load_vlm(architecture, RANDOM if pretrained else None)
+    if pretrained and (said := open_clip.get_pretrained_cfg(architecture, trained_like or pretrained)):
+        vlm.preprocessing = preprocessing(vlm.model, said, architecture)
+    return vlm
 
 
 def _decoding(preprocess: Preprocess, files: FileImages) -> float:

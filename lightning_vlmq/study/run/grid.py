@@ -130,7 +130,7 @@ def compose(study: Study, seeds: Sequence[int], config_folder: Path, data: str =
         values |= {"outliers": outliers}
         called = vlm if outliers == NONE_PLANTED else f"{vlm}{MARK}{outliers}"
         kind = kinds[method]
-        runs.append(_run(study, commands[kind], kind, bits, called, values, environment[vlm], contents))
+        runs.append(_run(study, commands[kind], kind, bits, called, values, environment[vlm], contents, config_folder))
     return runs
 
 
@@ -154,11 +154,12 @@ def _run(
     values: dict[str, Any],
     environment: Sequence[str],
     contents: dict[str, Any],
+    config_folder: Path,
 ) -> Run:
     groups = ["all", *(["pretrained"] if values["pretrained"] else []), *(["quantized"] if kind != "fp32" else [])]
     groups += ["outliers"] if values["outliers"] != NONE_PLANTED else []
     templates = [template for group in [*groups, "extra"] for template in study.arguments.get(group, ())]
-    decisive = [*command, *(_fill(template, values) for template in templates)]
+    decisive = [*command, *_locate_configs([_fill(template, values) for template in templates], config_folder)]
     parts = [vlm, values["method"], *([bits, values["scope"]] if kind != "fp32" else []), f"s{values['seed']}"]
     name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", str(part)) for part in parts)
     name = name if len(name) <= LONGEST_NAME else name[-LONGEST_NAME:].lstrip("._-")  # the digest tells runs apart
@@ -194,10 +195,16 @@ def _fill(template: str, values: Mapping[str, Any]) -> str:
 
 
 def _locate_configs(words: Sequence[str], config_folder: Path) -> list[str]:
-    located = list(words)
-    for position, word in enumerate(words[:-1]):
-        if word == "--config":
-            located[position + 1] = str(find_config(words[position + 1], config_folder))
+    """The words with the file of each config's name, which counts by what it says; YAML written out stays as it is."""
+    located: list[str] = []
+    for word in words:
+        option, joined, name = word.partition("=")
+        if option == "--config" and joined:
+            located.append(option)
+        else:
+            name = word
+        is_name = located[-1:] == ["--config"] and not name.lstrip().startswith("{")
+        located.append(str(find_config(name, config_folder)) if is_name else name)
     return located
 
 
@@ -229,7 +236,7 @@ def _file_content(word: str) -> str | None:
     if option == "--model.vlm" and value.startswith(LOCAL):
         return f"{word} {_content(Path(value.removeprefix(LOCAL)).expanduser())}"
     path = Path(value)
-    if option not in WEIGHTS and "/" not in value:
+    if option not in WEIGHTS and "/" not in value and not path.suffix:
         return None
     with suppress(OSError):  # a value that is too long to be a path
         if path.is_file():

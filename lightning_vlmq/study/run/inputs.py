@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jsonargparse
 import yaml
 
-from lightning_vlmq.core.configs import read_config
+from lightning_vlmq.core.configs import find_config, read_config, with_config_files
 from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
@@ -31,20 +30,29 @@ def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
     """
     from lightning_vlmq.commands.data import parser
 
-    words: list[str] = []
-    for position, word in enumerate(arguments):
-        if word == "--config":
-            words += [word, arguments[position + 1]]
-        elif word.startswith("--data"):
-            words.append(word)
+    words = [
+        f"{option}={value}"
+        for option, value in _options(arguments)
+        if option == "--config" or option.partition(".")[0].rstrip("+") == "--data"
+    ]
     made = parser()
     try:
-        found: ReliabilityDataModule = made.instantiate(made.parse_args(words)).data
+        found: ReliabilityDataModule = made.instantiate(made.parse_args(with_config_files(words))).data
     except (jsonargparse.ArgumentError, ValueError) as error:
         if not isinstance(error, jsonargparse.ArgumentError) and own_error(error) is None:
             raise
         raise VLMQError(f"the study's data cannot be set up: {of_the_parser(error)}") from error
     return found
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """The options with their values, whether an option and its value are one word or two."""
+    for position, word in enumerate(arguments):
+        option, joined, value = word.partition("=")
+        if option.startswith("--") and joined:
+            yield option, value
+        elif option.startswith("--") and position + 1 < len(arguments):
+            yield option, arguments[position + 1]
 
 
 def sets_of(data: ReliabilityDataModule, writes: bool = True) -> list[EvalSet]:
@@ -64,18 +72,23 @@ def sets_of(data: ReliabilityDataModule, writes: bool = True) -> list[EvalSet]:
 
 
 def data_digest(arguments: Sequence[str]) -> str:
-    """What the data in files are, wherever they lie: a hash of the listings (relative paths, sizes, times of change) and of the classes.
+    """What the data in files are, wherever they lie: a hash of the listings (relative paths, sizes, times of change), classes and prompts.
 
     Args:
         arguments: of any run of the study.
+
+    Returns:
+        The hash; empty for data that are in no files, which the arguments and the package's code tell.
 
     Raises:
         VLMQError: data are missing or damaged.
     """
     data = data_of(arguments)
-    sets = sets_of(data)
-    pairs = data.read_pairs().digest() if isinstance(data, FileData) and data.pair_reader is not None else None
-    return digest({"sets": sets, "pairs": pairs}, 16)
+    if not isinstance(data, FileData):
+        return ""
+    sets_of(data)
+    pairs = data.read_pairs().digest() if data.pair_reader is not None else None
+    return digest({**data.identity(), "pairs": pairs}, 16)
 
 
 def setting(arguments: Sequence[str], section: str, name: str, default: Any) -> Any:
@@ -88,14 +101,15 @@ def setting(arguments: Sequence[str], section: str, name: str, default: Any) -> 
         default: for where nothing is said.
     """
     value = default
-    for position, word in enumerate(arguments):
-        if word == "--config":
-            content = yaml.safe_load(read_config(Path(arguments[position + 1]))) or {}
+    for option, given in _options(arguments):
+        if option == "--config":
+            written = given if given.lstrip().startswith("{") else read_config(find_config(given))
+            content = yaml.safe_load(written) or {}
             own = content.get(section) or {}
             own = own if isinstance(own, dict) else {}
             value = {**own, **(own.get("init_args") or {})}.get(name, value)
-        elif word.startswith(f"--{section}.{name}="):
-            value = yaml.safe_load(word.partition("=")[2])
+        elif option == f"--{section}.{name}":
+            value = yaml.safe_load(given)
     return value
 
 

@@ -92,7 +92,7 @@ def run_study(config: DictConfig, config_folder: Path, writes_report: bool = Tru
 
 
 def grid_of(study: Study, seed: Any, config_folder: Path) -> list[Run]:
-    """A study's whole grid. Data in files count by what they are: other data below another root make other runs.
+    """A study's whole grid. Data in files count by what they are: other data below another root, or other class names, make other runs.
 
     Raises:
         VLMQError: the config names something unknown, or data are missing.
@@ -100,7 +100,8 @@ def grid_of(study: Study, seed: Any, config_folder: Path) -> list[Run]:
     seeds = study.seeds_or(seed)
     say_unpinned(study.axes["vlm"])
     runs = compose(study, seeds, config_folder)
-    return compose(study, seeds, config_folder, data_digest(runs[0].arguments)) if study.data else runs
+    found = data_digest(runs[0].arguments)  # a study's own arguments may name data too
+    return compose(study, seeds, config_folder, found) if found else runs
 
 
 def require_parsed(runs: list[Run]) -> None:

@@ -420,3 +420,38 @@ def test_a_repository_without_a_revision_is_said(tmp_path, monkeypatch, caplog):
     (refs / "main").write_text("abc123")
     say_unpinned(["hf-hub:owner/name"])
     assert caplog.records[-1].getMessage().endswith("hf-hub:owner/name@abc123")
+
+
+def test_files_in_the_working_folder_count_by_their_content(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    demo["arguments"]["extra"] = ["--data.class_names=names.txt"]
+    without = runs(demo)[0].run_id
+    (tmp_path / "names.txt").write_text("bag\ncoat\n")
+    first = runs(demo)[0].run_id
+    (tmp_path / "names.txt").write_text("satchel\ncoat\n")
+    assert len({without, first, runs(demo)[0].run_id}) == 3
+    (tmp_path / "minmax").write_text("a file that happens to be called as a method is")
+    assert runs(demo)[2].run_id == runs(demo)[2].run_id
+
+
+def test_a_long_path_makes_no_name_that_is_too_long(demo, tmp_path):
+    folders = [tmp_path / ("a" * 120) / ("b" * 120) / name for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    demo["axes"]["vlm"] = [f"local-dir:{folder}" for folder in folders]
+    names = {run.run_id for run in runs(demo)}
+    assert len(names) == 26 and max(map(len, names)) < 200
+    assert any("one" in name for name in names)
+
+
+@pytest.mark.parametrize("way", [["--config", "data/folder"], ["--config=data/folder"]])
+def test_configs_among_a_studys_own_arguments_count_by_what_they_say(demo, tmp_path, way):
+    (tmp_path / "data").mkdir()
+    ids = set()
+    for pairs in (5, 6):
+        (tmp_path / "data" / "folder.yaml").write_text(f"data: {{init_args: {{calibration_pairs: {pairs}}}}}")
+        demo["arguments"]["extra"] = way
+        run = runs(demo, folder=tmp_path)[0]
+        ids.add(run.run_id)
+        assert str(tmp_path / "data" / "folder.yaml") in run.arguments
+    assert len(ids) == 2

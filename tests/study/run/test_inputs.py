@@ -7,12 +7,13 @@ import os
 import shutil
 
 import numpy as np
+import open_clip
 import pytest
 from cases.files import write_image, write_tree
 
 from lightning_vlmq.core.errors import VLMQError
 from lightning_vlmq.data.images import Preprocess
-from lightning_vlmq.study.run.costs import UnitCosts, measure
+from lightning_vlmq.study.run.costs import UnitCosts, _built, measure
 from lightning_vlmq.study.run.grid import Run
 from lightning_vlmq.study.run.inputs import data_digest, data_of, model_setting, n_surgeries, setting
 from lightning_vlmq.study.run.plan import Plan, plan
@@ -60,6 +61,35 @@ def test_data_are_what_lies_there_not_where_it_lies(arguments, tmp_path):
     assert data_digest(arguments) not in (first, more)
     with pytest.raises(VLMQError, match="nowhere"):
         data_digest([*arguments[:-1], "--data.root=/nowhere"])
+
+
+def test_names_and_prompts_are_part_of_the_data_whatever_file_holds_them(arguments, tmp_path):
+    names = tmp_path / "names.txt"
+    names.write_text("a bag\na coat\n")
+    named = [*arguments, f"--data.class_names={names}"]
+    first = data_digest(named)
+    assert first != data_digest(arguments)
+    names.write_text("a satchel\na coat\n")
+    assert data_digest(named) != first
+    assert data_digest([*arguments, "--data.templates=imagenet_simple"]) != data_digest(arguments)
+    assert data_digest(["validate", "--config", "configs/eval.yaml", "--data.n_id=48"]) == ""  # in no files
+
+
+def test_an_option_and_its_value_may_be_two_words(arguments, tmp_path):
+    apart = [
+        *arguments[:1],
+        f"--config={arguments[2]}",
+        "--data.root",
+        str(tmp_path / "data"),
+        "--data.max_images",
+        "3",
+    ]
+    data = data_of(apart)
+    assert (data.reading.max_images, data.reading.root) == (3, tmp_path / "data")
+    assert setting(apart, "data", "max_images", None) == 3 and setting(apart, "trainer", "max_epochs", 1) == 5
+    assert setting([*apart, "--config={data: {max_images: 4}}"], "data", "max_images", None) == 4
+    together = [*arguments, "--data.max_images=3"]
+    assert data_digest(apart) == data_digest(together)
 
 
 def test_what_the_data_do_not_take_is_said_with_its_reason(arguments):
@@ -160,6 +190,22 @@ def test_each_vlm_is_timed_as_it_wants_its_images(arguments):
     assert (small.is_measured, large.is_measured, unknown.is_measured) == (True, True, False)
     assert large.forward > small.forward and unknown.forward == (small.forward + large.forward) / 2
     assert unknown.width == large.width and unknown.decode == (small.decode + large.decode) / 2
+
+
+def test_a_vlm_is_framed_as_its_tag_says_though_its_weights_are_drawn(monkeypatch):
+    """SigLIP's images are squashed, OpenAI's cut out: a set that is decoded once has two files."""
+    small = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "vision_cfg": small, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "small", config)
+    tags = {"squashed": {"resize_mode": "squash", "interpolation": "bilinear"}, "cut": {"resize_mode": "shortest"}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "small", tags)
+    framed = [_built(f"small@{tag}").preprocessing.framing for tag in tags]
+    assert [(f.size, f.resize_mode, f.interpolation) for f in framed] == [
+        (32, "squash", "bilinear"),
+        (32, "shortest", "bicubic"),
+    ]
+    assert _built("small@/a/file.pt", "squashed").preprocessing.framing == framed[0]
 
 
 def test_what_is_shared_costs_once():
