@@ -146,6 +146,12 @@ def test_places_that_are_no_folders(tmp_path):
     with pytest.raises(OSError) as caught:
         require_writable(tmp_path / "file" / "below")
     assert str(tmp_path / "file") in in_one_line(caught.value)
+    with pytest.raises(FileExistsError) as caught:
+        (tmp_path / "file").mkdir(parents=True, exist_ok=True)
+    said = in_one_line(caught.value)
+    assert said.startswith(f"'{tmp_path / 'file'}': File exists; ") and "give a place" in said and "\n" not in said
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder").mkdir(parents=True, exist_ok=True)  # a folder is what is wanted there
     assert in_one_line(ZeroDivisionError()) is None and in_one_line(VLMQError("a\nb\x1b[31m")) == "a b [31m"
 
 

@@ -68,12 +68,27 @@ def test_a_thin_image_keeps_a_pixel():
         (lambda: Framing(8, "squsah"), "squash"),
         (lambda: Framing(8, interpolation="lanczos"), "interpolation"),
         (lambda: Framing(8, fill=300), "fill"),
+        (lambda: Framing(8, fill=0.5), "fill is a grey level, a whole number between 0 and 255, got 0.5"),
+        (lambda: Framing(8, fill=None), "fill is a grey level, a whole number between 0 and 255, got None"),
+        (lambda: Framing(8, fill="grey"), "got 'grey'"),
         (lambda: Framing(8, resize_to=4), "resize_to"),
         (lambda: Framing(8, "longest", resize_to=9), "resize_to"),
         (lambda: Preprocessing(Framing(8), (0.5,), (1, 1, 1)), "mean"),
         (lambda: Preprocessing(Framing(8), (0.5,) * 3, (1, 0, 1)), "std"),
+        (lambda: Preprocessing(Framing(8), (0.5, float("nan"), 0.5), (1, 1, 1)), "mean has to be finite numbers"),
+        (lambda: Preprocessing(Framing(8), (0.5, None, 0.5), (1, 1, 1)), "mean has to be finite numbers"),
+        (lambda: Preprocessing(Framing(8), ("0.5",) * 3, (1, 1, 1)), "mean has to be finite numbers"),
+        (lambda: Preprocessing(Framing(8), (0.5,) * 3, (1, float("inf"), 1)), "std has to be finite numbers"),
+        (lambda: Preprocessing(Framing(8), (0.5,) * 3, (1, float("nan"), 1)), "std has to be finite numbers"),
     ],
 )
 def test_refusals_name_the_setting(make, word):
-    with pytest.raises(VLMQError, match=word):
+    with pytest.raises(VLMQError, match=word) as caught:
         make()
+    assert "\n" not in str(caught.value)
+
+
+def test_whole_and_other_numbers_are_taken():
+    assert [Framing(8, fill=fill).fill for fill in (0, 127, 255)] == [0, 127, 255]
+    seen = Preprocessing(Framing(8), (0, -1, 2), tuple(np.array([0.5, 1, 2])))
+    assert seen.mean == (0.0, -1.0, 2.0) and seen.std == (0.5, 1.0, 2.0)

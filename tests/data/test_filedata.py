@@ -120,6 +120,19 @@ class TestBadInput:
         refused(lambda: build(root, MINE, batch_size=0), "batch_size")
         refused(lambda: build(root / "none", MINE), root / "none" / "mine", "data.root")
 
+    @pytest.mark.parametrize(
+        ("setting", "bad"), [("num_workers", -1), ("decoded_gb", -0.5), ("decoded_gb", float("nan"))]
+    )
+    def test_numbers_below_nothing(self, root, setting, bad):
+        refused(lambda: build(root, MINE, **{setting: bad}), f"{setting} must be at least 0, got {bad}")
+        assert len(by_name(build(root, MINE, **{setting: 0}))["mine"].images) == 12
+
+    def test_class_names_that_are_blank(self, root):
+        refused(lambda: build(root, MINE, class_names=["bag", " ", "dress"]), "class name 2 of 3 is blank", "name each")
+        by_class = {"bag": "a bag", "coat": "a coat", "dress": ""}
+        refused(lambda: build(root, MINE, class_names=by_class), "class name 3 of 3 is blank", "name each")
+        assert build(root, MINE, class_names=by_class | {"dress": "0"}).class_names == ("a bag", "a coat", "0")
+
     def test_no_id_set(self, root):
         data = build(root, ELSE)
         refused(data.val_dataloader, "role id")

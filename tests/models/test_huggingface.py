@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import numpy as np
@@ -26,11 +27,11 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXTS = ["a photo of a cat", "two dogs"]
 
 
-def tokenizer(length: int):
+def tokenizer(length: int, words=WORDS):
     """A tokenizer of whole words that ends each text."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()
     inner.post_processor = processors.TemplateProcessing("$A [EOS]", special_tokens=[("[EOS]", 2)])
     return transformers.PreTrainedTokenizerFast(
@@ -225,6 +226,148 @@ def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
     assert "clip" in one_line(folder)
     (folder / "config.json").write_text("{")
     assert "no config" in one_line(folder)
+
+
+def test_quantized_weights_are_refused(saved, tmp_path):
+    folder = broken(saved, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    message = one_line(folder)
+    assert f"'{folder}' holds quantized weights (quantization_config)" in message and "as it was before" in message
+
+
+@pytest.mark.parametrize("kind", [["clip"], {"clip": 1}, None, 3])
+def test_a_type_of_model_that_is_no_word_is_refused(saved, tmp_path, kind):
+    folder = broken(saved, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    assert f"unknown model type of transformers in '{folder / 'config.json'}': '{kind}'" in one_line(folder)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")],
+)
+def test_weights_of_fewer_than_16_bits_are_refused(saved, tmp_path, dtype, said):
+    """transformers would widen them without their scales."""
+    folder = broken(saved, tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    name = "visual_projection.weight"
+    save_file(state | {name: state[name].to(dtype)}, path, {"format": "pt"})
+    message = one_line(folder)
+    assert f"'{path}' holds '{name}' as {said}; give weights in floating point of 16 bits or more" in message
+    for float_type in (torch.float16, torch.bfloat16, torch.float64):
+        save_file(state | {name: state[name].to(float_type)}, path, {"format": "pt"})
+        assert load_vlm(f"local-dir:{folder}").model.visual.projection.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+def test_positions_that_older_folders_hold_are_no_weights(saved, tmp_path, dtype):
+    folder = broken(saved, tmp_path)
+    path = folder / "model.safetensors"
+    expected = load_vlm(f"local-dir:{folder}").provenance.weights
+    positions = {
+        "text_model.embeddings.position_ids": torch.arange(12)[None].to(dtype),
+        "vision_model.embeddings.position_ids": torch.arange(17)[None].to(dtype),
+    }
+    save_file(load_file(path) | positions, path, {"format": "pt"})
+    assert load_vlm(f"local-dir:{folder}").provenance.weights == expected
+
+
+def test_numbers_of_batches_are_no_weights(saved):
+    """ALIGN's batch norm counts them, in whole numbers."""
+    folder = saved["align"][0]
+    counts = [n for n, t in load_file(folder / "model.safetensors").items() if not t.is_floating_point()]
+    assert counts and all(name.endswith("num_batches_tracked") for name in counts)
+    load_vlm(f"local-dir:{folder}")
+
+
+def test_weights_of_another_shape_are_named(saved, tmp_path):
+    folder = broken(saved, tmp_path)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    for name in ("visual_projection.weight", "text_projection.weight"):
+        save_file(state | {name: torch.randn(23, 32)}, path, {"format": "pt"})
+        message = one_line(folder)
+        assert f"the weights in '{folder}' do not fit its config: 1 mismatched keys" in message
+        assert name in message and "fetch the folder again" in message
+    save_file(state | {"visual_projection.weight": torch.randn(24, 32)}, path, {"format": "pt"})
+    load_vlm(f"local-dir:{folder}")
+
+
+def test_aligns_padding_is_what_its_model_looks_away_from(saved, tmp_path):
+    folder = broken(saved, tmp_path, "align")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[EOS]"}))
+    message = one_line(folder)
+    assert f"the tokenizer in '{folder}' pads with token 2, its model looks away from 0" in message
+    assert "correct pad_token in its tokenizer_config.json" in message
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[PAD]"}))
+    load_vlm(f"local-dir:{folder}")
+
+
+def test_other_models_see_their_padding(saved, tmp_path):
+    """SigLIP's own tokenizer pads with another token than its config says."""
+    folder = broken(saved, tmp_path, "siglip")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "[UNK]"}))
+    assert load_vlm(f"local-dir:{folder}").tokenize(["a"])[0, -1] == 1
+
+
+@pytest.mark.parametrize(
+    "entries", [{"image_mean": None}, {"image_std": None}, {"rescale_factor": None}, {"image_mean": 3, "image_std": 4}]
+)
+def test_an_incomplete_processor_is_refused(saved, entries, monkeypatch):
+    folder, _, processor, _ = saved["clip"]
+    for entry, value in entries.items():
+        monkeypatch.setattr(processor, entry, value)
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda *_, **__: processor)
+    message = one_line(folder)
+    assert f"the image processor in '{folder}' is incomplete" in message and "preprocessor_config.json" in message
+
+
+def test_sizes_as_old_configs_write_them(saved, tmp_path):
+    folder = broken(saved, tmp_path)
+    path = folder / "preprocessor_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"size": 32, "crop_size": 32, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}))
+    assert load_vlm(f"local-dir:{folder}").preprocessing.mean == (0.0,) * 3
+
+
+class TestTokenizers:
+    """Of whole words, here with more words than a model has."""
+
+    def folder(self, tmp_path, words, patch_size=8, vocabulary=40):
+        t = transformers
+        config = t.CLIPConfig(
+            text_config=TEXT | IDS | {"max_position_embeddings": 12, "vocab_size": vocabulary},
+            vision_config=VISION | {"image_size": 32, "patch_size": patch_size},
+            projection_dim=24,
+        )
+        folder = tmp_path / "clip"
+        t.CLIPModel(config).save_pretrained(folder)
+        tokenizer(12, words).save_pretrained(folder)
+        t.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
+        return load_vlm(f"local-dir:{folder}")
+
+    def test_of_another_model_are_refused(self, tmp_path):
+        vlm = self.folder(tmp_path, [*WORDS, *(f"w{k}" for k in range(40))])
+        assert vlm.tokenize(["a w29"]).max() == 39  # the last one that the model knows
+        said = rf"^the tokenizer of '{re.escape(vlm.name)}' is another model's: .*token 40, .* knows 40; put the model's own.*$"
+        with pytest.raises(VLMQError, match=said):
+            vlm.tokenize(["a cat", "a w30"])
+
+    def test_an_embedding_of_the_vision_tower_is_no_vocabulary(self, tmp_path):
+        vlm = self.folder(tmp_path, WORDS, patch_size=16)
+        (positions,) = (m for m in vlm.model.visual.modules() if isinstance(m, torch.nn.Embedding))
+        tokens = vlm.tokenize(TEXTS)
+        assert positions.num_embeddings == 5 <= tokens.max()
+        assert vlm.encode_text(tokens).shape == (2, 24)
+
+    def test_an_embedding_of_positions_is_no_vocabulary(self, tmp_path):
+        vlm = self.folder(tmp_path, [*WORDS, *(f"w{k}" for k in range(9))], vocabulary=19)
+        assert vlm.tokenize(["w8"]).max() == 18
 
 
 def test_a_processor_for_another_size_is_refused(saved, tmp_path):

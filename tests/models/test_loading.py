@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import re
 
 import open_clip
 import pytest
@@ -190,6 +192,64 @@ class TestFolder:
         save_file({n: t + 0.1 for n, t in model.state_dict().items()}, folder / "open_clip_model.safetensors")
         with pytest.raises(VLMQError, match="not those that the model was made from"):
             load_origin(described)
+
+    @pytest.mark.parametrize("part", ["vision_cfg", "text_cfg"])
+    @pytest.mark.parametrize("value", ["left out", None, [1, 2], "vit"])
+    def test_a_config_without_a_tower_is_refused(self, tmp_path, part, value):
+        folder, _ = self.folder(tmp_path)
+        config = {k: v for k, v in CONFIG.items() if k != part} | ({} if value == "left out" else {part: value})
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        message = one_line(f"local-dir:{folder}")
+        assert f"'{folder / 'open_clip_config.json'}' is no config of an open_clip model" in message and part in message
+
+    @pytest.mark.parametrize(
+        ("entries", "said"),
+        [
+            ({"fill_color": 0.5}, "fill is a grey level, a whole number"),
+            ({"mean": [0.5, math.nan, 0.5]}, "mean has to be finite numbers"),
+            ({"mean": [0.5, None, 0.5]}, "mean has to be finite numbers"),
+            ({"std": ["0.5"] * 3}, "std has to be finite numbers"),
+        ],
+    )
+    def test_numbers_of_preprocessing_that_are_none_are_refused(self, tmp_path, entries, said):
+        folder, _ = self.folder(tmp_path, **entries)
+        assert said in one_line(f"local-dir:{folder}")
+
+    def test_a_mean_of_whole_numbers_or_one_for_all_channels_is_taken(self, tmp_path):
+        folder, _ = self.folder(tmp_path, mean=[0, 0, 0], std=1, fill_color=255)
+        seen = load_vlm(f"local-dir:{folder}").preprocessing
+        assert (seen.mean, seen.std, seen.framing.fill) == ((0.0,) * 3, (1.0,) * 3, 255)
+
+    def test_a_tokenizer_of_another_model_is_refused(self, tmp_path):
+        """open_clip takes its own tokenizer, of 49408 tokens, where the config names none."""
+        folder, _ = self.folder(tmp_path)
+        assert load_vlm(f"local-dir:{folder}").tokenize(["a photo"]).max() == 49407  # the last one that is known
+        small = CONFIG | {"text_cfg": CONFIG["text_cfg"] | {"vocab_size": 49407}}
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": small}))
+        save_file(open_clip.CLIP(**small).state_dict(), folder / "open_clip_model.safetensors")
+        vlm = load_vlm(f"local-dir:{folder}")
+        said = rf"^the tokenizer of '{re.escape(vlm.name)}' is another model's: .*token 49407, .* knows 49407; put the model's own.*$"
+        with pytest.raises(VLMQError, match=said):
+            vlm.tokenize(["a photo"])
+
+
+@pytest.mark.parametrize(
+    ("logarithm", "fits"), [(4.6052, True), (-3.0, True), (88.0, True), (100.0, False), (-200.0, False)]
+)
+def test_a_logit_scale_that_is_no_logarithm_is_refused(tiny, logarithm, fits):
+    path = tiny / "weights.pt"
+    state = torch.load(path)
+    torch.save(state | {"logit_scale": torch.tensor(logarithm)}, path)
+    if fits:
+        scale = load_vlm(TINY, str(path), "architecture").logit_scale()
+        torch.testing.assert_close(
+            scale.detach().double(), torch.tensor(math.exp(logarithm)).double(), rtol=1e-4, atol=0
+        )
+        return
+    message = one_line(TINY, str(path), "architecture")
+    assert (
+        f"the logit scale of '{TINY}' is e to the {logarithm:g}" in message and "weights hold the logarithm" in message
+    )
 
 
 @pytest.mark.parametrize("with_weights", [True, False])

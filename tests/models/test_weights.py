@@ -1,6 +1,7 @@
 """Every format that weights come in gives the features of the model that was saved; what fits not is refused in one line."""
 
 import argparse
+import json
 import logging
 import pickle
 import zipfile
@@ -13,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_vlmq.core.errors import VLMQError
-from lightning_vlmq.models import archives, weights
-from lightning_vlmq.models.weights import fit, is_script, read_weights
+from lightning_vlmq.models import archives, recipes, weights
+from lightning_vlmq.models.weights import fit, is_openais, is_script, read_weights
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16}
 TEXT = {"context_length": 12, "vocab_size": 50, "width": 32, "heads": 2, "layers": 1}
@@ -49,24 +50,24 @@ def assert_loads(model, path, tolerance=1e-5, custom=False):
 class Script(nn.Module):
     """A CLIP as OpenAI archived it: half precision, with its sizes as buffers and the causal mask as an attribute of blocks."""
 
-    def __init__(self, model):
+    def __init__(self, model, sizes=("input_resolution", "context_length", "vocab_size")):
         super().__init__()
         for name, child in model.named_children():
             self.add_module(name, child)
         for name, parameter in model.named_parameters(recurse=False):
             self.register_parameter(name, parameter)
-        for name, size in (("input_resolution", 32), ("context_length", 12), ("vocab_size", 50)):
-            self.register_buffer(name, torch.tensor(size))
+        for name in sizes:
+            self.register_buffer(name, torch.tensor(32))
         self.transformer.resblocks[0].attn_mask = torch.zeros(12, 12)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         return image * self.logit_scale + self.visual.conv1.weight.sum() + self.transformer.resblocks[0].attn_mask.sum()
 
 
-def write_script(model, path, traced):
+def write_script(model, path, traced, **sizes):
     import copy
 
-    module = Script(copy.deepcopy(model).half())
+    module = Script(copy.deepcopy(model).half(), **sizes)
     if traced:
         torch.jit.trace(module, torch.ones(1).half(), check_trace=False).save(str(path))
     else:
@@ -102,6 +103,28 @@ def test_torchscript_archives_are_read_without_running_them(model, tmp_path, mon
     assert all(torch.equal(a, b.half().float()) for a, b in zip(fresh.parameters(), model.parameters()))
 
 
+@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize("sizes", [("input_resolution", "context_length", "vocab_size"), ("input_resolution",), ()])
+def test_only_openais_own_archives_are_taken_to_be_trained_as_openai_did(model, tmp_path, monkeypatch, traced, sizes):
+    tags = {"openai": {"quick_gelu": True}, "other": {"quick_gelu": False}}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny-clip-of-the-tests", tags)
+    path = tmp_path / "ViT.pt"
+    write_script(model, path, traced, sizes=sizes)
+    how = ("tiny-clip-of-the-tests", path, {}, None, None)
+    assert is_script(path) and is_openais(path) == (len(sizes) == 3)
+    if len(sizes) == 3:
+        assert recipes.recipe_of_file(*how).quick_gelu
+        return
+    with pytest.raises(VLMQError, match=rf"^'{path}' does not say how it was trained.*set trained_like to one of .*$"):
+        recipes.recipe_of_file(*how)
+
+
+def test_files_that_are_no_archive_are_not_openais(model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    assert not is_openais(tmp_path / "w.pt") and not is_openais(tmp_path / "w.safetensors")
+
+
 PREFIXES = ("", "module.", "model.", "_orig_mod.", "module._orig_mod.", "model._orig_mod.module.", "net.clip.")
 CONTAINERS = {
     "plain": lambda s: s,
@@ -109,6 +132,12 @@ CONTAINERS = {
     "model": lambda s: {"model": s, "step": 4},
     "nested": lambda s: {"model": {"state_dict": s}},
     "strange": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=1.0), "when": np.float64(3.0)},
+    "options": lambda s: {
+        "state_dict": s,
+        "hyper_parameters": {"init_logit_scale": 2.6},
+        "ema": {},
+        "metrics": {"a": 1},
+    },
 }
 
 
@@ -202,6 +231,64 @@ def test_what_does_not_fit_is_named(model, tmp_path):
     assert "holds no tensors" in message({"epoch": 3})
     assert "state_dict, model" in message({"state_dict": state, "model": state})
     assert "whole pickled model" in message({"model": model})
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_weights_of_fewer_than_16_bits_are_refused(model, tmp_path, dtype):
+    """Without their scales, which lie elsewhere, they mean nothing."""
+    path = tmp_path / "w.safetensors"
+    state = model.state_dict()
+    save_file(state | {"visual.proj": state["visual.proj"].to(dtype)}, path)
+    message = refused(build(), path)
+    assert f"holds 'visual.proj' as {dtype}" in message and "16 bits or more, not quantized ones" in message
+    save_file(state | {"visual.proj": state["visual.proj"].half()}, path)
+    fit(build(), path)
+
+
+@pytest.mark.parametrize("container", ["state_dict", "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_averaged_weights_beside_the_trained_ones_are_not_chosen_between(model, tmp_path, container, prefix):
+    state = {prefix + name: t for name, t in model.state_dict().items()}
+    path = tmp_path / "w.ckpt"
+    torch.save({"epoch": 3, container: state, "model_ema": {name: t + 1 for name, t in state.items()}}, path)
+    assert f"weights under {container}, model_ema; save one of them alone" in refused(build(), path)
+    torch.save({"epoch": 3, container: state, "optimizer": {"state": {0: torch.ones(2)}}}, path)
+    assert_loads(model, path)
+
+
+class TestShards:
+    def write(self, folder, first, second, **where):
+        """Two files and an index that says in which of them each tensor lies; ``where`` says otherwise."""
+        parts = {"a.safetensors": first, "b.safetensors": second}
+        for name, state in parts.items():
+            save_file(state, folder / name)
+        lies = {tensor: name for name, state in parts.items() for tensor in state}
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": lies | where}))
+        return index
+
+    def halves(self, model):
+        state = model.state_dict()
+        names = list(state)
+        return [{name: state[name] for name in part} for part in (names[::2], names[1::2])]
+
+    @pytest.mark.parametrize("stale", ["a.safetensors", "b.safetensors"])
+    def test_a_tensor_comes_from_the_file_that_the_index_names(self, model, tmp_path, stale):
+        """Files of an older save that lie there still may hold it too."""
+        first, second = self.halves(model)
+        assert_loads(model, self.write(tmp_path, first, second))
+        left, own = (first, second) if stale == "a.safetensors" else (second, first)
+        name = next(name for name, t in own.items() if t.numel() > 1)
+        left[name] = torch.randn_like(own[name])
+        right = "b.safetensors" if stale == "a.safetensors" else "a.safetensors"
+        assert_loads(model, self.write(tmp_path, first, second, **{name: right}))
+
+    def test_a_tensor_that_only_another_file_holds_is_missing(self, model, tmp_path):
+        first, second = self.halves(model)
+        name = next(iter(second))
+        index = self.write(tmp_path, first, second, **{name: "a.safetensors"})
+        assert f"names 1 tensors that its files lack ({name}" in (said := refused(build(), index))
+        assert "fetch it again" in said
 
 
 def test_damage_is_told(tmp_path, model):

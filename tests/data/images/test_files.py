@@ -106,6 +106,8 @@ def test_bad_image_is_named_in_one_line(tree, workers, damage):
     message = str(caught.value)
     assert str(path) in message and "on_bad_image: skip" in message and "\n" not in message
     assert message.startswith("image '") and isinstance(caught.value, VLMQError)
+    unknown = damage in ("empty", "text")  # Pillow would say where in memory the bytes were
+    assert ("(no image that is known here)" in message) == unknown and "BytesIO" not in message
 
 
 def test_bad_images_are_skipped_with_a_warning_each(tree, caplog):

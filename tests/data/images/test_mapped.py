@@ -133,6 +133,14 @@ def test_unreadable_images_and_full_disks_leave_the_files(root, caplog):
     assert all(isinstance(s.images, FileImages) for s in data.eval_sets) and "cannot be written" in caplog.text
 
 
+def test_the_users_folder_may_be_written_as_a_shell_does(root, monkeypatch):
+    monkeypatch.setenv("HOME", str(root / "home"))
+    monkeypatch.chdir(root)
+    data = build(root, decoded="~/decoded")
+    assert all(isinstance(s.images, MappedImages) for s in data.eval_sets)
+    assert any((root / "home" / "decoded").iterdir()) and not (root / "~").exists()
+
+
 def test_an_unreadable_image_stops_where_it_is_to(root):
     from lightning_vlmq.data.images import UnreadableImage
 

@@ -74,6 +74,40 @@ class TestCorrupted:
             assert torch.equal(batch["image"], torch.from_numpy(arrays[s.corruption][part]).permute(0, 3, 1, 2))
             assert batch["target"].tolist() == labels[part].tolist()
 
+    @pytest.mark.parametrize(
+        ("make", "said"),
+        [
+            (lambda labels: labels.astype(np.float32), "float32 [20]"),
+            (lambda labels: labels[:, None], "int64 [20, 1]"),
+            (lambda labels: np.eye(10, dtype=np.int64)[labels], "int64 [20, 10]"),
+            (lambda labels: labels.astype(str), "<U21 [20]"),
+            (lambda labels: labels > 4, "bool [20]"),
+            (lambda labels: np.array(7), "int64 []"),
+        ],
+    )
+    def test_labels_that_are_not_one_whole_number_an_image(self, tmp_path, rng, make, said):
+        folder = tmp_path / "CIFAR-10-C"
+        _, labels = self.write(folder, rng)
+        np.save(folder / "labels.npy", make(labels))
+        how = CIFARC(corruptions=("fog",), expected=None)
+        refused(lambda: how.read(reading(tmp_path)), folder / "labels.npy", said, "one whole number", "fetch it again")
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, ">i8"])
+    def test_whole_numbers_of_any_width_are_labels(self, tmp_path, rng, dtype):
+        _, labels = self.write(tmp_path / "CIFAR-10-C", rng)
+        np.save(tmp_path / "CIFAR-10-C" / "labels.npy", labels.astype(dtype))
+        (s,) = CIFARC(corruptions=("fog",), severities=(2,), expected=4).read(reading(tmp_path))
+        assert s.images.columns["target"].tolist() == labels[4:8].tolist()
+
+    @pytest.mark.parametrize("name", ["labels", "fog"])
+    def test_an_archive_of_arrays_is_no_array(self, tmp_path, rng, name):
+        folder = tmp_path / "CIFAR-10-C"
+        arrays, labels = self.write(folder, rng)
+        with (folder / f"{name}.npy").open("wb") as file:  # numpy goes by the content, not by the suffix
+            np.savez(file, labels if name == "labels" else arrays["fog"])
+        how = CIFARC(corruptions=("fog",), expected=None)
+        refused(lambda: how.read(reading(tmp_path)), folder / f"{name}.npy", "no numpy array", "fetch it again")
+
     def test_gone_wrong(self, tmp_path, rng):
         folder = tmp_path / "CIFAR-10-C"
         how = CIFARC(corruptions=("fog",), expected=None)

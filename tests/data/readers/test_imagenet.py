@@ -111,6 +111,50 @@ class TestImageNet:
         (tmp_path / "val.txt").write_text("".join(f"{name} {label}\n" for name, label in zip(names, (0, 1000, 2))))
         refused(lambda: how.read(reading(tmp_path)), "label 2", "1000")
 
+    def test_a_list_whose_images_are_not_the_folders(self, tmp_path, rng):
+        names, labels = self.write_flat(tmp_path, rng)
+        how = ImageNet(path="img", labels="val.txt", expected=None)
+
+        def listed(*entries):
+            (tmp_path / "val.txt").write_text("".join(f"{name} {label}\n" for name, label in entries))
+            return how.read(reading(tmp_path))
+
+        twice = [(names[0], 1), (f"val/{names[0]}", 2), (names[2], 3)]
+        refused(lambda: listed(*twice), tmp_path / "val.txt", f"names an image '{names[0]}' more than once", "keep one")
+        stranger = [*zip(names[:2], labels), ("ILSVRC2012_val_00000009.JPEG", 3)]
+        refused(
+            lambda: listed(*stranger), tmp_path / "val.txt", f"no label for the image '{names[2]}'", "complete the list"
+        )
+        (s,) = listed(*((f"val/{name}", label) for name, label in zip(names, labels)))
+        assert names_and_targets(s) == (names, labels)
+        (tmp_path / "img" / names[2]).unlink()
+        write_image(tmp_path / "img" / "more" / names[0], rng)
+        refused(
+            lambda: listed(*zip(names, labels)),
+            tmp_path / "img",
+            f"has an image '{names[0]}' more than once",
+            "keep one",
+        )
+
+    @pytest.mark.parametrize("damage", ["cut", "text", "empty", "another's", "other fields"])
+    def test_a_table_of_the_development_kit_that_is_none(self, tmp_path, rng, damage):
+        self.write_flat(tmp_path, rng)
+        (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n3\n")
+        how = ImageNet(path="img", labels="ILSVRC2012_validation_ground_truth.txt", expected=None)
+        meta = tmp_path / "meta.mat"
+        kind = [("ILSVRC2012_ID", object), ("WNID", object)]
+        synsets = np.array([(k + 1, wnid) for k, wnid in enumerate(WNIDS)], dtype=kind)
+        savemat(meta, {"synsets": synsets})
+        assert names_and_targets(how.read(reading(tmp_path))[0])[1] == [0, 1, 2]
+        content = meta.read_bytes()
+        if damage == "another's":
+            savemat(meta, {"x": np.arange(3)})
+        elif damage == "other fields":
+            savemat(meta, {"synsets": np.array([(1, "x")], dtype=[("number", object), ("name", object)])})
+        else:
+            meta.write_bytes({"cut": content[: len(content) // 2], "text": b"no table", "empty": b""}[damage])
+        refused(lambda: how.read(reading(tmp_path)), meta, "damaged or not the development kit's", "fetch it again")
+
     def test_image_outside_the_class_folders(self, tmp_path, rng):
         write_tree(tmp_path, rng, [f"{TENCH}/a.JPEG", "b.JPEG"])
         refused(lambda: ImageNet(path=".", expected=None).read(reading(tmp_path)), "b.JPEG", "outside")
@@ -229,5 +273,10 @@ class TestObjectNet:
         mapping = tmp_path / "objectnet-1.0/mappings/objectnet_to_imagenet_1k.json"
         mapping.write_text(json.dumps({"Banana": "banana"})[:-3])
         refused(lambda: ObjectNet().read(reading(tmp_path)), mapping, "damaged")
+        for values in ({"Banana": 954}, {"Banana": None}, {"Banana": ["banana"]}):
+            write_json(mapping, values)
+            refused(lambda: ObjectNet(expected=None).read(reading(tmp_path)), mapping, "damaged; fetch it again")
+        write_json(mapping, {"Banana": "banana"})
+        assert ObjectNet(expected=None).read(reading(tmp_path))[0].class_names == ("banana",)
         mapping.unlink()
         refused(lambda: ObjectNet().read(reading(tmp_path)), mapping, "does not exist")

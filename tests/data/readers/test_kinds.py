@@ -9,7 +9,7 @@ import pytest
 from cases.files import encode, names_and_targets, random_pixels, reading, refused, write_image, write_tar, write_tree
 
 from lightning_vlmq.data import FileData
-from lightning_vlmq.data.readers import Folder, FolderPairs, ImageList, Parquet, ShardPairs, TablePairs
+from lightning_vlmq.data.readers import CounterAnimal, Folder, FolderPairs, ImageList, Parquet, ShardPairs, TablePairs
 
 
 @pytest.fixture
@@ -133,6 +133,41 @@ def test_links_that_lead_nowhere_or_round(tmp_path, rng):
     (tmp_path / "mine" / "cat" / "b.png").unlink()
     os.symlink(tmp_path / "mine", tmp_path / "mine" / "cat" / "round")
     refused(lambda: folder(tmp_path), "round", "remove the link")
+
+
+def test_links_to_folders_and_notes(tmp_path, rng):
+    """A link that leads nowhere may have led to a folder of images, whatever it is called; one that leads somewhere is what is there."""
+    write_tree(tmp_path / "mine", rng, ["cat/a.png"])
+    write_tree(tmp_path / "other", rng, ["b.png"])
+    (tmp_path / "notes.txt").write_text("of no concern")
+    (tmp_path / "mine" / "cat" / "more").symlink_to(tmp_path / "other")
+    (tmp_path / "mine" / "cat" / "notes.txt").symlink_to(tmp_path / "notes.txt")
+    (tmp_path / "mine" / "cat" / ".lock").symlink_to("nobody@nowhere")  # as editors leave them
+    assert names_and_targets(folder(tmp_path)) == (["a.png", "b.png"], [0, 0])
+    (tmp_path / "other").rename(tmp_path / "moved")
+    refused(lambda: folder(tmp_path), tmp_path / "mine" / "cat" / "more", "where its link leads")
+
+
+def test_a_folder_of_parquet_files_with_a_link_that_leads_nowhere(tmp_path, rng):
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"image": [encode(random_pixels(rng))], "label": [0]}), tmp_path / "set" / "a.parquet")
+    (tmp_path / "set" / "b.parquet.lock").symlink_to(tmp_path / "gone")
+    assert len(Parquet("set", "x", "shift").read(reading(tmp_path))[0].images) == 1
+    link = tmp_path / "set" / "b.parquet"
+    link.symlink_to(tmp_path / "gone")
+    refused(lambda: Parquet("set", "x", "shift").read(reading(tmp_path)), f"'{link}' is a link that leads nowhere")
+
+
+@pytest.mark.parametrize("reader", [Folder("mine", "mine", "id"), CounterAnimal("mine", expected=None)])
+def test_names_of_folders_that_are_no_text(tmp_path, rng, reader):
+    odd, plain = os.fsencode(tmp_path / "mine") + b"/1 caf\xe9", tmp_path / "mine" / "1 café"
+    write_tree(plain, rng, ["common-a/a.png", "counter-b/b.png"])
+    assert sum(len(s.images) for s in reader.read(reading(tmp_path))) == 2
+    try:
+        os.rename(plain, odd)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    refused(lambda: reader.read(reading(tmp_path)), r"folder b'1 caf\xe9'", tmp_path / "mine", "not UTF-8; rename it")
 
 
 class TestLists:

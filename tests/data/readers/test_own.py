@@ -9,7 +9,7 @@ from cases.files import encode, names_and_targets, random_pixels, reading, refus
 from PIL import Image
 
 from lightning_vlmq.data.readers import Folder, ImageList, Parquet
-from lightning_vlmq.data.readers.names import CIFAR10, IMAGENET
+from lightning_vlmq.data.readers.names import CIFAR10, IMAGENET, resolve_class_names
 
 
 @pytest.fixture
@@ -50,6 +50,80 @@ class TestFolder:
         (tmp_path / "names.txt").write_text("tench\n\ngoldfish\n")
         (s,) = Folder("mine", "m", "id", class_names=str(tmp_path / "names.txt")).read(reading(tmp_path))
         assert s.class_names == ("tench", "goldfish")
+
+
+class TestFilesOfNames:
+    def names(self, path, lines):
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        return resolve_class_names(str(path))
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ("0 tench", "1 goldfish"),
+            ("1 tench", "2 goldfish"),
+            ("0\ttench", "1\tgoldfish"),
+            ("0: tench", "1: goldfish"),
+            ("0,tench", "1,goldfish"),
+            ("1. tench", "2. goldfish"),
+            ("1) tench", "2) goldfish"),
+            ("000 tench", "001 goldfish"),
+            ("n01440764 tench, Tinca tinca", "n01443537 goldfish, Carassius auratus"),
+            ("n01440764,tench", "n01443537,goldfish"),
+        ],
+    )
+    def test_with_numbers_before_the_names_are_no_names(self, tmp_path, lines):
+        path = tmp_path / "names.txt"
+        refused(
+            lambda: self.names(path, lines), path, "one name per line and nothing else", f"first line is '{lines[0]}'"
+        )
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ("2 of clubs", "3 of clubs", "10 of clubs"),
+            ("1 dollar", "2 dollars", "5 dollars"),
+            ("2 doors", "1 door"),
+            ("0", "1", "2"),
+            ("1st", "2nd", "3rd"),
+            ("1-dollar note", "2-dollar note"),
+            ("747 400", "737 200"),
+            ("1 cat", "dog"),
+            ("n1", "n2"),
+            ("n0144076 tench", "n0144353 goldfish"),
+            ("a, b", "c: d"),
+            ("１ 猫", "犬"),
+        ],
+    )
+    def test_names_that_begin_with_numbers_of_their_own_are_names(self, tmp_path, lines):
+        assert self.names(tmp_path / "names.txt", lines) == lines
+
+    @pytest.mark.parametrize("suffix", [".json", ".JSON", ".yaml", ".yml", ".csv", ".tsv"])
+    def test_tables_are_no_list_of_names(self, tmp_path, suffix):
+        path = tmp_path / f"names{suffix}"
+        refused(lambda: self.names(path, ['["tench",', '"goldfish"]']), path, "to be plain text", """is '["tench",'""")
+        refused(lambda: self.names(path, []), path, "to be plain text")
+        assert self.names(tmp_path / f"names{suffix}.txt", ["tench", "goldfish"]) == ("tench", "goldfish")
+
+    @pytest.mark.parametrize("suffix", ["", ".txt", ".names", ".lst"])
+    def test_plain_text_of_any_suffix(self, tmp_path, suffix):
+        assert self.names(tmp_path / f"names{suffix}", ["tench", "goldfish"]) == ("tench", "goldfish")
+
+    def test_first_lines_are_shown_in_part(self, tmp_path):
+        path = tmp_path / "names.json"
+        message = refused(lambda: self.names(path, ["x" * 2000]), path)
+        assert "x" * 60 in message and "x" * 61 not in message
+
+    @pytest.mark.parametrize("blank", ["", " ", "\t", "\u00a0"])
+    def test_blank_names(self, tmp_path, rng, blank):
+        write_tree(tmp_path / "mine", rng, ["cat/a.png", "dog/b.png"])
+
+        def read(names):
+            return Folder("mine", "m", "id", class_names=names).read(reading(tmp_path))[0].class_names
+
+        refused(lambda: read(["cat", blank]), "class name 2 of 2 is blank", "name each class")
+        refused(lambda: read({"cat": blank, "dog": "a dog"}), "class name 1 of 2 is blank", "name each class")
+        assert read(["-", " a dog"]) == ("-", " a dog") and read({"cat": "x", "dog": "0"}) == ("x", "0")
 
 
 class TestImageList:

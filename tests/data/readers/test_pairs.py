@@ -57,6 +57,18 @@ class TestFolder:
         refused(lambda: FolderPairs("pairs").read(reading(tmp_path), 8, None), "1 of 8", "3.txt")
         refused(lambda: FolderPairs("none").read(reading(tmp_path), 8, None), "none")
 
+    def test_images_that_share_a_caption(self, tmp_path, rng):
+        self.write(tmp_path, rng)
+        write_tree(tmp_path / "pairs", rng, ["0/4.png"])  # beside 0/4.jpg
+        caption = tmp_path / "pairs" / "0" / "4.txt"
+        refused(
+            lambda: FolderPairs("pairs").read(reading(tmp_path), 9, None), tmp_path, f"caption '{caption}'", "keep one"
+        )
+        assert len(FolderPairs("pairs").read(reading(tmp_path), 2, None)) == 2  # neither is among these
+        (tmp_path / "pairs" / "0" / "4.png").rename(tmp_path / "pairs" / "1" / "4.png")
+        (tmp_path / "pairs" / "1" / "4.txt").write_text("caption 4\n")  # the same words in a file of its own
+        assert captions(FolderPairs("pairs").read(reading(tmp_path), 9, None)).count("caption 4") == 2
+
 
 class TestTable:
     @pytest.mark.parametrize("suffix", ["csv", "tsv", "parquet"])
@@ -159,6 +171,45 @@ class TestShards:
             tar.addfile(info)
         assert captions(ShardPairs("cc3m").read(reading(tmp_path), 1, None)) == ["pair"]
         refused(lambda: ShardPairs("cc3m").read(reading(tmp_path), 2, None), "holds 1", "0.tar")
+
+    @pytest.mark.parametrize("caption", ["json", "JSON", "meta.json"])
+    def test_json_is_no_caption(self, tmp_path, rng, caption):
+        self.write(tmp_path, rng)
+        refused(lambda: ShardPairs("cc3m", caption=caption).read(reading(tmp_path), 1, None), "JSON", "suffix", "txt")
+
+    @pytest.mark.parametrize("caption", ["json.txt", "caption", "TXT"])
+    def test_other_suffixes_of_captions(self, tmp_path, rng, caption):
+        members = [("a.jpg", encode(random_pixels(rng))), (f"a.{caption}", b"words"), ("a.json", b"{}")]
+        write_tar(tmp_path / "cc3m" / "0.tar", members)
+        assert captions(ShardPairs("cc3m", caption=caption).read(reading(tmp_path), 1, None)) == ["words"]
+
+    @pytest.mark.parametrize("pattern", ["", "/tmp/*.tar", "/"])
+    def test_patterns_that_are_none(self, tmp_path, rng, pattern):
+        self.write(tmp_path, rng)
+        how = ShardPairs("cc3m", shards=pattern)
+        refused(lambda: how.read(reading(tmp_path), 1, None), f"'{pattern}' is no pattern", tmp_path / "cc3m", "*.tar")
+
+    @pytest.mark.parametrize("pattern", ["00000.tar", "0000[0-1].tar", "../cc3m/*.tar", "**/*.tar"])
+    def test_patterns(self, tmp_path, rng, pattern):
+        self.write(tmp_path, rng)
+        first = captions(ShardPairs("cc3m", shards=pattern).read(reading(tmp_path), 1, None))
+        assert first == ["caption 000000000"]
+
+    def test_links(self, tmp_path, rng):
+        self.write(tmp_path, rng)
+        (tmp_path / "cc3m" / "00002.tar").rename(tmp_path / "elsewhere.tar")
+        link = tmp_path / "cc3m" / "00002.tar"
+        link.symlink_to(tmp_path / "elsewhere.tar")
+        for name in ("notes", "00003.tar.md5", "._00004.tar"):  # lead nowhere, and are asked for by nobody
+            (tmp_path / "cc3m" / name).symlink_to(tmp_path / "gone")
+        assert len(ShardPairs("cc3m").read(reading(tmp_path), 12, None)) == 12
+        (tmp_path / "elsewhere.tar").unlink()
+        refused(
+            lambda: ShardPairs("cc3m").read(reading(tmp_path), 1, None),
+            f"'{link}' is a link that leads nowhere",
+            "repair",
+        )
+        assert len(ShardPairs("cc3m", shards="0000[01].tar").read(reading(tmp_path), 8, None)) == 8
 
     def test_gone_wrong(self, tmp_path, rng):
         (tmp_path / "cc3m").mkdir()

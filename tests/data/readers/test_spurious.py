@@ -105,3 +105,39 @@ class TestCelebA:
         refused(lambda: CelebA(expected=None).read(reading(tmp_path)), "different images")
         (tmp_path / "celeba/list_attr_celeba.txt").write_text("1\nBald\n000001.jpg 1\n")
         refused(lambda: CelebA(expected=None).read(reading(tmp_path)), "Blond_Hair")
+
+    @pytest.mark.parametrize(
+        ("file", "old", "new"),
+        [
+            ("list_attr_celeba.txt", "000002.jpg -1 -1", "000002.jpg -1  0"),
+            ("list_attr_celeba.txt", "000002.jpg -1 -1", "000002.jpg -1 nan"),
+            ("list_attr_celeba.txt", "000002.jpg -1 -1", "000002.jpg -1 no"),
+            ("list_eval_partition.txt", "000002.jpg 2", "000002.jpg 3"),
+            ("list_eval_partition.txt", "000002.jpg 2", "000002.jpg test"),
+            ("list_eval_partition.txt", "000002.jpg 2", "000002.jpg"),
+        ],
+    )
+    def test_values_that_mean_nothing(self, tmp_path, rng, file, old, new):
+        self.write(tmp_path, rng)
+        path = tmp_path / "celeba" / file
+        content = path.read_text()
+        assert old in content
+        path.write_text(content.replace(old, new))
+        refused(
+            lambda: CelebA(expected=None).read(reading(tmp_path)),
+            path,
+            "than -1 and 1",
+            "than 0, 1, 2",
+            "fetch them again",
+        )
+
+    @pytest.mark.parametrize(("split", "n"), [(0, 1), (2, 4)])
+    def test_other_columns_and_splits_are_of_no_concern(self, tmp_path, rng, split, n):
+        self.write(tmp_path, rng)
+        path = tmp_path / "celeba" / "list_attr_celeba.txt"
+        path.write_text(path.read_text().replace("000002.jpg -1", "000002.jpg 77"))  # Bald
+        sets = CelebA(split=split, expected=None)
+        if split == 0:  # of the one image there, no counter-example
+            refused(lambda: sets.read(reading(tmp_path)), "celeba")
+            return
+        assert sum(len(s.images) for s in sets.read(reading(tmp_path))) == n
