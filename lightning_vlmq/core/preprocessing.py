@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, TypeVar, get_args
 
 from PIL import Image
@@ -51,8 +52,9 @@ class Framing:
         ):
             if value not in known:
                 raise unknown(kind, str(value), known)
-        if not isinstance(self.fill, int) or not 0 <= self.fill <= 255:
+        if isinstance(self.fill, bool) or not isinstance(self.fill, Real) or self.fill not in range(256):
             raise VLMQError(f"fill is a grey level, a whole number between 0 and 255, got {self.fill!r}")
+        object.__setattr__(self, "fill", int(self.fill))
         if self.resize_to is not None and (self.resize_to < self.size or self.resize_mode == "longest"):
             raise VLMQError(
                 f"resize_to {self.resize_to} goes before a cut of {self.size} pixels: it must be larger, and the resize mode "
@@ -131,7 +133,7 @@ class Preprocessing:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != 3:
                 raise VLMQError(f"{name} has one value per channel, red, green and blue; got {list(values)}")
-            if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
                 raise VLMQError(f"{name} has to be finite numbers, got {list(values)}")
             object.__setattr__(self, name, tuple(map(float, values)))
         if min(self.std) <= 0:

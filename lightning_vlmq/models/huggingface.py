@@ -7,23 +7,19 @@ processors take it one pixel further up or left than torchvision, and with it Op
 from __future__ import annotations
 
 import json
-import logging
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from lightning_vlmq.core.errors import VLMQError, first_line, unknown
 from lightning_vlmq.core.identity import digest, tensors_digest
-from lightning_vlmq.core.preprocessing import Framing, Interpolation, Preprocessing, ResizeMode
+from lightning_vlmq.models.processors import preprocessing_of
 from lightning_vlmq.models.provenance import Provenance
 from lightning_vlmq.models.vlm import VLM
-
-log = logging.getLogger(__name__)
+from lightning_vlmq.models.weights import shards_of
 
 CONFIG = "config.json"
 CLASSES = {
@@ -44,14 +40,10 @@ TOKENIZER_FILES = (
     "sentencepiece.bpe.model",
 )
 
+TORCH_TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Floating-point types of weights as safetensors calls them."""
 ALIGN_LENGTH = 64
 """Tokens that ALIGN's processor pads and cuts texts to."""
-
-INTERPOLATIONS: dict[int, Interpolation] = {
-    int(Image.Resampling.NEAREST): "nearest",
-    int(Image.Resampling.BILINEAR): "bilinear",
-    int(Image.Resampling.BICUBIC): "bicubic",
-}
 
 
 class Vision(nn.Module):
@@ -151,7 +143,7 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
         raise VLMQError(
             f"'{folder / CONFIG}' is no config of a model of transformers ({type(error).__name__}: {first_line(error)})"
         ) from error
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise VLMQError(f"'{folder}' holds quantized weights (quantization_config); give the model as it was before")
     if str(kind) not in CLASSES:
         raise unknown(f"model type of transformers in '{folder / CONFIG}':", str(kind), CLASSES)
@@ -180,7 +172,7 @@ def load_saved(name: str, folder: Path, revision: str = "") -> VLM:
         return ids["input_ids"]
 
     try:
-        seen = _preprocessing(model.config, processor, folder)
+        seen = preprocessing_of(model.config, processor, folder)
     except TypeError as error:  # null, or a number in place of a list
         raise VLMQError(
             f"the image processor in '{folder}' is incomplete ({first_line(error)}); correct its preprocessor_config.json"
@@ -218,19 +210,38 @@ def _weights(cls: Any, folder: Path) -> Any:
 
 
 def _require_floats(folder: Path) -> None:
-    """Raise :class:`VLMQError` where a file of weights holds integers or 8-bit floats, which transformers widens without their scales."""
-    for path in sorted(folder.glob("*.safetensors")):
+    """Raise :class:`VLMQError` where the weights are integers or 8-bit floats, which transformers widens without their scales."""
+    for path in _files_of_weights(folder):
         try:
-            with safe_open(path, "pt") as file:
-                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError):
-            return  # said by transformers
+            if path.suffix == ".safetensors":
+                with safe_open(path, "pt") as file:
+                    kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            else:
+                state = torch.load(path, map_location="meta", weights_only=True)
+                kinds = {
+                    name: TORCH_TYPES.get(t.dtype, str(t.dtype)) for name, t in state.items() if isinstance(t, Tensor)
+                }
+        except Exception:  # said by transformers, which raises nearly anything of a damaged file
+            continue
         counts = ("position_ids", "num_batches_tracked")
-        odd = [n for n, k in kinds.items() if k not in ("F64", "F32", "F16", "BF16") and not n.endswith(counts)]
+        odd = [n for n, k in kinds.items() if k not in TORCH_TYPES.values() and not n.endswith(counts)]
         if odd:
             raise VLMQError(
                 f"'{path}' holds '{odd[0]}' as {kinds[odd[0]]}; give weights in floating point of 16 bits or more, not quantized ones"
             )
+
+
+def _files_of_weights(folder: Path) -> list[Path]:
+    """Those that transformers reads: safetensors before pickled ones, one file before shards."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        if (index := folder / f"{name}.index.json").is_file():
+            try:
+                return shards_of(index)
+            except VLMQError:
+                return []  # said by transformers
+    return []
 
 
 def _from_folder(what: str, cls: Any, folder: Path, files: str) -> Any:
@@ -243,61 +254,3 @@ def _from_folder(what: str, cls: Any, folder: Path, files: str) -> Any:
         raise VLMQError(
             f"cannot make the {what} of '{folder}' ({type(error).__name__}: {first_line(error)}); {advice}"
         ) from error
-
-
-def _preprocessing(config: Any, processor: Any, folder: Path) -> Preprocessing:
-    """What an image processor of transformers does, in this package's terms."""
-
-    def get(key: str, default: Any = None) -> Any:
-        return getattr(processor, key, default)
-
-    def refuse(reason: str) -> VLMQError:
-        return VLMQError(
-            f"the image processor in '{folder}' {reason}, which is not supported; correct its preprocessor_config.json"
-        )
-
-    if not get("do_resize", True) or not get("do_rescale", True):
-        raise refuse("does not resize or rescale")
-    resample = get("resample")
-    if resample not in INTERPOLATIONS:
-        raise refuse(f"resizes by Pillow's method {resample}")
-    how = INTERPOLATIONS[resample]
-    if config.model_type == "siglip2":
-        size = math.isqrt(int(get("max_num_patches"))) * int(config.vision_config.patch_size)
-        log.warning("'%s' takes images of any ratio; here each is squashed to %d x %d pixels", folder, size, size)
-        framing = Framing(size, "squash", how, rgb_first=True)
-    else:
-        crop = dict(get("crop_size") or {}) if get("do_center_crop") else {}
-        framing = _framing(dict(get("size") or {}), crop, how, refuse)
-        wanted = config.vision_config.image_size
-        if framing.size != wanted:
-            raise refuse(f"makes images of {framing.size} pixels for a model of {wanted}")
-    mean, std = [0.0] * 3, [1.0] * 3
-    if get("do_normalize", True):
-        mean, std = list(get("image_mean")), list(get("image_std"))
-    # p in 0..1 becomes (255 * factor * p - offset - mean) / std
-    factor, offset = 255 * float(get("rescale_factor")), 1.0 if get("rescale_offset", False) else 0.0
-    again = (
-        list(get("image_std")) if get("include_top", False) else [1.0] * 3
-    )  # EfficientNet's classifiers divide once more
-    centre = tuple((m + offset) / factor for m in mean)
-    spread = tuple(s * a / factor for s, a in zip(std, again))
-    return Preprocessing(framing, centre, spread)  # type: ignore[arg-type]
-
-
-def _framing(size: dict[str, Any], crop: dict[str, Any], how: Interpolation, refuse: Any) -> Framing:
-    """From a processor's sizes: a square is squashed to, or the shortest edge resized to and a square cut out."""
-    size, crop = ({key: value for key, value in sides.items() if value is not None} for sides in (size, crop))
-    shortest = set(size) == {"shortest_edge"}
-    if not shortest and (set(size) != {"height", "width"} or size["height"] != size["width"]):
-        raise refuse(f"resizes to {size or 'no size'}")
-    if crop and (set(crop) != {"height", "width"} or crop["height"] != crop["width"]):
-        raise refuse(f"cuts out {crop}")
-    if shortest and not crop:
-        raise refuse("keeps the ratio and cuts nothing out")
-    side = int(next(iter(size.values())))
-    final = int(crop["height"]) if crop else side
-    mode: ResizeMode = "shortest" if shortest else "squash"
-    if final > side:
-        raise refuse(f"cuts {final} pixels out of {side}")
-    return Framing(final, mode, how, resize_to=side if side != final else None, rgb_first=True)

@@ -58,9 +58,9 @@ def load_vlm(
     else:
         raise unknown("model", name, [*zoo.names(), *open_clip.list_models()])
     require_finite(vlm)
-    if not 0 < float(vlm.logit_scale()) < math.inf:
+    if not 0 < vlm.logit_scale().item() < math.inf:
         raise VLMQError(
-            f"the logit scale of '{name}' is e to the {float(vlm.model.logit_scale):g}, which is no number in single precision; weights "
+            f"the logit scale of '{name}' is e to the {vlm.model.logit_scale.item():g}, which is no number in single precision; weights "
             "hold the logarithm of the scale"
         )
     return vlm.eval()

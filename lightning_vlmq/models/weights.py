@@ -202,7 +202,10 @@ def _weights_in(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _is_clip(value: Any) -> bool:
-    return isinstance(value, Mapping) and any(str(name).rpartition(".")[2] == "logit_scale" for name in value)
+    """Whether it is weights of a whole model, not settings of one."""
+    if not isinstance(value, Mapping):
+        return False
+    return any(str(name).rpartition(".")[2] == "logit_scale" and isinstance(value[name], Tensor) for name in value)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

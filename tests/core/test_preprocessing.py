@@ -69,6 +69,7 @@ def test_a_thin_image_keeps_a_pixel():
         (lambda: Framing(8, interpolation="lanczos"), "interpolation"),
         (lambda: Framing(8, fill=300), "fill"),
         (lambda: Framing(8, fill=0.5), "fill is a grey level, a whole number between 0 and 255, got 0.5"),
+        (lambda: Framing(8, fill=True), "got True"),
         (lambda: Framing(8, fill=None), "fill is a grey level, a whole number between 0 and 255, got None"),
         (lambda: Framing(8, fill="grey"), "got 'grey'"),
         (lambda: Framing(8, resize_to=4), "resize_to"),
@@ -89,6 +90,7 @@ def test_refusals_name_the_setting(make, word):
 
 
 def test_whole_and_other_numbers_are_taken():
-    assert [Framing(8, fill=fill).fill for fill in (0, 127, 255)] == [0, 127, 255]
-    seen = Preprocessing(Framing(8), (0, -1, 2), tuple(np.array([0.5, 1, 2])))
+    for fill in (0, 127, 255, np.int64(127), 127.0):
+        assert Framing(8, fill=fill).fill == fill and type(Framing(8, fill=fill).fill) is int
+    seen = Preprocessing(Framing(8), (0, -1, 2), tuple(np.array([0.5, 1, 2], dtype=np.float32)))
     assert seen.mean == (0.0, -1.0, 2.0) and seen.std == (0.5, 1.0, 2.0)

@@ -289,3 +289,8 @@ def test_preprocessing_that_open_clip_does_not_know_is_refused(tmp_path, entries
     content = {"model_cfg": CONFIG, "preprocess_cfg": entries}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(content))
     assert said in one_line(f"local-dir:{tmp_path}")
+
+
+def test_a_model_loads_without_a_warning(recwarn, caplog):
+    load_vlm("vit_clean")
+    assert not [str(w.message) for w in recwarn] and not caplog.messages

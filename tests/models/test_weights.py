@@ -134,7 +134,7 @@ CONTAINERS = {
     "strange": lambda s: {"state_dict": s, "args": argparse.Namespace(lr=1.0), "when": np.float64(3.0)},
     "options": lambda s: {
         "state_dict": s,
-        "hyper_parameters": {"init_logit_scale": 2.6},
+        "hyper_parameters": {"init_logit_scale": 2.6, "logit_scale": 4.6},
         "ema": {},
         "metrics": {"a": 1},
     },

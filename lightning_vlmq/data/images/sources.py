@@ -261,7 +261,8 @@ def _walk(folder: Path, below: str, above: tuple[tuple[int, int], ...]) -> Itera
                     yield from _walk(folder, f"{below}{entry.name}/", (*above, here))
                 else:
                     is_image = entry.name.lower().endswith(IMG_EXTENSIONS)
-                    status = entry.stat() if is_image or entry.is_symlink() else None  # no link may lead nowhere
+                    may_be_folder = entry.is_symlink() and not Path(entry.name).suffix
+                    status = entry.stat() if is_image or may_be_folder else None  # a link to them may not lead nowhere
                     yield f"{below}{entry.name}", status if is_image else None
     except OSError as error:
         where = error.filename or folder / below

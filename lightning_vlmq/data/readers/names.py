@@ -80,12 +80,12 @@ def resolve_class_names(given: str | Sequence[str]) -> tuple[str, ...]:
         return CLASS_NAMES[given]
     elif Path(given).is_file():
         lines = list(read_lines(Path(given)))
-        if Path(given).suffix.lower() in _TABLES or _are_numbered([name for _, name in lines]):
-            raise VLMQError(
-                f"class_names '{given}' are to be plain text, one name per line and nothing else; its first line is "
-                f"'{lines[0][1][:60] if lines else ''}'"
-            )
         names = tuple(name for _, name in lines)
+        if why := _no_names(Path(given).suffix.lower(), names):
+            raise VLMQError(
+                f"class_names '{given}' {why}, its first line is '{names[0][:60]}': leave one name per line and nothing else, in a file "
+                ".txt, or give the names as a list"
+            )
     else:
         raise unknown("class_names (or file of them)", given, CLASS_NAMES)
     if len(names) < 2:
@@ -147,25 +147,32 @@ def name_classes(folders: Sequence[str], given: ClassNames, where: str, what: st
 
 
 def _none_blank(names: tuple[str, ...]) -> tuple[str, ...]:
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise VLMQError(f"class names are texts, got {odd[0]!r}")
     if blank := [k for k, name in enumerate(names) if not name.strip()]:
         raise VLMQError(f"class name {blank[0] + 1} of {len(names)} is blank; name each class")
     return names
 
 
 _NUMBER = re.compile(r"([0-9]+)")
-_TABLES = {".json", ".yaml", ".yml", ".csv", ".tsv"}
-_NUMBERED = re.compile(r"([0-9]+|n[0-9]{8})[\s:,.)]")
+_MARKUP = {".json": "", ".yaml": "", ".yml": "", ".csv": ",", ".tsv": "\t"}
+"""Suffixes of files that hold more than names, and what shows it; nothing where the suffix is enough."""
+_NUMBERED = re.compile(r"([0-9]+|n[0-9]{8})([\s:,.)]|$)")
 
 
-def _are_numbered(lines: Sequence[str]) -> bool:
-    """Whether lines are not names alone: each has its number or its WordNet id before it."""
+def _no_names(suffix: str, lines: Sequence[str]) -> str:
+    """Why a file's lines are not names alone; empty where they may be."""
+    if suffix in _MARKUP and any(_MARKUP[suffix] in line for line in lines):
+        return f"are {suffix[1:].upper()}"
     found = [match[1] for line in lines if (match := _NUMBERED.match(line))]
-    if len(found) < max(len(lines), 1):
-        return False
-    return found[0].startswith("n") or [int(n) for n in found] in (
-        list(range(len(found))),
-        list(range(1, len(found) + 1)),
-    )
+    if not lines or len(found) < len(lines):
+        return ""
+    if all(text.startswith("n") for text in found):
+        return "begin with WordNet ids"
+    if any(text.startswith("n") for text in found) or all(line.isdecimal() for line in lines):
+        return ""
+    numbers, n = [int(text) for text in found], len(found)
+    return "begin with their numbers" if numbers in (list(range(n)), list(range(1, n + 1))) else ""
 
 
 def resolve_templates(given: str | Sequence[str]) -> tuple[str, ...]:

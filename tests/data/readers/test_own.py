@@ -70,6 +70,7 @@ class TestFilesOfNames:
             ("000 tench", "001 goldfish"),
             ("n01440764 tench, Tinca tinca", "n01443537 goldfish, Carassius auratus"),
             ("n01440764,tench", "n01443537,goldfish"),
+            ("n01440764", "n01443537"),
         ],
     )
     def test_with_numbers_before_the_names_are_no_names(self, tmp_path, lines):
@@ -98,14 +99,25 @@ class TestFilesOfNames:
     def test_names_that_begin_with_numbers_of_their_own_are_names(self, tmp_path, lines):
         assert self.names(tmp_path / "names.txt", lines) == lines
 
-    @pytest.mark.parametrize("suffix", [".json", ".JSON", ".yaml", ".yml", ".csv", ".tsv"])
-    def test_tables_are_no_list_of_names(self, tmp_path, suffix):
+    @pytest.mark.parametrize(
+        ("suffix", "line"),
+        [
+            (".json", '["tench",'),
+            (".JSON", "["),
+            (".yaml", "- tench"),
+            (".yml", "- t"),
+            (".csv", "t,0"),
+            (".tsv", "0\tt"),
+        ],
+    )
+    def test_tables_are_no_list_of_names(self, tmp_path, suffix, line):
         path = tmp_path / f"names{suffix}"
-        refused(lambda: self.names(path, ['["tench",', '"goldfish"]']), path, "to be plain text", """is '["tench",'""")
-        refused(lambda: self.names(path, []), path, "to be plain text")
+        kind = suffix[1:].upper()
+        refused(lambda: self.names(path, [line, "goldfish"]), path, f"are {kind}, its first line is '{line}'", "a list")
+        refused(lambda: self.names(path, []), "at least 2 names")
         assert self.names(tmp_path / f"names{suffix}.txt", ["tench", "goldfish"]) == ("tench", "goldfish")
 
-    @pytest.mark.parametrize("suffix", ["", ".txt", ".names", ".lst"])
+    @pytest.mark.parametrize("suffix", ["", ".txt", ".names", ".lst", ".csv", ".tsv"])
     def test_plain_text_of_any_suffix(self, tmp_path, suffix):
         assert self.names(tmp_path / f"names{suffix}", ["tench", "goldfish"]) == ("tench", "goldfish")
 
