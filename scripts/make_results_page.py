@@ -30,7 +30,7 @@ from lightning_vlmq.study.report.figures.damage import effects_over_damage
 from lightning_vlmq.study.report.figures.overview import overview, spurious_gap_slopes
 from lightning_vlmq.study.report.figures.robustness import corruption_changes
 from lightning_vlmq.study.report.figures.style import as_png
-from lightning_vlmq.study.report.markdown import END, START, around_results, hardware, worked
+from lightning_vlmq.study.report.markdown import END, START, around_results, code_of, hardware, worked
 from lightning_vlmq.study.report.notation import percent_interval
 
 MOST_BYTES = 15e6
@@ -88,7 +88,7 @@ def results_text(analysis: StudyAnalysis, command: str, images: Sequence[str], d
     seeds = sorted({run.key.seed for run in bare})
     lines = [
         f"`{command}` on {hardware()}: {len(bare):,} runs, {results.evaluations:,} evaluation runs, {worked(results)} of work "
-        f"(h:m:s, of one process); {len(results.vlms)} VLMs ({', '.join(f'`{v}`' for v in results.vlms)}), "
+        f"(h:m:s, of one process), by version {code_of(results)}; {len(results.vlms)} VLMs ({', '.join(f'`{v}`' for v in results.vlms)}), "
         f"{len(results.settings)} quantized settings, seed {', '.join(map(str, seeds))}. The rows are in `{data}`.",
         "",
         "## Beside the published results",

@@ -34,6 +34,7 @@ def test_page_figures_and_rows(tmp_path, monkeypatch):
     claims = held_against(analysis)
     assert len(claims) > 5 and all(f"| {c.claim} |" in text and f"**{c.verdict}**" in text for c in claims)
     assert f"{analysis.results.evaluations:,} evaluation runs" in text and "W4A8" in text
+    assert "by version `0.1.0`;" in text
     for name in ("overview", "spurious"):
         assert f"images/results_{name}.png" in text
         Image.open(page.parent / "images" / f"results_{name}.png").verify()

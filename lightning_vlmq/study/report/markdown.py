@@ -44,3 +44,8 @@ def worked(results: StudyResults) -> timedelta:
     """Time that the runs took together, one after another, as each was timed; pauses between them do not count."""
     facts = [run.store.facts(run.run_id) for run in results.runs if not run.key.is_tuned]
     return timedelta(seconds=round(sum(own.get("seconds", 0.0) for own in facts)))
+
+
+def code_of(results: StudyResults) -> str:
+    """The versions of the package that made the runs, with their commits where it ran from a checkout."""
+    return ", ".join(f"`{version}`" for version in sorted(map(str, results.rows["code_version"].unique())))
