@@ -21,6 +21,10 @@ Interpolation = Literal["bicubic", "bilinear", "nearest"]
 AnyImage = TypeVar("AnyImage", Image.Image, Tensor)
 
 
+FARTHEST = 10.0
+"""No mean and no standard deviation of pixels in 0..1 is beyond this, those of pixels in 0..255 are."""
+
+
 @dataclass(frozen=True)
 class Framing:
     """How an image of any size becomes a square: open_clip's resize modes, to the pixel.
@@ -135,6 +139,8 @@ class Preprocessing:
                 raise VLMQError(f"{name} has one value per channel, red, green and blue; got {list(values)}")
             if not all(isinstance(value, Real) and math.isfinite(value) for value in values):
                 raise VLMQError(f"{name} has to be finite numbers, got {list(values)}")
+            if max(map(abs, values)) > FARTHEST:
+                raise VLMQError(f"{name} is of pixels in 0..1, {list(values)} looks like one of 0..255; divide by 255")
             object.__setattr__(self, name, tuple(map(float, values)))
         if min(self.std) <= 0:
             raise VLMQError(f"std is divided by and must be positive, got {list(self.std)}")

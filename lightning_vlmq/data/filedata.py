@@ -18,7 +18,13 @@ from lightning_vlmq.data.images.files import FileImages, decode_all
 from lightning_vlmq.data.images.mapped import decoded_files, decoded_path, file_bytes, map_decoded
 from lightning_vlmq.data.images.pixels import Decoder, Orientation, Preprocess
 from lightning_vlmq.data.readers.base import Reader, Reading, shorten
-from lightning_vlmq.data.readers.names import TEMPLATES, name_classes, resolve_class_names, resolve_templates
+from lightning_vlmq.data.readers.names import (
+    TEMPLATES,
+    are_numbers,
+    name_classes,
+    resolve_class_names,
+    resolve_templates,
+)
 from lightning_vlmq.data.readers.pairs import PairReader
 from lightning_vlmq.data.sets import EvalSet
 
@@ -179,6 +185,11 @@ class FileData(ReliabilityDataModule):
             self.class_names = name_classes(space, given, f"the id set '{inside.name}'")
         else:
             self.class_names = space or ()
+        if are_numbers(self.class_names):
+            log.warning(
+                "classes are called '%s' to '%s', which models are asked for as they stand; give class_names",
+                *(self.class_names[0], self.class_names[-1]),
+            )
         own_templates = TEMPLATES["photo"] if inside is None or inside.templates is None else inside.templates
         self.templates = self.given_templates or own_templates
         self.eval_sets = [_placed(s, space, self.class_names) for s in sets]

@@ -43,6 +43,9 @@ def preprocessing_of(config: Any, processor: Any, folder: Path) -> Preprocessing
 
     if not get("do_resize", True) or not get("do_rescale", True):
         raise refuse("does not resize or rescale")
+    for entry in ("do_pad", "do_flip_channel_order"):
+        if get(entry):
+            raise refuse(f"has {entry}")
     resample = get("resample")
     if resample not in INTERPOLATIONS:
         raise refuse(f"resizes by Pillow's method {resample}")

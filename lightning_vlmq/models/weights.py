@@ -131,9 +131,8 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str)
             raise VLMQError(
                 f"{what} holds '{name}' as {tensor.dtype}; give weights in floating point of 16 bits or more, not quantized ones"
             )
-        if tensor.dtype == torch.float64 and own[name].dtype == torch.float32:
-            log.warning("%s is in double precision; it is rounded to single", what)
-            return
+    if any(tensor.dtype == torch.float64 and own[name].dtype == torch.float32 for name, tensor in state.items()):
+        log.warning("%s is in double precision; it is rounded to single", what)
 
 
 def _interpolate(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:

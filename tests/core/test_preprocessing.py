@@ -78,6 +78,11 @@ def test_a_thin_image_keeps_a_pixel():
         (lambda: Preprocessing(Framing(8), (0.5,) * 3, (1, 0, 1)), "std"),
         (lambda: Preprocessing(Framing(8), (0.5, float("nan"), 0.5), (1, 1, 1)), "mean has to be finite numbers"),
         (lambda: Preprocessing(Framing(8), (0.5, None, 0.5), (1, 1, 1)), "mean has to be finite numbers"),
+        (
+            lambda: Preprocessing(Framing(8), (123.7, 116.3, 103.5), (1, 1, 1)),
+            r"mean is of pixels in 0\.\.1, .* divide by 255",
+        ),
+        (lambda: Preprocessing(Framing(8), (0.5,) * 3, (58.4, 57.1, 57.4)), r"std is of pixels in 0\.\.1"),
         (lambda: Preprocessing(Framing(8), ("0.5",) * 3, (1, 1, 1)), "mean has to be finite numbers"),
         (lambda: Preprocessing(Framing(8), (0.5,) * 3, (1, float("inf"), 1)), "std has to be finite numbers"),
         (lambda: Preprocessing(Framing(8), (0.5,) * 3, (1, float("nan"), 1)), "std has to be finite numbers"),

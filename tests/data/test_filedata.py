@@ -71,6 +71,17 @@ class TestClasses:
         assert data.class_names == ("handbag", "overcoat", "gown") and len(data.templates) == 7
         assert by_name(data)["drawn"].classes == (0, 2)  # still by the id set's own names
 
+    @pytest.mark.parametrize("classes", [("0", "1", "2"), ("n01440764", "n01443537")])
+    def test_classes_called_by_number_are_said(self, tmp_path, caplog, classes):
+        rng = np.random.default_rng()
+        write_tree(tmp_path / "mine", rng, [f"{name}/a.png" for name in classes])
+        build(tmp_path, MINE)
+        (said,) = [line for line in caplog.messages if "class_names" in line]
+        assert f"called '{classes[0]}' to '{classes[-1]}'" in said
+        caplog.clear()
+        build(tmp_path, MINE, class_names={name: f"thing {name}" for name in classes})
+        assert not [line for line in caplog.messages if "give class_names" in line]
+
     def test_own_classes_keep_own_names(self, root):
         data = build(root, MINE, Waterbirds(expected=None))
         birds = by_name(data)["waterbirds_common"]

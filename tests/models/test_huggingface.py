@@ -355,6 +355,14 @@ def test_one_mean_is_that_of_all_channels(saved, monkeypatch):
     assert seen.mean == pytest.approx((0.5,) * 3) and seen.std == pytest.approx((0.25,) * 3)
 
 
+@pytest.mark.parametrize("entry", ["do_pad", "do_flip_channel_order"])
+def test_what_is_not_done_here_is_refused(saved, monkeypatch, entry):
+    folder, _, processor, _ = saved["clip"]
+    monkeypatch.setattr(processor, entry, True, raising=False)
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", lambda *_, **__: processor)
+    assert f"has {entry}, which is not supported" in one_line(folder)
+
+
 def test_sizes_as_old_configs_write_them(saved, tmp_path):
     folder = broken(saved, tmp_path)
     path = folder / "preprocessor_config.json"

@@ -226,6 +226,8 @@ def test_what_does_not_fit_is_named(model, tmp_path):
     assert "1 left over (extra)" in message(state | {"extra": torch.ones(2)})
     assert "visual.proj is 3x4 for 32x16" in message(state | {"visual.proj": torch.ones(3, 4)})
     assert "floating point" in message(state | {"visual.proj": torch.ones(32, 16, dtype=torch.int8)})
+    doubles = {name: tensor.double() for name, tensor in state.items()}  # said once, and hides nothing that comes after
+    assert "floating point" in message(doubles | {"visual.proj": torch.ones(32, 16, dtype=torch.int8)})
     assert "several models" in message({f"{p}.{n}": t for p in ("student", "teacher") for n, t in state.items()})
     assert "no CLIP-like model" in message({"fc.weight": torch.ones(2, 2), "fc.bias": torch.ones(2)})
     assert "holds no tensors" in message({"epoch": 3})

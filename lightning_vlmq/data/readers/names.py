@@ -146,6 +146,11 @@ def name_classes(folders: Sequence[str], given: ClassNames, where: str, what: st
     return names
 
 
+def are_numbers(names: Sequence[str]) -> bool:
+    """Whether all names are numbers or WordNet ids, which prompts say nothing with."""
+    return bool(names) and all(name.isdecimal() or _WORDNET.fullmatch(name) for name in names)
+
+
 def _none_blank(names: tuple[str, ...]) -> tuple[str, ...]:
     if odd := [name for name in names if not isinstance(name, str)]:
         raise VLMQError(f"class names are texts, got {odd[0]!r}")
@@ -158,6 +163,7 @@ _NUMBER = re.compile(r"([0-9]+)")
 _MARKUP = {".json": "", ".yaml": "", ".yml": "", ".csv": ",", ".tsv": "\t"}
 """Suffixes of files that hold more than names, and what shows it; nothing where the suffix is enough."""
 _NUMBERED = re.compile(r"([0-9]+|n[0-9]{8})([\s:,.)]|$)")
+_WORDNET = re.compile(r"n[0-9]{8}")
 
 
 def _no_names(suffix: str, lines: Sequence[str]) -> str:
