@@ -19,7 +19,7 @@ from lightning_vlmq.core.identity import digest, tensors_digest
 from lightning_vlmq.models.processors import preprocessing_of
 from lightning_vlmq.models.provenance import Provenance
 from lightning_vlmq.models.vlm import VLM
-from lightning_vlmq.models.weights import shards_of
+from lightning_vlmq.models.weights import no_floats, shards_of
 
 CONFIG = "config.json"
 CLASSES = {
@@ -226,9 +226,7 @@ def _require_floats(folder: Path) -> None:
         counts = ("position_ids", "num_batches_tracked")
         odd = [n for n, k in kinds.items() if k not in TORCH_TYPES.values() and not n.endswith(counts)]
         if odd:
-            raise VLMQError(
-                f"'{path}' holds '{odd[0]}' as {kinds[odd[0]]}; give weights in floating point of 16 bits or more, not quantized ones"
-            )
+            raise no_floats(f"'{path}'", odd[0], kinds[odd[0]])
 
 
 def _files_of_weights(folder: Path) -> list[Path]:

@@ -128,11 +128,16 @@ def check_fit(state: Mapping[str, Tensor], own: Mapping[str, Tensor], what: str)
         raise VLMQError(f"{what} does not fit the model: {'; '.join(said)}; give the architecture it was trained as")
     for name, tensor in state.items():
         if own[name].is_floating_point() and (not tensor.is_floating_point() or tensor.dtype.itemsize < 2):
-            raise VLMQError(
-                f"{what} holds '{name}' as {tensor.dtype}; give weights in floating point of 16 bits or more, not quantized ones"
-            )
+            raise no_floats(what, name, tensor.dtype)
     if any(tensor.dtype == torch.float64 and own[name].dtype == torch.float32 for name, tensor in state.items()):
         log.warning("%s is in double precision; it is rounded to single", what)
+
+
+def no_floats(what: str, name: str, kind: object) -> VLMQError:
+    """What is said of weights that are integers or floats of 8 bits, whose scales nobody reads."""
+    return VLMQError(
+        f"{what} holds '{name}' as {kind}; give weights in floating point of 16 bits or more, not quantized ones"
+    )
 
 
 def _interpolate(model: nn.Module, state: dict[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:

@@ -162,8 +162,8 @@ def _none_blank(names: tuple[str, ...]) -> tuple[str, ...]:
 _NUMBER = re.compile(r"([0-9]+)")
 _MARKUP = {".json": "", ".yaml": "", ".yml": "", ".csv": ",", ".tsv": "\t"}
 """Suffixes of files that hold more than names, and what shows it; nothing where the suffix is enough."""
-_NUMBERED = re.compile(r"([0-9]+|n[0-9]{8})([\s:,.)]|$)")
 _WORDNET = re.compile(r"n[0-9]{8}")
+_NUMBERED = re.compile(rf"([0-9]+|{_WORDNET.pattern})([\s:,.)]|$)")
 
 
 def _no_names(suffix: str, lines: Sequence[str]) -> str:

@@ -117,9 +117,8 @@ class Plan:
             cost = costs[run.vlm]
             forward = cost.forward
             if cost.preprocess is not None:
-                times = (1 - kept) + kept * (
-                    cost.preprocess not in framed
-                )  # those that are kept, by the first run that wants them
+                is_first = cost.preprocess not in framed  # to want them so: what is kept is decoded for it alone
+                times = (1 - kept) + kept * is_first
                 framed.add(cost.preprocess)
                 found["decoding"] += cost.decode * (n * times + self.n_pairs)
             if run.kind == "fp32":
