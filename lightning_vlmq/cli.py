@@ -8,7 +8,7 @@ from itertools import groupby
 
 import lightning_vlmq
 from lightning_vlmq.commands import COMMANDS, GROUPS
-from lightning_vlmq.core.errors import VLMQError, in_one_line, of_the_parser, own_error, unknown
+from lightning_vlmq.core.errors import VLMQError, in_one_line, parser_errors, unknown
 from lightning_vlmq.core.stopping import stoppable
 
 _USAGE = """usage: vlmq COMMAND [--config NAME]... [options]
@@ -68,16 +68,8 @@ def main(args: list[str] | None = None) -> None:
         if name.startswith("-"):
             raise VLMQError(f"'{name}' comes after a command, e.g. vlmq validate {name} …; vlmq --help lists them")
         raise unknown("command", name, COMMANDS)
-    import jsonargparse
-
-    try:
+    with parser_errors():
         COMMANDS[name].run(rest)
-    except jsonargparse.ArgumentError as error:
-        raise of_the_parser(error) from error
-    except ValueError as error:
-        if (own := own_error(error)) is not None:
-            raise own from error
-        raise
 
 
 def entry_point() -> None:

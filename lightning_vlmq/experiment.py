@@ -10,6 +10,7 @@ import pickle
 import re
 import textwrap
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from lightning_vlmq.callbacks.printing import clear_bars
 from lightning_vlmq.callbacks.whole import require_place
 from lightning_vlmq.core.atomic import replacing
 from lightning_vlmq.core.configs import config_folder, config_names, config_summary, find_config
-from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
+from lightning_vlmq.core.errors import VLMQError, parser_errors
 from lightning_vlmq.quant.methods import METHODS
 
 FIRST_CONFIG = {"fit": "qat"}
@@ -227,16 +228,9 @@ def check(name: str, args: list[str]) -> None:
     Raises:
         VLMQError: bad input, said in one line.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _Parser(args=[name, *args])
-    except _ParsedError:
-        return
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        if not isinstance(error, jsonargparse.ArgumentError) and own_error(error) is None:
-            raise
-        raise of_the_parser(error) from error
+    with parser_errors(), suppress(_ParsedError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says them
+        _Parser(args=[name, *args])
 
 
 def short_help(name: str) -> str:

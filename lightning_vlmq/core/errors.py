@@ -6,7 +6,8 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from lightning_vlmq.core.names import one_line
 
@@ -80,9 +81,25 @@ def in_one_line(error: BaseException) -> str | None:
     return one_line(text)
 
 
-def of_the_parser(error: Exception) -> VLMQError:
-    """What a parser's error comes down to: the package's own behind it, else the innermost reason and where it applies."""
-    return own_error(error) or VLMQError(_innermost(str(error)))
+@contextmanager
+def parser_errors(before: str = "") -> Iterator[None]:
+    """Raise jsonargparse's errors as the package's, in one line; other code's go through as they are.
+
+    What is raised is the package's own error behind the parser's, else the innermost reason and where it applies.
+
+    Args:
+        before: what the line begins with.
+    """
+    import jsonargparse  # imported late: it is heavy, and the names of commands are told without it
+
+    try:
+        yield
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        own = own_error(error)
+        if own is None and not isinstance(error, jsonargparse.ArgumentError):
+            raise
+        said = own or VLMQError(_innermost(str(error)))
+        raise (VLMQError(f"{before}{said}") if before else said) from error
 
 
 def own_error(error: BaseException | None) -> VLMQError | None:

@@ -6,11 +6,10 @@ import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jsonargparse
 import yaml
 
 from lightning_vlmq.core.configs import find_config, read_config, with_config_files
-from lightning_vlmq.core.errors import VLMQError, of_the_parser, own_error
+from lightning_vlmq.core.errors import parser_errors
 from lightning_vlmq.core.identity import digest
 from lightning_vlmq.data.datamodule import ReliabilityDataModule
 from lightning_vlmq.data.embedded import EmbeddedData
@@ -36,12 +35,8 @@ def data_of(arguments: Sequence[str]) -> ReliabilityDataModule:
         if option == "--config" or option.partition(".")[0].rstrip("+") == "--data"
     ]
     made = parser()
-    try:
+    with parser_errors("the study's data cannot be set up: "):
         found: ReliabilityDataModule = made.instantiate(made.parse_args(with_config_files(words))).data
-    except (jsonargparse.ArgumentError, ValueError) as error:
-        if not isinstance(error, jsonargparse.ArgumentError) and own_error(error) is None:
-            raise
-        raise VLMQError(f"the study's data cannot be set up: {of_the_parser(error)}") from error
     return found
 
 
